@@ -2,15 +2,21 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# The stamp carries the interpreter's version, so another PYTHON makes a new environment.
-STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+# The stamps carry the interpreter's version and a checksum of the configuration: another interpreter makes a new
+# environment, another configuration installs again, and merely touching a file does neither.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+PYSTAMP := $(VENV)/.python-$(VERSION)
+STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
 .PHONY: setup demo test config notebooks readme clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
-	$(if $(wildcard $(STAMP)),,$(PYTHON) -m venv --clear $(VENV))
+$(PYSTAMP):
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(STAMP): | $(PYSTAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
@@ -24,7 +30,7 @@ config: $(STAMP)         ## settings.ini -> pyproject.toml
 	$(BIN)/nbdev-migrate-config
 
 notebooks: $(STAMP)      ## run every notebook from the top, keep its outputs
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 nbs/*.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 nbs/*.ipynb
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 

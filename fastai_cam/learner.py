@@ -111,10 +111,12 @@ class CAMCallback(Callback):
 def learner_as_found(
     learn:Learner # Learner to run inside the block
 ) -> Iterator[Learner]:
-    "Run `learn` and put back what running changes: attributes, callbacks and their state, the model's modes, and the random states"
+    "Run `learn` without metrics, and put back what running changes: attributes, callbacks and their state, the model's modes, and the random states"
     own = lambda state: {key: copy(val) if isinstance(val, (list, L, dict)) else val for key,val in state.items()}
     attributes,callbacks,random_states = dict(learn.__dict__),list(learn.cbs),get_random_states()
     states = [(cb, own(vars(cb))) for cb in callbacks]
+    for cb in callbacks:
+        if isinstance(cb, Recorder): cb.run = False # nobody asked for metrics, and some cannot be computed on a few items
     try:
         with as_found(learn.model): yield learn
     finally:
@@ -146,7 +148,7 @@ def _dl_source(learn, dl, idxs=None, max_n=None, items=None):
     "A fastai `DataLoader`, or the items `idxs` of one"
     if getattr(dl.dataset, 'split_idx', None)==0 and len(dl.dataset) and _is_fastai_data(learn): # training items: as validation sees them
         dl = learn.dls.test_dl(dl.items, with_labels=_is_labelled(dl), num_workers=dl.fake_l.num_workers)
-    idxs = list(range(len(dl.dataset))) if idxs is None else list(idxs)
+    idxs = list(range(dl.n)) if idxs is None else list(idxs)
     idxs = idxs[:max_n]
     if not idxs: raise ValueError('the DataLoader has no items: a learner that was exported and loaded has no validation set, so pass the item to explain')
     def some(chosen): # the same pipeline, for these items only
@@ -298,23 +300,23 @@ def get_cams(self:Learner,
     if max_n is not None and max_n < 1: raise ValueError(f'max_n={max_n} leaves nothing to explain: give at least 1')
     target,_ = _target(self, cls),as_methods(method)
     if layer is not None: resolve_layers(self.model, layer)
-    with learner_as_found(self): source = _source(self, item, max_n)
+    if isinstance(item, _Source): source = item
+    else:
+        with learner_as_found(self): source = _source(self, item, max_n)
     if target.needs_labels and not source.labelled:
         raise ValueError("cls='actual' needs labels, and these items have none: use indices into the validation set, or a labelled DataLoader such as learn.dls.test_dl(items, with_labels=True)")
     with_loss = source.labelled and _has_item_losses(self)
     callback = CAMCallback(target, method, layer)
     with learner_as_found(self):
-        for cb in self.cbs: # metrics are not asked for, and a single batch needs no progress bar
-            if isinstance(cb, Recorder) or isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False
+        for cb in self.cbs:
+            if isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False # a single batch needs no progress bar
         try: preds,targs,*losses = self.get_preds(dl=source.dl, with_loss=with_loss, act=_activation(self), reorder=False, cbs=callback)
         except Exception as e:
             if callback.error and callback.error[0] is e: e.args = callback.error[1]
             raise
         finally: callback.close()
     cams = callback.cams
-    cams.preds,cams.targs,cams.losses = preds,targs if source.labelled else None,losses[0] if losses else None
-    cams.images,cams.items = source.images,source.items
-    return cams
+    return CAMs(cams.maps, source.images, cams.classes, cams.labels, preds, targs if source.labelled else None, losses[0] if losses else None, source.items, cams.vocab)
 
 @patch
 def show_cam(self:Learner,

@@ -174,6 +174,8 @@ class CAMs:
         vocab:Sequence|None=None # Names of the classes
     ):
         if maps.dim() not in (3,4): raise ValueError(f'maps are [n, h, w] or [n, K, h, w], not {list(maps.shape)}')
+        plain = lambda values: values.as_subclass(Tensor) if isinstance(values, Tensor) else values # fastai's tensor types carry more than values
+        maps,classes,preds,targs,losses = map(plain, (maps, classes, preds, targs, losses))
         store_attr()
         self.images = images if isinstance(images, Images) or images is None else Images(lambda idxs: [images[i] for i in idxs], range(len(maps)))
 
@@ -294,8 +296,9 @@ class CAMs:
         return '\n'.join(lines)
 
     def _grid(self, n, k, nrows, ncols, figsize, title_lines):
-        if nrows is None and ncols is None: ncols = k*max(1, min(max(1, 6//k), math.ceil(math.sqrt(n)))) if k > 1 else math.ceil(math.sqrt(n))
+        if nrows is None and ncols is None: ncols = k if k > 1 else math.ceil(math.sqrt(n)) # one column a question
         ncols = ncols or math.ceil(n*k/nrows)
+        ncols = math.ceil(ncols/k)*k # an item's maps stay in one row
         nrows = max(nrows or 0, math.ceil(n*k/ncols))
         figsize = figsize or (2.7*ncols, (2.7 + .2*title_lines)*nrows + .3)
         return get_grid(n*k, nrows=nrows, ncols=ncols, figsize=figsize, return_fig=True, layout='constrained')

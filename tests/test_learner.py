@@ -1,0 +1,152 @@
+"Inside fastai's loop: one forward pass per batch, training undisturbed, hooks gone whatever the user's own loop does."
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from fastai.vision.all import RocAucBinary, accuracy, resnet18, vision_learner
+
+from fastai_cam.all import CAMCallback, CAMInterpretation, Images, cam_head, cam_learner
+
+
+def small_learner(dls, **kwargs):
+    set_seed(1)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU())
+    return Learner(dls, nn.Sequential(body, cam_head(8, dls.c, ps=.2)), metrics=accuracy, **kwargs)
+
+
+def n_hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def test_one_forward_pass_a_batch(dls):
+    learn = small_learner(dls)
+    calls = []
+    handle = learn.model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    cams = learn.get_cams(dls.valid, cls=['predicted', 'actual', 0], method=['cam', 'gradcam'])
+    handle.remove()
+    assert calls==[5, 5, 2] and cams.maps.shape==(12, 6, 8, 8) # 12 items, 6 maps each, one pass: predictions and losses are from it too
+    assert cams.preds.shape==(12, 2) and cams.losses.shape==(12,)
+
+
+def test_results_hold_no_graph_and_no_pixels(dls):
+    cams = small_learner(dls).get_cams(dls.valid, cls='all')
+    assert not any(t.requires_grad for t in (cams.maps, cams.preds, cams.losses))
+    assert isinstance(cams.images, Images) and not any(isinstance(v, torch.Tensor) for v in vars(cams.images).values())
+
+
+def test_training_is_undisturbed_by_the_callback(dls):
+    "Weights after an epoch with the callback in the loop are those without it, to the last bit"
+    def trained(cbs):
+        learn = small_learner(dls)
+        set_seed(3, reproducible=True)
+        dls.train.rng = random.Random(0) # a loader shuffles with a generator of its own
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=cbs)
+        return learn
+    callback = CAMCallback(method='cam')
+    plain, watched = trained(None), trained(callback)
+    for a, b in zip(plain.model.state_dict().values(), watched.model.state_dict().values()): assert torch.equal(a, b)
+    assert n_hooks(watched.model)==0 and callback.cams.maps.shape==(12, 8, 8)
+    assert torch.allclose(callback.cams.maps, watched.get_cams(dls.valid, method='cam').maps, atol=1e-5)
+
+
+def test_validate_gives_the_same_numbers_with_the_callback(dls):
+    learn = small_learner(dls)
+    with learn.no_bar():
+        without = list(learn.validate())
+        callback = CAMCallback('actual')
+        assert list(learn.validate(cbs=callback))==without
+    assert callback.cams.maps.shape==(12, 8, 8)
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+def test_a_failure_in_the_users_own_loop_leaves_no_hook(dls, error):
+    class Fails(Callback):
+        order = 20
+        def after_loss(self): raise error('stop')
+    learn = small_learner(dls)
+    with learn.no_bar(), pytest.raises(error): learn.get_preds(cbs=[CAMCallback(), Fails()])
+    assert n_hooks(learn.model)==0 and torch.is_grad_enabled()
+
+
+def test_mixed_precision_learner(dls):
+    learn = small_learner(dls)
+    expected = learn.get_cams([0, 1]).maps
+    learn.add_cb(MixedPrecision())
+    state = dict(vars(learn.mixed_precision))
+    assert torch.allclose(learn.get_cams([0, 1]).maps, expected, atol=1e-3)
+    assert vars(learn.mixed_precision)==state
+
+
+def test_metrics_that_need_all_classes_do_not_stop_a_single_item(dls):
+    learn = Learner(dls, small_learner(dls).model, metrics=RocAucBinary()) # undefined on one item
+    assert len(learn.get_cams(0))==1
+    assert len(CAMInterpretation.from_learner(learn, dl=learn.dls.test_dl(dls.valid.items[:1], with_labels=True)).losses)==1
+
+
+def test_the_recorder_survives(dls):
+    learn = small_learner(dls)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+    losses, values = list(learn.recorder.losses), list(learn.recorder.values)
+    assert len(losses) > 0 and len(values)==2
+    learn.show_cam(0)
+    interp = CAMInterpretation.from_learner(learn)
+    interp.plot_top_losses_cam(2)
+    assert list(learn.recorder.losses)==losses and list(learn.recorder.values)==values
+
+
+def test_worker_processes(pictures, dls):
+    several = dls.valid.new(num_workers=2)
+    learn = small_learner(dls)
+    assert torch.allclose(learn.get_cams(several).maps, learn.get_cams(dls.valid).maps, atol=1e-6)
+
+
+def test_frozen_body_of_vision_learner(dls):
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    learn.freeze()
+    flags = [p.requires_grad for p in learn.model.parameters()]
+    assert not all(flags)
+    cams = learn.get_cams([0, 1], cls='all')
+    assert cams.maps.abs().amax((2, 3)).min() > 0 and [p.requires_grad for p in learn.model.parameters()]==flags
+    assert all(p.grad is None for p in learn.model.parameters())
+
+
+def test_user_supplied_loader_is_not_used_up_or_changed(dls):
+    learn, shuffled = small_learner(dls), dls.valid.new(shuffle=True)
+    before = copy.copy(shuffled.rng.getstate())
+    cams = learn.get_cams(shuffled) # in the order of its dataset, although it shuffles
+    assert cams.items==list(dls.valid.items) and shuffled.rng.getstate()==before and shuffled.shuffle
+    assert torch.allclose(cams.maps, learn.get_cams(dls.valid).maps, atol=1e-6)
+
+
+def test_images_are_those_the_maps_are_of(dls):
+    "Fetched later, out of order, each decoded image is the one whose map it carries"
+    learn = small_learner(dls)
+    cams = learn.get_cams([7, 2, 7])[[2, 1]]
+    for cam_map, i in zip(cams, (7, 2)):
+        x = dls.valid.dataset[i][0]
+        assert (torch.as_tensor(cam_map.image).permute(1, 2, 0) - torch.tensor(np.array(x).astype(int))).abs().max() <= 1
+
+
+def test_max_n_runs_no_more_than_it_shows(dls):
+    learn, seen = small_learner(dls), []
+    handle = learn.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    learn.show_cam(dls.valid, max_n=3)
+    learn.show_cam(max_n=2)
+    learn.show_cam() # a validation batch: 5 items
+    handle.remove()
+    assert seen==[3, 2, 5]
+
+
+def test_cam_learner_has_the_exact_head(dls):
+    learn = cam_learner(dls, resnet18, pretrained=False, ps=.3)
+    pool, flatten, dropout, linear = learn.model[1]
+    assert isinstance(pool, nn.AdaptiveAvgPool2d) and isinstance(dropout, nn.Dropout) and dropout.p==.3 and linear.in_features==512 and linear.bias is not None
+    cams = learn.get_cams([0, 3], cls='all', method=['cam', 'gradcam'])
+    h, w = cams.maps.shape[-2:]
+    assert (cams.maps[:, 2:]*h*w - cams.maps[:, :2]).abs().max() <= 1e-6*cams.maps.abs().max()

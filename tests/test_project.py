@@ -1,0 +1,145 @@
+"The project as it is handed on: generated files in sync, nothing private in it, and a wheel that stands by itself."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from configparser import ConfigParser
+from importlib.metadata import distribution, PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from readme import render
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ['probe', 'targets', 'methods', 'maps', 'learner', 'interpret']
+
+
+def run(*command, cwd): return subprocess.run([str(part) for part in command], cwd=cwd, check=True, capture_output=True, text=True).stdout
+def tracked(): return [ROOT/name for name in run('git', 'ls-files', cwd=ROOT).splitlines()] if (ROOT/'.git').exists() else [f for f in ROOT.rglob('*') if f.is_file() and '.venv' not in f.parts]
+def settings():
+    parser = ConfigParser(); parser.read(ROOT/'settings.ini')
+    return parser['DEFAULT']
+
+
+def test_pyproject_is_what_settings_ini_says(tmp_path):
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    (tmp_path/'fastai_cam').mkdir()
+    run(Path(sys.executable).parent/'nbdev-migrate-config', cwd=tmp_path)
+    assert (tmp_path/'pyproject.toml').read_text()==(ROOT/'pyproject.toml').read_text(), 'run: make config'
+    import fastai_cam
+    assert fastai_cam.__version__==settings()['version']
+
+
+def test_readme_is_what_the_index_notebook_says():
+    for name, content in render().items():
+        assert (ROOT/name).read_bytes()==content, f'{name} is out of date: run make readme'
+
+
+def test_four_requirements_and_no_more():
+    assert {Requirement(r).name for r in settings()['requirements'].split()}=={'fastai', 'torch', 'matplotlib', 'fastcore'}
+
+
+def test_rooms_import_earlier_rooms_only():
+    for i, room in enumerate(ROOMS):
+        tree = ast.parse((ROOT/f'fastai_cam/{room}.py').read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level==1}
+        assert imported <= set(ROOMS[:i]), f'{room} imports {imported - set(ROOMS[:i])}'
+
+
+def test_hooks_and_modes_live_in_probe_only():
+    for room in ROOMS[1:]:
+        text = (ROOT/f'fastai_cam/{room}.py').read_text()
+        found = re.findall(r'register_\w*hook|\.eval\(\)|\.train\(\)|set_grad_enabled|enable_grad|no_grad|inference_mode|autograd\.grad', text)
+        assert not found, f'{room} has {found}: this belongs into probe'
+
+
+def test_public_functions_are_annotated_and_documented():
+    for file in (ROOT/'fastai_cam').glob('*.py'):
+        if file.stem in ('_modidx', '__init__'): continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+            if isinstance(node, ast.FunctionDef):
+                if node.name in ('hook',) or node.name.startswith(('before_', 'after_')): continue
+                missing = [a.arg for a in node.args.args if a.annotation is None and a.arg not in ('self', 'cls', 'i', '_', 'func')]
+                if ast.get_docstring(node) is None: missing = [] # local helpers of a few words
+                assert not missing, f'{file.name}: {node.name} does not say what {missing} are'
+            else: assert ast.get_docstring(node), f'{file.name}: class {node.name} has no docstring'
+
+
+def test_nothing_private_in_the_project():
+    "No path of the machine it was made on, no warnings in the outputs, no file of somebody else's"
+    private = re.compile('|'.join([re.escape(str(ROOT)) + '/', r'/home/\w+/', r'/root/', 'site-packages/', r'\.\./shared']))
+    for file in tracked():
+        if file.suffix in ('.png', '.jpg') or file.name in ('test_project.py', 'LICENSE'): continue
+        text = file.read_text()
+        if file.suffix=='.ipynb':
+            cells = json.loads(text)['cells']
+            assert not any(out.get('name')=='stderr' for cell in cells for out in cell.get('outputs', [])), f'{file.name} holds warnings: run make notebooks'
+            assert not any(out['output_type']=='error' for cell in cells for out in cell.get('outputs', []))
+            text = '\n'.join(''.join(cell['source']) + json.dumps([{k: v for k, v in out.get('data', out).items() if 'image' not in k} for out in cell.get('outputs', [])]) for cell in cells)
+        assert not private.search(text), f'{file.relative_to(ROOT)} names {private.search(text)[0]!r}'
+
+
+def requirement_closure(requirements):
+    "Names of the installed distributions that `requirements` need, directly or through others"
+    todo, found = [Requirement(r) for r in requirements], {}
+    while todo:
+        req = todo.pop()
+        if req.marker and not req.marker.evaluate({'extra': ''}): continue
+        name = re.sub(r'[-_.]+', '-', req.name).lower()
+        if name in found: continue
+        try: found[name] = distribution(name)
+        except PackageNotFoundError: continue # not needed on this platform
+        todo += [Requirement(r) for r in found[name].requires or []]
+    return found
+
+
+def test_wheel_in_a_clean_environment(tmp_path):
+    """The built wheel imports and makes a map where there is nothing but itself and what it requires.
+    What it requires is not downloaded again but linked, distribution by distribution: nothing of the `dev` extra, and not this checkout, can be imported there."""
+    run(sys.executable, '-m', 'build', '--wheel', '--outdir', tmp_path/'dist', ROOT, cwd=tmp_path)
+    wheel, = (tmp_path/'dist').glob('*.whl')
+    home = tmp_path/'clean'
+    venv.create(home, with_pip=True)
+    python = home/'bin'/'python'
+    site = Path(run(python, '-c', 'import site; print(site.getsitepackages()[0])', cwd=tmp_path).strip())
+    run(python, '-m', 'pip', 'install', '--no-deps', '--no-index', wheel, cwd=tmp_path)
+    requirements = [line.removeprefix('Requires-Dist: ') for line in next(site.glob('fastai_cam-*.dist-info/METADATA')).read_text().splitlines() if line.startswith('Requires-Dist: ')]
+    assert {Requirement(r).name for r in requirements if 'extra' not in r}=={'fastai', 'torch', 'matplotlib', 'fastcore'}
+    for dist in requirement_closure(requirements).values():
+        for top in {file.parts[0] for file in dist.files if file.parts[0] not in ('..', '__pycache__')}:
+            source, link = Path(dist.locate_file(top)), site/top
+            if source.exists() and not link.exists(): link.symlink_to(source)
+    script = """
+import importlib.util, sys
+assert not any(importlib.util.find_spec(name) for name in ('nbdev', 'pytest', 'pytorch_grad_cam', 'foolbox')), 'the environment is not clean'
+import fastai_cam, torch
+from torch import nn
+from fastai.vision.all import DataLoaders, Learner, TfmdDL
+from fastai_cam.all import *
+samples = [(torch.rand(3,24,24), i%2) for i in range(6)]
+dls = DataLoaders(TfmdDL(samples, bs=4, num_workers=0), TfmdDL(samples, bs=4, num_workers=0))
+learn = Learner(dls, nn.Sequential(nn.Conv2d(3,4,3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4,2))), loss_func=nn.CrossEntropyLoss())
+cams = learn.get_cams(method=['gradcam', 'cam'])
+assert torch.allclose(cams.maps[:,0]*22*22, cams.maps[:,1], atol=1e-5) and cams.maps.abs().max() > 0
+learn.show_cam(save='map.png')
+try: import fastai_cam.demo; fastai_cam.demo.imagenet_learner()
+except ImportError as e: assert "fastai_cam[dev]" in str(e)
+else: raise AssertionError('the demo ran without its packages')
+print(fastai_cam.__file__)
+"""
+    where = run(python, '-W', 'ignore', '-c', f"import matplotlib; matplotlib.use('agg')\n{script}", cwd=tmp_path).strip().splitlines()[-1]
+    assert Path(where).is_relative_to(site) and (tmp_path/'map.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('package', ['foolbox', 'efficientnet_lite_pytorch'])
+def test_demo_says_what_to_install(package, monkeypatch):
+    import importlib.util
+    from fastai_cam import demo
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r"fastai_cam\[dev\]"): demo._find(package)
