@@ -117,4 +117,5 @@ def main(
     wrong = (everything.classes != everything.targs).sum().item()
     print(f'\n{wrong} of {len(interp.losses)} photos are misread. Why: {folder/"top_losses_cam.png"}; one photo, several questions: {folder/"show_cam.png"}')
 
+# %% ../nbs/06_demo.ipynb #68f015dd
 if __name__=='__main__' and not IN_NOTEBOOK: main(*sys.argv[1:])

@@ -204,6 +204,16 @@ def describe_head(
 def _same_memory(inp:Any, out:Tensor) -> bool:
     return isinstance(inp, Tensor) and inp.untyped_storage().data_ptr()==out.untyped_storage().data_ptr()
 
+def _following(model:nn.Module, name:str) -> list[nn.Module]|None:
+    "The modules that run after layer `name`, in order; `None` if something else than an `nn.Sequential` is on the way to it"
+    steps,module = [],model
+    for part in name.split('.'):
+        if type(module).forward is not nn.Sequential.forward: return None
+        children = list(module._modules)
+        steps = list(module)[children.index(part)+1:] + steps
+        module = module._modules[part]
+    return steps
+
 class Probe:
     "Watch `layers` of `model` during a forward pass, with autograd on only from the first of them onwards"
     def __init__(self,
@@ -215,7 +225,7 @@ class Probe:
         store_attr('model,grad')
         self.auto = layers is None
         self.layers = [] if self.auto else resolve_layers(model, layers)
-        self._root_hooks,self._layer_hooks,self._blocks,self._searching = [],[],[],False
+        self._root_hooks,self._layer_hooks,self._blocks,self._paused,self._inputs = [],[],[],False,None
         self._reset()
 
     def _reset(self): self._out,self._acts,self._args,self._kwargs,self._running = None,{},(),{},False
@@ -234,7 +244,7 @@ class Probe:
     def detach(self) -> None:
         "Remove every hook and forget what was captured"
         for hook in self._root_hooks + self._layer_hooks: hook.remove()
-        self._root_hooks,self._layer_hooks = [],[]
+        self._root_hooks,self._layer_hooks,self._inputs = [],[],None
         self._reset()
 
     def _watch(self):
@@ -243,15 +253,15 @@ class Probe:
 
     def _search(self):
         "Let one item show which layer is the last with space, and watch that one"
-        self._searching = True
+        self._paused = True
         try: self.layers = [last_spatial_layer(self.model, *self._args, **self._kwargs)]
-        finally: self._searching = False
+        finally: self._paused = False
         self._watch()
 
     # -- the hooks, in the order in which they fire
 
     def _before(self, module, args, kwargs):
-        if self._searching: return
+        if self._paused: return
         self._reset()
         self._args,self._kwargs = args,kwargs
         if not self.layers: self._search()
@@ -288,8 +298,37 @@ class Probe:
         if missing:
             raise ValueError(f'layer {missing[0]!r} never ran in this forward pass: it is a container whose parts are called one by one, or not used in eval mode; name a layer that the model itself calls')
         capture = Capture(self.model, self._out, [self._acts[i] for i in range(len(self.layers))], [name for name,_ in self.layers], self.grad)
+        self._inputs = self._args,self._kwargs # `tail` may need them
         self._reset()
         return capture
+
+    # -- running a part of the model again
+
+    def tail(self,
+        act:Tensor, # Activation `[B, C, H, W]` to go on with, or `[B*r, C, H, W]`: r variants of the first item, then r of the second, …
+        layer:int=0 # Which of the watched layers it is the output of
+    ) -> Any: # What the model returns
+        "The model's output had the layer returned `act`, without autograd; only what follows the layer runs, if nothing but `nn.Sequential`s leads to it"
+        if self._inputs is None: raise RuntimeError('tail goes on from a pass that was captured: run the model first')
+        name,module = self.layers[layer]
+        with as_found(self.model), torch.no_grad():
+            following = _following(self.model, name)
+            if following is None: return self._replaced(module, act)
+            for step in following: act = step(act)
+            return act
+
+    def _replaced(self, module, act):
+        "A whole pass with the output of `module` replaced"
+        args,kwargs = self._inputs
+        batch = next(len(inp) for inp in (*args, *kwargs.values()) if isinstance(inp, Tensor))
+        if len(act) % batch: raise ValueError(f'the activation has {len(act)} items, which is no multiple of the {batch} items of the batch')
+        repeat = lambda inp: inp.repeat_interleave(len(act)//batch, 0) if isinstance(inp, Tensor) and inp.dim() and len(inp)==batch else inp
+        self._paused = True # the probe's own hooks look away
+        hook = module.register_forward_hook(lambda *_: act)
+        try: return self.model(*map(repeat, args), **{key:repeat(val) for key,val in kwargs.items()})
+        finally:
+            hook.remove()
+            self._paused = False
 
     # -- running the model ourselves
 

@@ -134,6 +134,7 @@ def as_target(
     "The target that `cls` means; `ValueError` or `TypeError` if it means none"
     if cls is None: return Predicted()
     if isinstance(cls, Target): return cls
+    if cls is Predicted or cls is Actual: return cls()
     if isinstance(cls, str): return _named(cls, vocab, n_classes)
     if isinstance(cls, Tensor) and cls.dim()==0 or hasattr(cls, 'item') and not getattr(cls, 'shape', True): cls = cls.item()
     n = len(vocab) if vocab is not None else n_classes

@@ -74,6 +74,28 @@ def test_a_failure_in_the_users_own_loop_leaves_no_hook(dls, error):
     assert n_hooks(learn.model)==0 and torch.is_grad_enabled()
 
 
+def test_a_failing_clean_up_of_another_callback_leaves_no_hook(dls):
+    "fastai skips the events after one that raised; ours does not depend on them"
+    class FailsLate(Callback):
+        def after_epoch(self): raise RuntimeError('late')
+    learn = small_learner(dls, cbs=FailsLate())
+    before = n_hooks(learn.model)
+    handle = learn.model[1].register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(RuntimeError('forward')))
+    with pytest.raises(RuntimeError): learn.get_cams(0)
+    handle.remove()
+    assert n_hooks(learn.model)==before==0
+
+
+def test_nothing_behind_the_forward_pass_is_recorded(dls):
+    class Looks(Callback):
+        "Sees `learn.pred` and `learn.loss` as any callback of the user's would"
+        order, graphs = 30, []
+        def after_loss(self): self.graphs += [self.learn.pred.requires_grad, self.learn.loss.requires_grad, torch.is_grad_enabled()]
+    learn = small_learner(dls, cbs=Looks())
+    learn.get_cams(dls.valid)
+    assert Looks.graphs==[False]*9
+
+
 def test_mixed_precision_learner(dls):
     learn = small_learner(dls)
     expected = learn.get_cams([0, 1]).maps
@@ -117,9 +139,10 @@ def test_frozen_body_of_vision_learner(dls):
 
 
 def test_user_supplied_loader_is_not_used_up_or_changed(dls):
-    learn, shuffled = small_learner(dls), dls.valid.new(shuffle=True)
+    learn, shuffled = small_learner(dls), dls.valid.new(shuffle=True, drop_last=True)
     before = copy.copy(shuffled.rng.getstate())
     cams = learn.get_cams(shuffled) # in the order of its dataset, although it shuffles
+    assert len(cams.images.load())==12 # all of them, although it drops the last batch
     assert cams.items==list(dls.valid.items) and shuffled.rng.getstate()==before and shuffled.shuffle
     assert torch.allclose(cams.maps, learn.get_cams(dls.valid).maps, atol=1e-6)
 

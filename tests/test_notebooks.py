@@ -1,17 +1,25 @@
-"Every notebook is a test: it runs from top to bottom with the code as it is."
+"Every notebook is a test: it runs from top to bottom, in a process of its own, with the code as it is."
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from nbdev.test import test_nb as run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+RUN = """
+import sys
+from nbdev.test import test_nb
+passed, seconds = test_nb(sys.argv[1], skip_flags=['notest'], basepath=sys.argv[2])
+sys.exit(0 if passed else 1)
+"""
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda file: file.stem)
 def test_notebook(notebook):
-    passed, _ = run_notebook(notebook, skip_flags=['notest'], basepath=ROOT)
-    assert passed, f'{notebook.name} failed: its traceback is above'
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(notebook), str(ROOT)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
+    assert run.returncode==0, run.stderr[-6000:]
 
 
 def test_there_are_notebooks(): assert len(NOTEBOOKS) >= 8
