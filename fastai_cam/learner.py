@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
+from fastcore.imports import noop
 from fastcore.meta import delegates
 from fastcore.xtras import is_listy
 from fastai.callback.core import Callback
@@ -116,7 +117,8 @@ def learner_as_found(
     attributes,callbacks,random_states = dict(learn.__dict__),list(learn.cbs),get_random_states()
     states = [(cb, own(vars(cb))) for cb in callbacks]
     for cb in callbacks:
-        if isinstance(cb, Recorder): cb.run = False # nobody asked for metrics, and some cannot be computed on a few items
+        if isinstance(cb, Recorder): # nobody asked for metrics, and some cannot be computed on a few items
+            cb.__dict__.update(before_validate=noop, after_batch=noop, after_validate=noop)
     try:
         with as_found(learn.model): yield learn
     finally:
@@ -205,8 +207,9 @@ def _image_class(learn):
 def _as_image(learn, item):
     "One item as `test_dl` takes it: a checked path, or a new image of the learner's class (the user's own is never changed)"
     if isinstance(item, (str, Path)):
-        _check_file(Path(item))
-        return Path(item)
+        path = Path(item).expanduser()
+        _check_file(path)
+        return path
     if isinstance(item, bytes):
         try:
             item = Image.open(io.BytesIO(item))
@@ -258,9 +261,8 @@ def _source(learn, item, max_n=None):
         bs = getattr(valid, 'bs', None) or getattr(valid, 'batch_size', None) or len(x)
         return _batch_source(learn, [(x[i:i+bs],) for i in range(0, len(x), bs)], False, list(x))
     if not _is_fastai_data(learn): raise TypeError(f"this learner's data ({type(learn.dls.valid_ds).__name__}) has no transforms that turn a file or an image into an input: pass a float tensor, as its DataLoader gives it")
-    known = [valid.items.iloc[int(one)] if index and hasattr(valid.items, 'iloc') else valid.items[int(one)] if index else one for one,index in zip(items, is_index)]
-    flat = [part for one in known for part in (one if isinstance(one, Tensor) and one.dim()==4 else [one])][:max_n]
-    images = [one if not isinstance(one, (str, Path, bytes, np.ndarray, Tensor, Image.Image)) else _as_image(learn, one) for one in flat]
+    flat = [part for one in items for part in (one if isinstance(one, Tensor) and one.dim()==4 else [one])][:max_n]
+    images = [learn.dls.valid_ds[int(one)][0] if isinstance(one, Integral) else _as_image(learn, one) for one in flat]
     if len({type(image) for image in images}) > 1: # `test_dl` looks at the first item only to see where its transforms begin
         cls = _image_class(learn)
         images = [cls.create(image) if isinstance(image, Path) else image for image in images]

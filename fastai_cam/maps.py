@@ -198,8 +198,9 @@ class CAMs:
         if isinstance(i, tuple):
             item,question = i
             return CAMMap(self._flat(item)[question], self._image(item), self.title(item, question))
-        if isinstance(i, int) or getattr(i, 'shape', None)==() : 
-            i = range(len(self))[int(i)]
+        if isinstance(i, int) or getattr(i, 'shape', None)==():
+            if not -len(self) <= i < len(self): raise IndexError(f'item {int(i)} is out of range: there are {len(self)}, 0 to {len(self)-1}')
+            i = int(i) % len(self)
             image = self._image(i)
             found = L(CAMMap(m, image, self.title(i, k)) for k,m in enumerate(self._flat(i)))
             return found if self.maps.dim()==4 else found[0]

@@ -3,6 +3,7 @@ import copy
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from fastai.vision.all import RocAucBinary, accuracy, resnet18, vision_learner
+from fastai.callback.tracker import SaveModelCallback
+from fastai.vision.all import ImageDataLoaders, PILImage, Resize, RocAucBinary, accuracy, resnet18, vision_learner
 
 from fastai_cam.all import CAMCallback, CAMInterpretation, Images, cam_head, cam_learner
 
@@ -109,6 +111,27 @@ def test_metrics_that_need_all_classes_do_not_stop_a_single_item(dls):
     learn = Learner(dls, small_learner(dls).model, metrics=RocAucBinary()) # undefined on one item
     assert len(learn.get_cams(0))==1
     assert len(CAMInterpretation.from_learner(learn, dl=learn.dls.test_dl(dls.valid.items[:1], with_labels=True)).losses)==1
+
+
+def test_a_callback_that_saves_models_saves_none(dls, tmp_path):
+    "It is part of the learner, wants the recorder's metrics by name, and must do nothing"
+    learn = small_learner(dls, cbs=SaveModelCallback(monitor='accuracy'), path=tmp_path)
+    assert len(learn.get_cams([0, 1]))==2
+    CAMInterpretation.from_learner(learn).plot_top_losses_cam(2)
+    assert list(tmp_path.rglob('*'))==[]
+
+
+def test_learner_whose_items_are_rows(pictures):
+    files = sorted(pictures.glob('*/*.png'))
+    table = pd.DataFrame(dict(name=[f'{f.parent.name}/{f.name}' for f in files], label=[f.parent.name for f in files]))
+    dls = ImageDataLoaders.from_df(table, pictures, valid_pct=.5, seed=0, item_tfms=Resize(64), bs=4, num_workers=0)
+    learn = small_learner(dls)
+    row = dls.valid.items.iloc[3]
+    by_index, by_file = learn.get_cams(3), learn.get_cams(pictures/row['name'])
+    assert torch.allclose(by_index.maps, by_file.maps, atol=1e-6) and dls.vocab[by_index.targs[0]]==row['label']
+    mixed = learn.get_cams([pictures/row['name'], 3, PILImage.create(pictures/row['name'])])
+    assert torch.allclose(mixed.maps, by_index.maps.expand(3, -1, -1), atol=1e-6)
+    assert len(CAMInterpretation.from_learner(learn).top_losses_cams(4))==4
 
 
 def test_the_recorder_survives(dls):
