@@ -97,5 +97,7 @@ class CAMInterpretation(ClassificationInterpretation):
         check_style(**{key:val for key,val in kwargs.items() if key in ('alpha', 'cmap', 'interpolation')})
         cams = self.top_losses_cams(k, largest, show, method, layer)
         n_q = cams.n_questions
-        if nrows is None and ncols is None and 1 < n_q <= 3: ncols = n_q*min(len(cams), 6//n_q, round(len(cams)**.5))
+        if nrows is None and ncols is None and 1 < n_q <= 3: # several items in a row, up to six maps
+            n,most = len(cams),6//n_q
+            ncols = n_q*(n if n <= most else min(most, round(n**.5)))
         cams.show(max_n=len(cams), nrows=nrows, ncols=ncols, figsize=figsize, loss=True, **kwargs)
