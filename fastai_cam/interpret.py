@@ -19,8 +19,10 @@ from fastcore.xtras import is_listy
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from .learner import check_learner, learner_as_found
-from .learner import _dl_source
+from .probe import resolve_layers
+from .methods import as_methods
+from .learner import check_learner, class_names, learner_as_found
+from .learner import _dl_source, _target
 from .maps import CAMs, check_style
 
 # %% ../nbs/05_interpret.ipynb #b859df07
@@ -38,6 +40,10 @@ class CAMInterpretation(ClassificationInterpretation):
         "Run `learn` over a labelled set, and leave it as it was"
         check_learner(learn)
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
+        as_methods(method)
+        if layer is not None: resolve_layers(learn.model, layer)
+        if class_names(learn.dls) is None: raise ValueError('an interpretation needs classes, and the data of this learner has no vocab: use learn.get_cams, which does not')
+        _target(learn, 'predicted') # no plot of a task that has no predicted class
         with learner_as_found(learn):
             source = _dl_source(learn, learn.dls[ds_idx] if dl is None else dl)
             if not source.labelled: raise ValueError('an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
@@ -75,7 +81,7 @@ class CAMInterpretation(ClassificationInterpretation):
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
         questions = dict(pred='predicted', actual='actual', both=['predicted', 'actual'])
-        if show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
+        if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
         losses,idxs = self._ranked(k, largest)
         with learner_as_found(self.learn): chosen = _dl_source(self.learn, self.dl, idxs.tolist())
         cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer)
@@ -94,7 +100,8 @@ class CAMInterpretation(ClassificationInterpretation):
         **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
     ) -> None:
         "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
-        check_style(**{key:val for key,val in kwargs.items() if key in ('alpha', 'cmap', 'interpolation')})
+        if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
+        check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
         cams = self.top_losses_cams(k, largest, show, method, layer)
         n_q = cams.n_questions
         if nrows is None and ncols is None and 1 < n_q <= 3: # several items in a row, up to six maps

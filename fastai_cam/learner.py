@@ -7,8 +7,8 @@ Docs: https://fastai-cam.example/docs/learner.html.md"""
 # %% auto #0
 __all__ = ['class_names', 'CAMCallback', 'learner_as_found', 'check_learner', 'cam_head', 'cam_learner']
 
-# %% ../nbs/04_learner.ipynb #92d9597b
-import io
+# %% ../nbs/04_learner.ipynb #3874d6e6
+import io, warnings
 from contextlib import contextmanager
 from copy import copy
 from itertools import islice
@@ -30,12 +30,13 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.load import DataLoader
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_random_states, set_random_states, to_detach
 from fastai.vision.core import PILBase, PILImage
 from fastai.vision.learner import create_head, vision_learner
 from .probe import Probe, as_found, resolve_layers
-from .targets import AllClasses, Several, Target, as_target
+from .targets import Actual, AllClasses, Predicted, Score, Several, as_target
 from .methods import METHODS, as_methods, method_name
 from .maps import CAMs, Images, check_style
 
@@ -48,7 +49,21 @@ def class_names(
     if isinstance(vocab, (list, tuple, L)) and len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__'): vocab = vocab[-1]
     return vocab
 
-def _target(learn, cls): return as_target(cls, class_names(learn.dls), getattr(learn.dls, 'c', None))
+def _task(learn):
+    "What the loss function says about the outputs: 'classes' that exclude each other, several 'labels', or 'values'"
+    loss = getattr(learn.loss_func, 'func', learn.loss_func) # fastai wraps torch's
+    if isinstance(loss, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)): return 'values'
+    return 'labels' if isinstance(loss, (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss)) else 'classes'
+
+def _target(learn, cls):
+    "The target that `cls` means for this learner; `ValueError` where the task has no such thing"
+    target = as_target(cls, class_names(learn.dls), getattr(learn.dls, 'c', None))
+    parts,task = getattr(target, 'targets', [target]),_task(learn)
+    if task=='labels' and any(isinstance(part, (Predicted, Actual)) for part in parts):
+        raise ValueError("this learner gives several labels at once, so there is no one predicted or actual class: name the label to explain, e.g. cls='...', or several in a list")
+    if task=='values' and not all(isinstance(part, Score) for part in parts):
+        raise ValueError('this learner predicts values, not classes: pass the value to explain as a function of the output, e.g. cls=lambda out: out[:,0]')
+    return target
 
 class CAMCallback(Callback):
     "Make a map of every item that passes through fastai's validation loop, in the same forward pass as its prediction and loss"
@@ -68,12 +83,20 @@ class CAMCallback(Callback):
         self.found_maps,self.found_classes = [],[]
         self.watcher = Probe(self.model, self.layer, grad=any(getattr(m, 'needs_grad', True) for m in self.methods)).attach()
 
-    def after_pred(self):
-        "Take the capture, make the maps, let go of the graph"
-        try: self._make_maps(self.watcher.take())
+    def _keep_message(self, event):
+        try: event()
         except Exception as e:
             self.error = (e, e.args) # the callback system will rewrite the message; `get_cams` puts it back
             raise
+
+    def after_pred(self):
+        "Take the capture, make the maps, let go of the graph"
+        self._keep_message(lambda: self._make_maps(self.watcher.take()))
+
+    def after_validate(self):
+        "Detach the probe and put the batches' maps together in `self.cams`"
+        self.close()
+        self._keep_message(self._put_together)
 
     def _make_maps(self, cap):
         self.learn.pred = to_detach(self.learn.pred, cpu=False, gather=False)
@@ -88,9 +111,7 @@ class CAMCallback(Callback):
         self.found_maps.append(torch.cat(maps, dim=1))
         self.found_classes.append(self.target.classes(cap.out, y).detach().cpu().repeat(1, len(self.methods)))
 
-    def after_validate(self):
-        "Detach the probe and put the batches' maps together in `self.cams`"
-        self.close()
+    def _put_together(self):
         sizes = {tuple(m.shape[2:]) for m in self.found_maps}
         if len(sizes) > 1: raise ValueError(f'the batches gave maps of different sizes ({", ".join("×".join(map(str, s)) for s in sorted(sizes))}): add Resize to item_tfms so that all images have one size')
         if not sizes: raise ValueError('the DataLoader gave no batch: it has no items')
@@ -179,7 +200,7 @@ def _pixels(array):
     "An array or an integer tensor as bytes `[H, W]` or `[H, W, C]`"
     what = 'tensor' if isinstance(array, Tensor) else 'array'
     array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
-    if array.ndim not in (2,3): raise ValueError(f'an image is an {what} [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {list(array.shape)})')
+    if array.ndim not in (2,3): raise ValueError(f'an image {what} is [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {list(array.shape)})')
     if not (np.issubdtype(array.dtype, np.number) or array.dtype==bool): raise ValueError(f'an image {what} holds numbers, not {array.dtype}')
     if array.ndim==3 and array.shape[-1] not in (1,3,4):
         if array.shape[0] not in (1,3,4): raise ValueError(f'an image has 1, 3 or 4 channels, first or last, but this {what} has shape {list(array.shape)}')
@@ -196,7 +217,7 @@ def _check_file(path):
     if not path.exists(): raise FileNotFoundError(f'there is no file {str(path)!r}: check the path (it is relative to {str(Path.cwd())!r})' if not path.is_absolute() else f'there is no file {str(path)!r}: check the path')
     if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder: pass its files, e.g. get_image_files({str(path)!r})')
     try:
-        with Image.open(path) as image: image.verify()
+        with Image.open(path) as image: image.load() # all of it: a file that was cut off is found here, and named
     except (UnidentifiedImageError, OSError, SyntaxError) as e: raise ValueError(f'{str(path)!r} is not an image that can be read: {e}') from None
 
 def _image_class(learn):
@@ -207,6 +228,7 @@ def _image_class(learn):
 def _as_image(learn, item):
     "One item as `test_dl` takes it: a checked path, or a new image of the learner's class (the user's own is never changed)"
     if isinstance(item, (str, Path)):
+        if str(item)=='': raise ValueError('the path is empty: pass the file to explain')
         path = Path(item).expanduser()
         _check_file(path)
         return path
@@ -244,7 +266,7 @@ def _source(learn, item, max_n=None):
             n += len(batches[-1][0])
             if max_n and n >= max_n: break
         return _batch_source(learn, batches, len(batches[0]) > 1, list(range(n)))
-    items = list(item) if is_listy(item) else [item]
+    items = list(item) if isinstance(item, (list, tuple, L, range)) else [item]
     if not items: raise ValueError('the list of items is empty: pass at least one path, image or index')
     is_index = [isinstance(one, Integral) and not isinstance(one, bool) for one in items]
     n_valid = len(learn.dls.valid_ds)
@@ -258,6 +280,8 @@ def _source(learn, item, max_n=None):
     if any(map(_is_input, items)):
         if not all(map(_is_input, items)): raise TypeError('float tensors are model inputs and cannot be mixed with files, images or indices in one list: ask for them separately')
         x = _as_batches(learn, items)[:max_n]
+        normalizes = any(isinstance(tfm, Normalize) for tfm in getattr(getattr(valid, 'after_batch', None), 'fs', []))
+        if normalizes and x.min() >= 0 and x.max() <= 1: warnings.warn('a float tensor is taken as a model input that is normalised already, and these values, all in 0 to 1, look like an image that is not: pass an array or (x*255).byte() to have it transformed')
         bs = getattr(valid, 'bs', None) or getattr(valid, 'batch_size', None) or len(x)
         return _batch_source(learn, [(x[i:i+bs],) for i in range(0, len(x), bs)], False, list(x))
     if not _is_fastai_data(learn): raise TypeError(f"this learner's data ({type(learn.dls.valid_ds).__name__}) has no transforms that turn a file or an image into an input: pass a float tensor, as its DataLoader gives it")
@@ -326,7 +350,7 @@ def show_cam(self:Learner,
     cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these (one column each); `None`: the predicted class
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these (one column each)
     layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `None`: the last layer that still has space
-    max_n:int=9, # At most this many items
+    max_n:int|None=9, # At most this many items; `None`: all
     nrows:int|None=None, # Rows of the grid
     ncols:int|None=None, # Columns of the grid
     figsize:tuple|None=None, # Size of the figure in inches
@@ -334,7 +358,10 @@ def show_cam(self:Learner,
     **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `alpha`, `cmap`, `interpolation`, `signed`, `title`, `save`, …
 ) -> None:
     "Show what the model looked at: `item`, decoded, with its class activation map over it"
-    check_style(**{key:val for key,val in kwargs.items() if key in ('alpha', 'cmap', 'interpolation')})
+    check_learner(self)
+    check_style(max_n=max_n, nrows=nrows, ncols=ncols, figsize=figsize, ax=ax, **kwargs)
+    columns = len(_target(self, cls))*len(as_methods(method))
+    if columns > 100: raise ValueError(f'{columns} maps of every item cannot be read in one picture: name the classes to show, or take the maps from get_cams')
     self.get_cams(item, cls, method, layer, max_n).show(max_n, nrows, ncols, figsize, ax, **kwargs)
 
 # %% ../nbs/04_learner.ipynb #2bf37cdb

@@ -60,7 +60,7 @@ def as_method(
     "The method that `method` means; `ValueError` with the known ones if it means none"
     if isinstance(method, str):
         if method in METHODS: return METHODS[method]
-        close = get_close_matches(method, METHODS, n=1, cutoff=.5)
+        close = get_close_matches(method.lower(), METHODS, n=1, cutoff=.5)
         raise ValueError(f'no method is named {method!r}: ' + (f'did you mean {close[0]!r}? ' if close else '') + f'The methods are {", ".join(map(repr, METHODS))}')
     if callable(method): return method
     raise TypeError(f'a method is a name (one of {", ".join(map(repr, METHODS))}) or a function of (cap, score), not {type(method).__name__}')

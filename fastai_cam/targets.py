@@ -16,7 +16,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 from fastcore.basics import store_attr
-from fastcore.xtras import is_listy
+from fastcore.foundation import L
 
 # %% ../nbs/01_targets.ipynb #d1f7333d
 def as_logits(
@@ -138,11 +138,13 @@ def as_target(
     if isinstance(cls, str): return _named(cls, vocab, n_classes)
     if isinstance(cls, Tensor) and cls.dim()==0 or hasattr(cls, 'item') and not getattr(cls, 'shape', True): cls = cls.item()
     n = len(vocab) if vocab is not None else n_classes
+    for index,known in enumerate(vocab if isinstance(cls, (bool, int, float)) and vocab is not None else []): # classes that are called 1, 2, 3 or True
+        if type(known) is type(cls) and known==cls: return ClassIndex(index, str(known))
     if isinstance(cls, Integral) and not isinstance(cls, bool):
         if cls < 0 or (n is not None and cls >= n):
             raise ValueError(f'class {cls} does not exist: ' + (f'the classes are 0 to {n-1}' if n is not None else 'indices start at 0'))
         return ClassIndex(int(cls), None if vocab is None else str(vocab[int(cls)]))
-    if is_listy(cls):
+    if isinstance(cls, (list, tuple, L, range)):
         if len(cls)==0: raise ValueError('the list of classes is empty: name at least one, or leave cls=None for the predicted class')
         return Several([as_target(one, vocab, n_classes) for one in cls])
     if callable(cls): return Score(cls)
@@ -156,6 +158,7 @@ def _named(name, vocab, n_classes):
         if not names and n_classes is None: raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
         return AllClasses(names or range(n_classes))
     if not names: raise ValueError(f'there is no vocab to look up class {name!r} in: give its index instead')
-    close = get_close_matches(name, names, n=3) or [known for known in names if name.lower() in known.lower()][:3]
+    lower = {known.lower(): known for known in names}
+    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)] or [known for known in names if name.lower() in known.lower()][:3]
     hint = f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {", ".join(map(repr, names[:10]))}' + (f', … ({len(names)} in all)' if len(names) > 10 else '')
     raise ValueError(f'no class is named {name!r}: {hint}')
