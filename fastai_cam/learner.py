@@ -236,7 +236,7 @@ def _as_image(learn, item):
         try:
             item = Image.open(io.BytesIO(item))
             item.load()
-        except (UnidentifiedImageError, OSError, SyntaxError): raise ValueError(f'the {len(item) if isinstance(item, bytes) else ""} bytes given are not an image: pass the content of an image file') from None
+        except (UnidentifiedImageError, OSError, SyntaxError): raise ValueError('the bytes given are not an image that can be read: pass the whole content of an image file') from None
     elif isinstance(item, (np.ndarray, Tensor)): item = Image.fromarray(_pixels(item))
     cls = _image_class(learn)
     return cls(item.convert(cls._open_args.get('mode', 'RGB')))
