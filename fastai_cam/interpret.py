@@ -12,17 +12,14 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-import torch
 from torch import Tensor
-from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from .probe import resolve_layers
 from .methods import as_methods
-from .learner import check_learner, class_names, learner_as_found
-from .learner import _dl_source, _target
+from .learner import _dl_source, _target, check_learner, class_names, learner_as_found
 from .maps import CAMs, check_style
 
 # %% ../nbs/05_interpret.ipynb #b859df07

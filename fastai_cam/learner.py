@@ -11,7 +11,6 @@ __all__ = ['class_names', 'CAMCallback', 'learner_as_found', 'check_learner', 'c
 import io, warnings
 from contextlib import contextmanager
 from copy import copy
-from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -186,11 +185,9 @@ def _dl_source(learn, dl, idxs=None, max_n=None, items=None):
 
 def _batch_source(learn, batches, labelled, items):
     "Batches of model inputs"
-    dl = learn.dls.valid
-    def fetch(positions):
-        x = torch.cat([batch[0] for batch in batches])
-        return _decode(dl, (x[positions],))
-    return _Source(batches, labelled, Images(fetch, range(sum(len(batch[0]) for batch in batches))), items)
+    dl,inputs = learn.dls.valid,[x for batch in batches for x in batch[0]]
+    def fetch(positions): return _decode(dl, (torch.stack([inputs[i] for i in positions]),))
+    return _Source(batches, labelled, Images(fetch, range(len(inputs))), items)
 
 def _check_finite(x, what):
     finite = torch.isfinite(x).all() if isinstance(x, Tensor) else np.isfinite(x).all()
@@ -214,7 +211,8 @@ def _pixels(array):
     return np.uint8(array*255 if array.dtype==bool else array.round())
 
 def _check_file(path):
-    if not path.exists(): raise FileNotFoundError(f'there is no file {str(path)!r}: check the path (it is relative to {str(Path.cwd())!r})' if not path.is_absolute() else f'there is no file {str(path)!r}: check the path')
+    where = '' if path.is_absolute() else f' (it is relative to {str(Path.cwd())!r})'
+    if not path.exists(): raise FileNotFoundError(f'there is no file {str(path)!r}: check the path{where}')
     if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder: pass its files, e.g. get_image_files({str(path)!r})')
     try:
         with Image.open(path) as image: image.load() # all of it: a file that was cut off is found here, and named

@@ -96,6 +96,9 @@ def check_style(
     axes = kwargs['ax'] if kwargs.get('ax') is not None else kwargs.get('ctx')
     if axes is not None and not all(isinstance(one, Axes) for one in np.ravel(np.array(axes, dtype=object))): raise TypeError(f'ax is a matplotlib Axes or a list of these, not {type(axes).__name__}')
 
+def _save(fig, file):
+    if file is not None: fig.savefig(Path(file).expanduser(), dpi=150, bbox_inches='tight')
+
 class CAMMap:
     "One map and the image it explains; it shows itself over it"
     def __init__(self,
@@ -148,7 +151,7 @@ class CAMMap:
             ax.imshow(values.numpy(), interpolation=interpolation, extent=(-.5, w-.5, h-.5, -.5), vmin=-1 if signed else 0, vmax=1, **{**style, **kwargs})
         ax.set_title(textwrap.fill(self.title if title is None else title, 34), fontsize=9)
         ax.axis('off')
-        if save is not None: ax.figure.savefig(Path(save).expanduser(), dpi=150, bbox_inches='tight')
+        _save(ax.figure, save)
         return ax
 
     def _silence(self, signed):
@@ -243,6 +246,8 @@ class CAMs:
     def _name(self, c, width=1000):
         name = str(self.vocab[int(c)]) if self.vocab is not None else f'class {int(c)}'
         return name if len(name) <= width else name[:width-1] + '…'
+    def _class(self, i, k): # -1 where map `k` of item `i` is no class's
+        return -1 if self.classes is None else int(self.classes[i] if self.classes.dim()==1 else self.classes[i,k])
     def _has_class_targs(self): return isinstance(self.targs, Tensor) and self.targs.dim()==1 and not self.targs.is_floating_point()
     def _predicted(self, i): # where the outputs are probabilities of which one class is meant
         if not isinstance(self.preds, Tensor) or self.preds.dim()!=2 or abs(self.preds[i].sum().item() - 1) > 1e-2: return None
@@ -273,7 +278,7 @@ class CAMs:
         "What map `k` of item `i` explains: the class and its probability"
         label = self.labels[k] if self.labels else ''
         method,_,asked = label.rpartition(': ')
-        c = -1 if self.classes is None else int(self.classes[i] if self.classes.dim()==1 else self.classes[i,k])
+        c = self._class(i, k)
         if c >= 0:
             asked = self._name(c, width)
             if isinstance(self.preds, Tensor) and self._predicted(i) is not None and c < self.preds.shape[1]: asked += f' {self.preds[i,c].item():.2f}'
@@ -282,8 +287,7 @@ class CAMs:
     def title(self, i:int, k:int=0) -> str:
         "Title of map `k` of item `i` when it is shown by itself"
         item,asked = self.item_title(i),self.question(i, k)
-        c = None if self.classes is None else int(self.classes[i] if self.classes.dim()==1 else self.classes[i,k])
-        if self.n_questions==1 and c==self._predicted(i) and item: return item
+        if self.n_questions==1 and item and self._class(i, k)==self._predicted(i): return item
         return f'{item} · map: {asked}' if item and asked else item or asked
 
     # -- drawing
@@ -321,7 +325,7 @@ class CAMs:
         if ax is None:
             title = self.legend(loss) if title is None and n > 1 else title
             if title: fig.suptitle(title, weight='bold', size=12)
-        if save is not None: fig.savefig(Path(save).expanduser(), dpi=150, bbox_inches='tight')
+        _save(fig, save)
         return axs[:n*k]
 
     def _panel_title(self, i, j, loss):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from fastcore.xtras import is_listy
-from .probe import Capture
+from .probe import Capture, _wide
 
 # %% ../nbs/02_methods.ipynb #196424ec
 def weighted_sum(
@@ -23,7 +23,7 @@ def weighted_sum(
     weights:Tensor # One weight per channel, `[B, C]`, or for each of K scores, `[B, K, C]`
 ) -> Tensor: # `[B, *space]` or `[B, K, *space]`
     "Sum of the channels of `acts`, each times its weight: the einsum at the heart of every CAM"
-    if acts.dtype in (torch.float16, torch.bfloat16): acts = acts.float() # hundreds of channels add up: half precision would lose the small ones
+    acts = _wide(acts) # hundreds of channels add up: half precision would lose the small ones
     maps = torch.einsum('b...c,bcp->b...p', weights.to(acts.dtype), acts.flatten(2))
     return maps.unflatten(-1, acts.shape[2:])
 

@@ -15,7 +15,6 @@ from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
-from fastcore.basics import store_attr
 from fastcore.foundation import L
 
 # %% ../nbs/01_targets.ipynb #d1f7333d
