@@ -25,6 +25,7 @@ from fastcore.foundation import L
 from fastcore.imports import noop
 from fastcore.meta import delegates
 from fastcore.xtras import is_listy
+from fastprogress.fastprogress import progress_bar
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
@@ -36,7 +37,7 @@ from fastai.vision.core import PILBase, PILImage
 from fastai.vision.learner import create_head, vision_learner
 from .probe import Probe, as_found, resolve_layers
 from .targets import Actual, AllClasses, Predicted, Score, Several, as_target
-from .methods import METHODS, as_methods, method_name
+from .methods import METHODS, as_methods, enlarge, method_name
 from .maps import CAMs, Images, check_style
 
 # %% ../nbs/04_learner.ipynb #493b9109
@@ -57,12 +58,16 @@ def _task(learn):
 def _target(learn, cls):
     "The target that `cls` means for this learner; `ValueError` where the task has no such thing"
     target = as_target(cls, class_names(learn.dls), getattr(learn.dls, 'c', None))
-    parts,task = getattr(target, 'targets', [target]),_task(learn)
+    parts,task = target.parts,_task(learn)
     if task=='labels' and any(isinstance(part, (Predicted, Actual)) for part in parts):
         raise ValueError("this learner gives several labels at once, so there is no one predicted or actual class: name the label to explain, e.g. cls='...', or several in a list")
     if task=='values' and not all(isinstance(part, Score) for part in parts):
         raise ValueError('this learner predicts values, not classes: pass the value to explain as a function of the output, e.g. cls=lambda out: out[:,0]')
     return target
+
+def _bar_of_long_work(steps):
+    "Methods that run the model many times for one batch show how far they are"
+    return progress_bar(steps, leave=False) if len(steps) > 8 else steps
 
 class CAMCallback(Callback):
     "Make a map of every item that passes through fastai's validation loop, in the same forward pass as its prediction and loss"
@@ -101,13 +106,10 @@ class CAMCallback(Callback):
         self.learn.pred = to_detach(self.learn.pred, cpu=False, gather=False)
         y = self.yb[0] if len(self.yb) else None
         score = cap.score(self.target, y)
-        maps = []
-        for method in self.methods:
-            m = method(cap, score)
-            if m.dim() < 4 or m.shape[:2] != score.shape:
-                raise ValueError(f'method {method_name(method)!r} returned maps of shape {list(m.shape)} for scores of shape {list(score.shape)}: for [B, K] scores a method returns [B, K, h, w]')
-            maps.append(m.detach().cpu())
-        self.found_maps.append(torch.cat(maps, dim=1))
+        if any(isinstance(cb, ProgressCallback) for cb in self.learn.cbs): cap.bar = _bar_of_long_work
+        maps = [method(cap, score).detach().cpu() for method in self.methods]
+        finest = max((m.shape[2:] for m in maps), key=lambda size: size.numel())
+        self.found_maps.append(torch.cat([enlarge(m, finest) for m in maps], dim=1)) # fullgrad beside gradcam: maps of one size
         self.found_classes.append(self.target.classes(cap.out, y).detach().cpu().repeat(1, len(self.methods)))
 
     def _put_together(self):
