@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test config notebooks readme clean
+.PHONY: setup demo test bench config notebooks readme clean
 
 setup: $(STAMP)
 
@@ -26,8 +26,12 @@ demo: $(STAMP)           ## explain the mistakes of a real ImageNet model on rea
 test: $(STAMP)           ## every test, and every notebook as a test
 	$(BIN)/python -m pytest tests
 
+bench: $(STAMP)          ## time and memory beside other libraries (about a quarter of an hour on a quiet machine): nbs/benchmarks.ipynb
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -W ignore tests/bench/bench.py
+
 config: $(STAMP)         ## settings.ini -> pyproject.toml
-	$(BIN)/nbdev-migrate-config
+	$(BIN)/python tests/config.py
 
 notebooks: $(STAMP)      ## run every notebook from the top, keep its outputs
 	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 nbs/*.ipynb

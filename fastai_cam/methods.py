@@ -98,8 +98,7 @@ def _checked(func, grad):
         if maps.dim() < 4 or maps.shape[:2] != columns.shape:
             raise ValueError(f'method {method_name(func)!r} returned maps of shape {list(maps.shape)} for scores of shape {list(columns.shape)}: for [B, K] scores a method returns [B, K, h, w]')
         return maps[:,0] if isinstance(score, Tensor) and score.dim()==1 else maps
-    if not hasattr(func, '__name__'): method.__name__ = type(func).__name__
-    method.needs_grad = grad
+    method.__name__,method.needs_grad = method_name(func),grad
     return method
 
 def cam_method(
@@ -128,7 +127,7 @@ def as_method(
         found = _look_up(name, METHODS, 'method')
         for wrapper in wrappers: found = _wrap(_look_up(wrapper, WRAPPERS, 'wrapper'), found)
         return found
-    if callable(method): return method if hasattr(method, 'needs_grad') else _checked(method, True)
+    if callable(method): return method if hasattr(method, 'needs_grad') else _checked(method, getattr(getattr(method, 'func', None), 'needs_grad', True))
     raise TypeError(f'a method is a name (one of {", ".join(map(repr, METHODS))}) or a function of (cap, score), not {type(method).__name__}')
 
 def _look_up(name, table, kind):
@@ -152,7 +151,8 @@ def as_methods(
 def method_name(
     method:Callable # A CAM method
 ) -> str:
-    "The name to show for `method`"
+    "The name to show for `method`, with the options of a `partial`"
+    if isinstance(method, partial): return f'{method_name(method.func)}({", ".join(f"{key}={value!r}" for key,value in method.keywords.items())})'
     return getattr(method, '__name__', type(method).__name__)
 
 # %% ../nbs/02_methods.ipynb #ed210b29
@@ -233,11 +233,12 @@ def xgradcam(
     score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed; it adds up to the sum of activation × gradient
-    r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active. Channels that add up to 0 have no weight.
+    r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active. Channels that add up to 0 (as far
+    as their rounding errors tell) have no weight.
     Costs what Grad-CAM costs. Fu et al. 2020, equation 8, https://arxiv.org/abs/2008.02312"""
     def weigh(acts, grads):
-        total = acts.sum(-1, keepdim=True)
-        return torch.where(total != 0, (grads*acts).sum(-1, keepdim=True)/total, 0)
+        total,rounding = acts.sum(-1, keepdim=True),acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
+        return torch.where(total.abs() > rounding, (grads*acts).sum(-1, keepdim=True)/total, 0)
     return per_layer(cap, score, weigh, reduce)
 
 @cam_method
@@ -323,7 +324,7 @@ def kpca_cam(
     gamma:float|None=None # Scale of the kernel; `None`: 1/number of channels
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, of mean 0
     r"""First *kernel* principal component of the activations over the places (sigmoid: $\tanh(\gamma x\cdot y + 1)$). The class plays no part.
-    Costs an eigendecomposition of HW×HW. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
+    The mean is taken off first. Costs an eigendecomposition of HW×HW. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
     kernels = dict(sigmoid=lambda x, g: (g*x @ x.mT + 1).tanh(), rbf=lambda x, g: (-g*torch.cdist(x, x)**2).exp(), cosine=lambda x, g: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT, linear=lambda x, g: x @ x.mT)
     if kernel not in kernels: raise ValueError(f'kernel is one of {", ".join(map(repr, kernels))}, not {kernel!r}')
     def one_layer(act):
@@ -344,10 +345,14 @@ def fem(
     k:float=2., # How many standard deviations above its mean a channel has to be to count as firing
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
-    r"""$\sum_k w_k A^k$ with $w_k$ the share of places where $A^k > \mu_k + k\sigma_k$: channels that fire somewhere and not everywhere. The class plays no part.
-    Costs nothing beyond the forward pass. Fuad et al. 2020, https://hal.science/hal-02963298"""
-    def weigh(acts): return (acts > acts.mean(-1, keepdim=True) + k*acts.std(-1, correction=0, keepdim=True)).to(acts.dtype).mean(-1, keepdim=True)
-    return per_layer(cap, score, weigh, reduce, grads=False)
+    r"""$\sum_k \mu_k [A^k \ge \mu_k + k\sigma_k]$: where channels fire, each worth its mean. The class plays no part. Costs nothing beyond the forward pass.
+    Fuad et al. 2020, https://hal.science/hal-02963298 (pytorch-grad-cam instead weighs $A^k$ by the share of places that fire)"""
+    def one_layer(act):
+        act,space = _wide(act),tuple(range(2, act.dim()))
+        mean,spread = act.mean(space, keepdim=True),act.std(space, correction=0, keepdim=True)
+        fires = (act >= mean + k*spread) & (spread > 0)
+        return reduce(fires.to(act.dtype), mean[:,None])
+    return _expand(fuse_layers([one_layer(act) for act in cap.acts], n_space=cap.acts[0].dim() - 2), score)
 
 # %% ../nbs/02_methods.ipynb #8e08ee8f
 @cam_method(grad=False)
@@ -377,7 +382,7 @@ def ablationcam(
 def reciprocam(
     cap:Capture, # Pass that ran with or without autograd
     score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
-    gaussian:bool=True, # Keep the neighbours too, with weights ½ (beside) and ¼ (at the corners) of the place's own, as the paper does?
+    gaussian:bool=True, # Keep a place at ¼, those beside it at ⅛, those at its corners at 1/16, as the paper does? Otherwise the place itself, whole
     bs:int=64 # How many variants to run at once
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
     r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept. Needs no gradients.
@@ -408,7 +413,7 @@ def _score_weights(cap, score, acts, changes, bs, top):
     image,ask,size = cap.image,cap.question(score),cap.image.shape[2:]
     acts = _wide(acts)
     varies = acts.flatten(2).amax(-1) > acts.flatten(2).amin(-1) # [B, C]
-    run = varies if top is None else varies & _foremost(cap, score, acts, top)
+    run = varies if top is None else varies & _most_active(acts, top)
     cap.prepare(int(run.sum())*len(changes))
     found = score.detach().new_zeros(*score.shape, acts.shape[1], dtype=acts.dtype)
     for rows in cap.bar(run.nonzero().split(bs)):
@@ -423,14 +428,14 @@ def _score_weights(cap, score, acts, changes, bs, top):
     for item in (~varies).any(1).nonzero()[:,0]: # they light nothing: black, all of them
         black = torch.zeros_like(image[item,None])
         found[item,:,~varies[item]] = _wide(torch.stack([ask.of(item[None])(cap.outputs(change(black[:,0], item[None], item[None])[:,None]*image[item,None], item[None])) for change in changes]).mean(0)).T
-    if top is not None: found = torch.where((varies & ~run)[:,None], found.masked_fill(~run[:,None], torch.inf).amin(-1, keepdim=True), found)
+    if top is not None: found = found.masked_fill((varies & ~run)[:,None], -torch.inf) # no weight
     return found.softmax(-1)
 
-def _foremost(cap, score, acts, top):
-    "Which `top` channels would contribute most to the map, `[B, C]`"
-    if not 1 <= top: raise ValueError(f'top={top} leaves no channel to run: give at least 1')
-    share = acts.flatten(2).std(-1)
-    return torch.zeros_like(share, dtype=torch.bool).scatter(1, share.topk(min(top, share.shape[1])).indices, True)
+def _most_active(acts, top):
+    "Which `top` channels are most active in each item, `[B, C]`"
+    if top < 1: raise ValueError(f'top={top} leaves no channel to run: give at least 1')
+    strength = acts.abs().flatten(2).mean(-1)
+    return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(min(top, strength.shape[1])).indices, True)
 
 def _lit(cap, score, changes, reduce, bs, top):
     maps = [reduce(acts, _score_weights(cap, score, acts, changes, bs, top)[(...,) + (None,)*(acts.dim() - 2)]) for acts in cap.acts]
@@ -492,7 +497,7 @@ def fullgrad(
     score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
 ) -> Tensor: # `[B, H, W]` or `[B, K, H, W]` at the resolution of the image, never negative
     r"""$\psi(\nabla_x s \circ x) + \sum_l\sum_c \psi(\nabla_{b_c} s\, b_c)$ over every convolution and batch norm, $\psi$ = absolute value, stretched to 0–1, enlarged.
-    The layer plays no part. Costs a forward and a backward pass of the whole network, and its memory. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
+    Each channel is stretched by itself, as the equation has it. The layer plays no part. Costs a forward and a backward pass of the whole network, and its memory. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
     layers = cap.bias_layers()
     whole,image = cap.again(layers=[module for _,module in layers] or None, from_input=True),cap.image
     asked,n_space,biases = whole.score(cap.question(score)),image.dim() - 2,[effective_bias(module) for _,module in layers]
@@ -566,7 +571,7 @@ def tta(
     method:Callable, # Any method
     factors:Sequence[float]=(.9, 1., 1.1), # Brightness of the copies (of the normalised image)
     flip:bool=True, # Mirror them too?
-    bs:int=64 # How many images to run at once
+    bs:int=16 # How many images to run at once
 ) -> Callable: # A method
     "Mean of the maps of flipped and brightened copies of the image, each flipped back; all copies in one batch, and the class is the image's own"
     def smoothed(cap, score):
@@ -586,7 +591,7 @@ def tta(
 def pca(
     method:Callable # Any method
 ) -> Callable: # A method
-    "First principal component of the channels as `method` weighs them; for a method that has no weights for channels, of the activations times its map"
+    "First principal component of the channels as `method` weighs them; for a method that has no weights for channels, of the activations times its map (averaged to their grid)"
     if 'reduce' in inspect.signature(method).parameters: return lambda cap, score: method(cap, score, reduce=principal_component)
     def smoothed(cap, score):
         maps,n_space = method(cap, score),cap.acts[0].dim() - 2
@@ -609,17 +614,24 @@ def smooth_gradcam_pp(
     $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Costs n forward and backward passes. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
     image,random = cap.image,torch.Generator().manual_seed(seed)
     spread = sigma*(image.flatten(1).amax(-1) - image.flatten(1).amin(-1))[(...,) + (None,)*(image.dim() - 1)]
-    sums = [0]*len(cap.acts)
+    peaks,sums = None,[0]*len(cap.acts)
     for _ in cap.bar(range(n)):
         noise = torch.randn(image.shape[1:], generator=random).to(image)
         new,asked = _with_question(cap.again(image + spread*noise), cap, score)
-        sums = [total + torch.stack([grad, grad**2, grad**3]) for total,grad in zip(sums, new.grads(asked))]
-    def one_layer(act, total):
+        if peaks is None: peaks = [_peak(grad) for grad in new.grads(asked)] # third powers of small gradients would vanish
+        unit = [grad/peak for grad,peak in zip(new.grads(asked), peaks)]
+        sums = [total + torch.stack([grad, grad**2, grad**3]) for total,grad in zip(sums, unit)]
+    def one_layer(act, total, peak):
         first,second,third = (total/n).flatten(4)
-        whole = _wide(act).flatten(2).sum(-1)[:,None,:,None]
-        weights = torch.where(first > 0, first*second/(2*second + whole*third), 0).sum(-1)
+        whole,peak = _wide(act).flatten(2).sum(-1)[:,None,:,None],peak.flatten(3)
+        weights = peak[...,0]*torch.where(first > 0, first*second/(2*second + peak*whole*third), 0).sum(-1)
         return reduce(act, weights[(...,) + (None,)*(act.dim() - 2)])
-    return fuse_layers([one_layer(act, total) for act,total in zip(cap.acts, sums)], n_space=cap.acts[0].dim() - 2)
+    return fuse_layers([one_layer(*layer) for layer in zip(cap.acts, sums, peaks)], n_space=cap.acts[0].dim() - 2)
+
+def _peak(grads):
+    "Largest magnitude of each item's and score's gradients; 1 where there is none"
+    peak = grads.abs().flatten(2).amax(-1)[(...,) + (None,)*(grads.dim() - 2)]
+    return torch.where(peak > 0, peak, 1)
 
 # %% ../nbs/02_methods.ipynb #61b8dae1
 @cam_method(grad=False)
@@ -637,5 +649,5 @@ def random_map(
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, uniform in 0 to 1
     "Noise that depends on the image's content and on nothing else (no random state is touched): a baseline for measures, not an explanation"
     seeds = [zlib.crc32(_wide(image).cpu().numpy().tobytes()) for image in cap.image]
-    size = (score.shape[1], *cap.acts[-1].shape[2:])
-    return torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(score.device)
+    maps = [torch.rand(cap.acts[-1].shape[2:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return _expand(torch.stack(maps)[:,None].to(score.device), score)

@@ -9,7 +9,7 @@ from torchvision.models import resnet18
 
 from fastai_cam.demo import efficientnet_lite0, imagenet_dls
 from fastai_cam.maps import normalize, upsample
-from fastai_cam.methods import gradcam
+from fastai_cam.methods import METHODS, gradcam
 from fastai_cam.probe import Probe
 
 
@@ -62,3 +62,92 @@ def test_the_peer_would_catch_a_wrong_map():
         cap = p(x)
         wrong = gradcam(cap, cap.out[range(2), [22, 609]])
     assert (upsample(normalize(wrong), x.shape[-2:]) - large).abs().max() > .1
+
+
+# -- the other methods, on a small network with a tail that is not linear
+
+@pytest.fixture
+def small(seeded):
+    "A body that ends in a ReLU at the images' own resolution, so that nobody's enlarging comes in; a curved head; batch norm statistics that matter"
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))).eval()
+    body[1].running_mean.uniform_(-.5, .5); body[1].running_var.uniform_(.5, 2); body[1].bias.data.uniform_(-.5, .5)
+    model[1][-1].bias.data += 3. # positive scores: pytorch-grad-cam's AblationCAM divides by them
+    return model
+
+
+def their_maps(model, name, x, target=3):
+    "pytorch-grad-cam's maps before it cuts, scales and enlarges them"
+    import pytorch_grad_cam
+    kept = []
+    with getattr(pytorch_grad_cam, name)(model=model, target_layers=[model[0]]) as peer:
+        own = peer.get_cam_image
+        def keep(*args, **kwargs): kept.append(own(*args, **kwargs)); return kept[-1]
+        peer.get_cam_image = keep
+        peer(input_tensor=x, targets=[ClassifierOutputTarget(target)]*len(x))
+    return torch.as_tensor(np.asarray(kept[0]))
+
+
+def our_maps(model, name, x, target=3, layer=None):
+    with Probe(model, layer) as p:
+        cap = p(x)
+        return METHODS[name](cap, cap.score(lambda out: out[:, target]))
+
+
+SAME = dict(hirescam='HiResCAM', layercam='LayerCAM', xgradcam='XGradCAM', elementwise='GradCAMElementWise', shapleycam='ShapleyCAM', scorecam='ScoreCAM')
+UP_TO_SIGN = dict(eigencam='EigenCAM', eigengradcam='EigenGradCAM', kpca_cam='KPCA_CAM')
+
+
+@pytest.mark.parametrize('name', [*SAME, *UP_TO_SIGN, 'ablationcam', 'gradcam'])
+def test_small_net_equals_pytorch_grad_cam(small, name):
+    x = torch.randn(3, 3, 12, 10)
+    theirs = their_maps(small, {**SAME, **UP_TO_SIGN, 'ablationcam': 'AblationCAM', 'gradcam': 'GradCAM'}[name], x)
+    ours = our_maps(small, name, x)
+    if name in UP_TO_SIGN: # their sign is that of the linear algebra library
+        theirs = theirs*(theirs*ours).sum((1, 2), keepdim=True).sign()
+    if name=='ablationcam': # the paper divides by the score; so do they
+        with torch.no_grad(): theirs = theirs*small(x)[:, 3, None, None]
+    assert ours.abs().amax((1, 2)).min() > 1e-4
+    assert (ours - theirs).abs().max() <= 1e-5*theirs.abs().max()
+
+
+def test_shapleycam_is_compared_where_it_differs_from_gradcam(small):
+    x = torch.randn(3, 3, 12, 10)
+    assert (our_maps(small, 'shapleycam', x) - our_maps(small, 'gradcam', x)).abs().max() > 1e-2*our_maps(small, 'gradcam', x).abs().max()
+
+
+def test_gradcam_pp_equals_pytorch_grad_cam_where_its_epsilon_does_not_matter(small):
+    """Equation 19 of the paper divides by 2g² + ΣA·g³; pytorch-grad-cam adds 1e-6 to it. With the layer in units in which gradients are a
+    thousand times larger (equation 19 does not depend on the units) both agree; in the network's own units only ours is still the same map."""
+    x = torch.randn(3, 3, 12, 10)
+    ours = our_maps(small, 'gradcam_pp', x)
+    class Unit(nn.Module):
+        def __init__(self, factor): super().__init__(); self.factor = factor
+        def forward(self, x): return x*self.factor
+    large = nn.Sequential(nn.Sequential(*small[0], Unit(1e-3)), nn.Sequential(Unit(1e3), *small[1])).eval()
+    theirs = their_maps(large, 'GradCAMPlusPlus', x)
+    scale = lambda maps: maps/maps.abs().amax((1, 2), keepdim=True)
+    assert (scale(ours) - scale(theirs)).abs().max() <= 1e-5
+    assert (scale(our_maps(large, 'gradcam_pp', x)) - scale(ours)).abs().max() <= 1e-5
+    assert (scale(their_maps(small, 'GradCAMPlusPlus', x)) - scale(ours)).abs().max() > 1e-4 # the epsilon at work
+
+
+def test_fullgrad_equals_pytorch_grad_cam(small):
+    import pytorch_grad_cam
+    x = torch.randn(3, 3, 12, 12)
+    large_score = lambda out: out[3]*1e4 # its 1e-7 is added to gradients of 1e-5; ours does not depend on the scale
+    with pytorch_grad_cam.FullGrad(model=small, target_layers=[]) as peer: theirs = torch.as_tensor(peer(input_tensor=x, targets=[large_score]*3))
+    assert (min_max(our_maps(small, 'fullgrad', x)) - theirs).abs().max() <= 1e-5
+
+
+def test_guided_backprop_equals_pytorch_grad_cam(small):
+    from copy import deepcopy
+    from pytorch_grad_cam import GuidedBackpropReLUModel
+    x = torch.randn(2, 3, 12, 10)
+    expected = torch.stack([torch.as_tensor(GuidedBackpropReLUModel(deepcopy(small), 'cpu')(one[None].clone(), 3)).abs().amax(-1) for one in x]) # it replaces modules
+    ours = our_maps(small, 'guided_backprop', x)
+    assert (ours - expected).abs().max() <= 1e-5*expected.abs().max()
+    with Probe(small) as p:
+        cap = p(x)
+        plain = cap.again(from_input=True)
+        assert (plain.image_grads(lambda out: out[:, 3]).abs().amax(1) - ours).abs().max() > 1e-3*ours.abs().max() # not simply the gradient

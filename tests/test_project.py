@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import config
 from readme import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +30,18 @@ def settings():
 def test_pyproject_is_what_settings_ini_says(tmp_path):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     (tmp_path/'fastai_cam').mkdir()
-    run(Path(sys.executable).parent/'nbdev-migrate-config', cwd=tmp_path)
+    config.write(tmp_path)
     assert (tmp_path/'pyproject.toml').read_text()==(ROOT/'pyproject.toml').read_text(), 'run: make config'
     import fastai_cam
     assert fastai_cam.__version__==settings()['version']
+
+
+def test_every_extra_is_in_pyproject():
+    section = (ROOT/'pyproject.toml').read_text().split('[project.optional-dependencies]\n')[1].split('\n\n')[0]
+    generated = {name: ast.literal_eval(packages) for name, _, packages in (line.partition(' = ') for line in section.splitlines())}
+    named = {key.removesuffix('_requirements') for key in settings() if key.endswith('_requirements')} - {'pip'}
+    assert set(generated)==named
+    for name in named: assert generated[name]==settings()[f'{name}_requirements'].split(), name
 
 
 def test_readme_is_what_the_index_notebook_says():

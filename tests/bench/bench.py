@@ -1,0 +1,282 @@
+"""What the methods cost, beside the plain forward pass and beside other libraries: `make bench`.
+
+Every case runs its ways in turns in one process, on the same model, inputs and layer, after checking that they give the same maps.
+Ratios are taken round by round; the table gives their median, minimum and maximum. Peak memory is taken in a process for each way.
+Named cases only: `python tests/bench/bench.py scorecam eigencam`. A full run writes its tables into nbs/benchmarks.ipynb."""
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.models import resnet18, resnet50
+
+import fastai_cam.learner # adds get_cams to Learner
+from fastai_cam.maps import normalize, upsample
+from fastai_cam.methods import METHODS, ablationcam, as_method, eigencam, fullgrad, gradcam, scorecam, tta
+from fastai_cam.probe import Probe, as_found
+from fastai_cam.targets import AllClasses, ClassIndex, Predicted
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = []
+
+
+def body_head(build, n_out=1000):
+    "A torchvision resnet as fastai builds them: `nn.Sequential(body, head)`"
+    torch.manual_seed(0)
+    net = build(num_classes=n_out)
+    return nn.Sequential(nn.Sequential(*list(net.children())[:-2]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc)).eval()
+
+
+def images(n): return torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+
+def in_turns(ways, rounds):
+    "Seconds of each way in each round, run one after the other; the first round is not counted"
+    times = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, way in ways.items():
+            start = perf_counter()
+            way()
+            if i: times[name].append(perf_counter() - start)
+    return times
+
+
+def row(case, way, required, ratios, agreement, higher=False):
+    "Add a line to the table, with what was required and whether the median keeps it"
+    middle = median(ratios)
+    kept = '' if required is None else ('yes' if (middle >= required if higher else middle <= required) else '**no**')
+    ROWS.append((case, way, '' if required is None else f'{"≥" if higher else "≤"} {required:g} ×', f'**{middle:.2f} ×**', f'{min(ratios):.2f}–{max(ratios):.2f}', kept, agreement))
+    print(' | '.join(ROWS[-1]), flush=True)
+
+
+def ratios(times, way, base): return [a/b for a, b in zip(times[way], times[base])]
+
+
+# -- ours, and theirs
+
+def plain(model, x):
+    with as_found(model), torch.no_grad(): return model(x)
+
+def ours(model, x, method=gradcam, layer=None, target=None, **options):
+    "Maps of `method`, scaled to 0–1 and enlarged to the images, as the others return them"
+    with Probe(model, layer, grad=method.needs_grad) as p:
+        cap = p(x)
+        maps = method(cap, cap.score(target or ClassIndex(3)), **options)
+    return upsample(normalize(maps), x.shape[-2:])[:, 0]
+
+def ours_raw(model, x, method=gradcam, layer=None, target=None, **options):
+    "Maps of `method` as the library keeps them: signed, at the resolution of the layer"
+    with Probe(model, layer, grad=method.needs_grad) as p:
+        cap = p(x)
+        return method(cap, cap.score(target or ClassIndex(3)), **options)
+
+def grad_cam_lib(model, x, name='GradCAM', layer=None, **call):
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    with getattr(pytorch_grad_cam, name)(model=model, target_layers=[] if name=='FullGrad' else [model.get_submodule(layer or '0')]) as peer:
+        return torch.as_tensor(peer(input_tensor=x, targets=[ClassifierOutputTarget(3)]*len(x), **call))
+
+def torchcam_lib(model, x, name='GradCAM', layer=None):
+    import torchcam.methods
+    with getattr(torchcam.methods, name)(model, layer or '0') as extractor:
+        model.eval()
+        with torch.inference_mode(name=='ScoreCAM'): out = model(x)
+        maps = extractor(3, out if name=='GradCAM' else None)[0]
+    return upsample(maps.detach(), x.shape[-2:])
+
+def captum_lib(model, x):
+    from captum.attr import LayerGradCam
+    maps = LayerGradCam(model, model[0]).attribute(x, target=3).detach()[:, 0]
+    return upsample(normalize(maps), x.shape[-2:])
+
+
+def agree(ours, theirs, at_least=.999):
+    "Correlation of the maps, image by image: the smallest"
+    low = min(np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(ours.numpy(), theirs.numpy()))
+    assert low >= at_least, f'the maps do not agree: correlation {low:.4f}'
+    return f'{low:.5f}'
+
+
+# -- the cases
+
+def case_gradcam():
+    "Grad-CAM at the body beside the forward pass"
+    for build, bs, rounds in ((resnet18, 16, 15), (resnet50, 8, 11)):
+        model, x, name = body_head(build), images(bs), f'{build.__name__}, batch {bs}'
+        reference = ours(model, x)
+        found = {'pytorch-grad-cam': grad_cam_lib(model, x), 'torchcam': torchcam_lib(model, x), 'captum': captum_lib(model, x)}
+        same = {peer: agree(reference, maps) for peer, maps in found.items()}
+        times = in_turns({'forward': lambda: plain(model, x), 'ours': lambda: ours_raw(model, x), 'pytorch-grad-cam': lambda: grad_cam_lib(model, x),
+                          'torchcam': lambda: torchcam_lib(model, x), 'captum': lambda: captum_lib(model, x)}, rounds)
+        row(f'`gradcam` ÷ forward, {name}', 'fastai_cam', 1.05, ratios(times, 'ours', 'forward'), 'reference')
+        for peer in found: row(f'`gradcam` ÷ forward, {name}', peer, None, ratios(times, peer, 'forward'), same[peer])
+
+
+def case_classes():
+    "All classes in one call beside the forward pass"
+    from fastai.vision.learner import create_head
+    model, x, target = body_head(resnet18, 10), images(16), AllClasses(range(10))
+    with_fastai_head = nn.Sequential(model[0], create_head(512, 10)).eval()
+    for net, head in ((model, 'GAP + linear'), (with_fastai_head, "fastai's head")):
+        with Probe(net) as p: one_by_one = torch.cat([gradcam(cap, cap.score(ClassIndex(c))) for cap in [p(x)] for c in range(10)], 1)
+        assert torch.allclose(ours_raw(net, x, target=target), one_by_one, atol=1e-5*one_by_one.abs().max()), 'ten maps at once are not ten maps'
+        times = in_turns({'forward': lambda: plain(net, x), 'ours': lambda: ours_raw(net, x, target=target)}, 15)
+        row(f'10 classes at once ÷ forward, resnet18 with {head}, batch 16', 'fastai_cam', 1.15, ratios(times, 'ours', 'forward'), 'each class by itself')
+
+
+def case_elementwise():
+    "The other methods of activation × gradient beside Grad-CAM"
+    model, x = body_head(resnet18), images(16)
+    names = ['hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp']
+    times = in_turns({name: lambda name=name: ours_raw(model, x, METHODS[name]) for name in ['gradcam', *names]}, 15)
+    for name in names: row(f'`{name}` ÷ `gradcam`, resnet18, batch 16', 'fastai_cam', 1.05, ratios(times, name, 'gradcam'), 'in the tests')
+
+
+def case_several():
+    "Several methods in one call beside one of them, through the learner"
+    from fastai.data.core import DataLoaders, TfmdDL
+    from fastai.learner import Learner
+    samples = [(x, 0) for x in images(16)]
+    dls = DataLoaders(*[TfmdDL(samples, bs=16, num_workers=0) for _ in range(2)])
+    learn = Learner(dls, body_head(resnet18, 10), loss_func=nn.CrossEntropyLoss())
+    methods = ['gradcam', 'layercam', 'hirescam', 'xgradcam', 'elementwise', 'gradcam_pp']
+    with learn.no_bar():
+        both = learn.get_cams(method=methods).maps
+        for i, name in enumerate(methods): assert torch.allclose(both[:, i], learn.get_cams(method=name).maps, atol=1e-6*both[:, i].abs().max())
+        times = in_turns({'one': lambda: learn.get_cams(), 'six': lambda: learn.get_cams(method=methods)}, 15)
+    row('6 methods in one `learn.get_cams` ÷ one, resnet18, batch 16', 'fastai_cam', 1.10, ratios(times, 'six', 'one'), 'each method by itself')
+
+
+def case_ablationcam():
+    "Ablation-CAM at a layer inside the body"
+    model, x = body_head(resnet50), images(1)
+    for layer, required in (('0.7.2', 50), ('0.7.2.conv2', None)):
+        kept = {}
+        def run(name, way): kept[name] = way()
+        times = in_turns({'theirs': lambda: run('theirs', lambda: grad_cam_lib(model, x, 'AblationCAM', layer)), 'ours': lambda: run('ours', lambda: ours(model, x, ablationcam, layer))}, 1)
+        same = agree(kept['ours'], kept['theirs'], .99)
+        row(f'pytorch-grad-cam ÷ `ablationcam`, resnet50 at `{layer}`, 1 image', 'fastai_cam', required, ratios(times, 'theirs', 'ours'), same, higher=True)
+
+
+def case_eigencam():
+    "EigenCAM's projection, of the same activations"
+    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
+    for build, bs in ((resnet18, 16), (resnet50, 4)):
+        model, x = body_head(build), images(bs)
+        with Probe(model, grad=False) as p: cap = p(x)
+        score, acts = cap.score(ClassIndex(3)), cap.acts[0].numpy()
+        mine, theirs = eigencam(cap, score)[:, 0], torch.as_tensor(get_2d_projection(acts))
+        same = agree(mine, theirs*(mine*theirs).sum((1, 2), keepdim=True).sign()) # their sign is arbitrary
+        times = in_turns({'theirs': lambda: get_2d_projection(acts), 'ours': lambda: eigencam(cap, score)}, 5)
+        row(f'pytorch-grad-cam ÷ `eigencam` (projection), {build.__name__}, batch {bs}', 'fastai_cam', 50, ratios(times, 'theirs', 'ours'), same, higher=True)
+
+
+def case_scorecam():
+    "Score-CAM, exact, against both peers"
+    model, x = body_head(resnet18), images(2)
+    mine = ours(model, x, scorecam)
+    same = {'pytorch-grad-cam': agree(mine, grad_cam_lib(model, x, 'ScoreCAM')), 'torchcam': agree(mine, torchcam_lib(model, x, 'ScoreCAM'))}
+    times = in_turns({'forward': lambda: plain(model, x), 'ours': lambda: ours(model, x, scorecam), 'pytorch-grad-cam': lambda: grad_cam_lib(model, x, 'ScoreCAM'),
+                      'torchcam': lambda: torchcam_lib(model, x, 'ScoreCAM')}, 3)
+    for peer in same: row(f'{peer} ÷ `scorecam` (exact), resnet18, batch 2', 'fastai_cam', 1.5, ratios(times, peer, 'ours'), same[peer], higher=True)
+    row('`scorecam` (exact) ÷ forward, resnet18, batch 2', 'fastai_cam', None, ratios(times, 'ours', 'forward'), '')
+
+
+def case_pruned():
+    "Score-CAM of the most active channels beside the exact one, on photographs with real weights"
+    from fastai_cam.demo import imagenet_learner
+    learn = imagenet_learner(bs=10)
+    x = torch.cat([batch[0] for batch in learn.dls.valid]).as_subclass(torch.Tensor)
+    whole, part = ([ours_raw(learn.model, x[i:i+1], scorecam, target=Predicted(), top=top) for i in range(len(x))] for top in (None, 64))
+    found = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(whole, part)]
+    print(f'correlation over {len(x)} photographs: mean {np.mean(found):.4f}, smallest {min(found):.4f}')
+    assert np.mean(found) >= .95
+    times = in_turns({'exact': lambda: ours_raw(learn.model, x[:3], scorecam, target=Predicted()), 'top': lambda: ours_raw(learn.model, x[:3], scorecam, target=Predicted(), top=64)}, 3)
+    row('`scorecam` (exact) ÷ `scorecam(top=64)`, EfficientNet-Lite0, photographs', 'fastai_cam', 8, ratios(times, 'exact', 'top'), f'{np.mean(found):.3f} mean of {len(x)}, smallest {min(found):.3f}', higher=True)
+
+
+def case_fullgrad():
+    "FullGrad"
+    model, x = body_head(resnet18), images(8)
+    same = agree(ours(model, x, fullgrad), grad_cam_lib(model, x, 'FullGrad'), .99)
+    times = in_turns({'theirs': lambda: grad_cam_lib(model, x, 'FullGrad'), 'ours': lambda: ours(model, x, fullgrad)}, 5)
+    row('pytorch-grad-cam ÷ `fullgrad`, resnet18, batch 8', 'fastai_cam', 4, ratios(times, 'theirs', 'ours'), same, higher=True)
+
+
+def case_tta():
+    "Smoothing over augmented copies"
+    model, x, method = body_head(resnet18), images(8), as_method('gradcam+tta')
+    def as_theirs(cap, score): return upsample(normalize(gradcam(cap, score)), x.shape[-2:]) # each copy's map is cut at zero, scaled and enlarged before the mean; ours is the mean of the raw maps
+    same = agree(ours(model, x, as_method(tta(as_theirs))), grad_cam_lib(model, x, aug_smooth=True))
+    times = in_turns({'theirs': lambda: grad_cam_lib(model, x, aug_smooth=True), 'ours': lambda: ours(model, x, method), 'forward': lambda: plain(model, x)}, 7)
+    row('pytorch-grad-cam ÷ `gradcam+tta`, resnet18, batch 8', 'fastai_cam', 3, ratios(times, 'theirs', 'ours'), same, higher=True)
+
+
+MEMORY = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from bench import *
+model, x = body_head({build}), images({bs})
+with torch.no_grad(): model(x[:1])
+kilobytes = lambda key: next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(key))
+{prepare}
+before = kilobytes('VmRSS')
+{way}
+print((kilobytes('VmHWM') - before)/1024)
+"""
+
+def extra_memory(way, build='resnet50', bs=32, prepare=''):
+    "Growth of the peak resident size in MB while `way` runs in a process of its own; large tensors get a mapping each, so that it is repeatable"
+    script = MEMORY.format(folder=str(Path(__file__).parent), build=build, bs=bs, way=way, prepare=prepare)
+    return float(subprocess.run([sys.executable, '-W', 'ignore', '-c', script], capture_output=True, text=True, check=True, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '1000000'}).stdout.splitlines()[-1])
+
+def case_memory():
+    "Extra peak memory"
+    ways = {'forward': 'plain(model, x)', 'fastai_cam': 'ours_raw(model, x)', 'pytorch-grad-cam': 'grad_cam_lib(model, x)', 'torchcam': 'torchcam_lib(model, x)', 'captum': 'captum_lib(model, x)'}
+    imports = {'pytorch-grad-cam': 'import pytorch_grad_cam', 'torchcam': 'import torchcam.methods', 'captum': 'import captum.attr'}
+    found = {way: [extra_memory(code, prepare=imports.get(way, '')) for _ in range(3)] for way, code in ways.items()}
+    for way in list(ways)[1:]:
+        row('extra peak memory of `gradcam` ÷ forward\'s, resnet50, batch 32', way, 1.05 if way=='fastai_cam' else None, [mb/median(found['forward']) for mb in found[way]], f'{median(found[way]):,.0f} MB')
+    small, large = (median(extra_memory(f'ours_raw(model, x, scorecam, bs={bs}, top=64)', 'resnet18', 2) for _ in range(3)) for bs in (4, 16))
+    print(f'scorecam, two images: {small:,.0f} MB with bs=4, {large:,.0f} MB with bs=16')
+    ROWS.append(('extra peak memory of `scorecam`, resnet18, batch 2', 'fastai_cam', 'bounded by `bs`', f'{small:,.0f} MB with `bs=4`', f'{large:,.0f} MB with `bs=16`', 'yes' if small < large else '**no**', ''))
+
+
+CASES = {name.removeprefix('case_'): case for name, case in list(globals().items()) if name.startswith('case_')}
+
+
+def machine():
+    "What the figures were measured on"
+    cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), platform.processor())
+    libraries = ', '.join(f'{name} {version(name)}' for name in ('torch', 'torchvision', 'fastai', 'grad-cam', 'torchcam', 'captum'))
+    return f'{cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}; {libraries}.'
+
+
+def write():
+    "Put the table into the notebook"
+    file = ROOT/'nbs'/'benchmarks.ipynb'
+    notebook = json.loads(file.read_text())
+    table = '| case | of | required | median | least–most | kept | agreement (correlation) |\n|---|---|---|---|---|---|---|\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in ROWS)
+    cell = next(cell for cell in notebook['cells'] if cell['id']=='results')
+    cell['source'] = f'## Results\n\n{machine()}\n\n{table}'.splitlines(keepends=True)
+    file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
+
+
+if __name__=='__main__':
+    warnings.simplefilter('ignore')
+    wrong = set(sys.argv[1:]) - set(CASES)
+    if wrong: sys.exit(f'no case is named {", ".join(sorted(wrong))}: the cases are {", ".join(CASES)}')
+    for name in sys.argv[1:] or CASES:
+        print(f'# {name}: {inspect.getdoc(CASES[name])}', flush=True)
+        CASES[name]()
+    if not sys.argv[1:]: write()
