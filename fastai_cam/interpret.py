@@ -17,7 +17,7 @@ from fastcore.xtras import is_listy
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from .probe import resolve_layers
+from .probe import check_layers
 from .methods import as_methods
 from .learner import _dl_source, _target, check_learner, class_names, learner_as_found
 from .maps import CAMs, check_style
@@ -38,7 +38,7 @@ class CAMInterpretation(ClassificationInterpretation):
         check_learner(learn)
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
         as_methods(method)
-        if layer is not None: resolve_layers(learn.model, layer)
+        check_layers(learn.model, layer)
         if class_names(learn.dls) is None: raise ValueError('an interpretation needs classes, and the data of this learner has no vocab: use learn.get_cams, which does not')
         _target(learn, 'predicted') # no plot of a task that has no predicted class
         with learner_as_found(learn):

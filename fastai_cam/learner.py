@@ -35,7 +35,7 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_random_states, set_random_states, to_detach
 from fastai.vision.core import PILBase, PILImage
 from fastai.vision.learner import create_head, vision_learner
-from .probe import Probe, as_found, resolve_layers
+from .probe import Probe, as_found, check_layers
 from .targets import Actual, AllClasses, Predicted, Score, Several, as_target
 from .methods import METHODS, as_methods, enlarge, method_name
 from .maps import CAMs, Images, check_style
@@ -318,14 +318,14 @@ def get_cams(self:Learner,
     item:Any=None, # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
     cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these; `None`: the predicted class
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these
-    layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `None`: the last layer that still has space
+    layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `'every stage'`; `None`: the last layer that still has space
     max_n:int|None=None # At most this many items
 ) -> CAMs: # `.maps` is `[n, h, w]`, or `[n, K, h, w]` if a list of classes or methods was asked for
     "Class activation maps of `item`, in the order given, with predictions, and labels and losses where there are labels"
     check_learner(self)
     if max_n is not None and max_n < 1: raise ValueError(f'max_n={max_n} leaves nothing to explain: give at least 1')
     target,_ = _target(self, cls),as_methods(method)
-    if layer is not None: resolve_layers(self.model, layer)
+    check_layers(self.model, layer)
     if isinstance(item, _Source): source = item
     else:
         with learner_as_found(self): source = _source(self, item, max_n)
@@ -349,7 +349,7 @@ def show_cam(self:Learner,
     item:Any=None, # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
     cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these (one column each); `None`: the predicted class
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these (one column each)
-    layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `None`: the last layer that still has space
+    layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `'every stage'`; `None`: the last layer that still has space
     max_n:int|None=9, # At most this many items; `None`: all
     nrows:int|None=None, # Rows of the grid
     ncols:int|None=None, # Columns of the grid

@@ -49,7 +49,7 @@ def principal_component(
     if evidence is None: evidence = terms.sum(2)
     space,dtype,terms = terms.shape[3:],terms.dtype,terms.flatten(3)
     size = terms.abs().amax((-2,-1), keepdim=True)
-    terms = (terms/torch.where(size > 0, size, 1)).to(torch.float32 if terms.device.type=='mps' else torch.float64) # squares of small gradients would vanish
+    terms = terms/torch.where(size > 0, size, 1) # squares of small gradients would vanish
     terms = terms - terms.mean(-1, keepdim=True)
     by_place = terms.shape[-1] <= terms.shape[-2]
     values,vectors = torch.linalg.eigh(terms.mT @ terms if by_place else terms @ terms.mT)
@@ -416,18 +416,20 @@ def _score_weights(cap, score, acts, changes, bs, top):
     run = varies if top is None else varies & _most_active(acts, top)
     cap.prepare(int(run.sum())*len(changes))
     found = score.detach().new_zeros(*score.shape, acts.shape[1], dtype=acts.dtype)
+    if image.dim()==4: image = image.contiguous(memory_format=torch.channels_last) # and so is all that is lit from it
+    fill = (slice(None),) + (None,)*len(size)
+    def listen(item, light):
+        items = item.expand(len(light))
+        scores = [ask.of(items)(cap.outputs(change(light)[:,None]*image[item,None], items)) for change in changes]
+        return _wide(torch.stack(scores)).mean(0).T
     for rows in cap.bar(run.nonzero().split(bs)):
-        items,channels = rows.T
-        light = enlarge(acts[items,channels], size)
-        low,high = light.flatten(1).amin(-1),light.flatten(1).amax(-1)
-        fill = (slice(None),) + (None,)*len(size)
-        light = ((light - low[fill])/(high - low)[fill]).to(image.dtype)
-        for change in changes:
-            scores = ask.of(items)(cap.outputs(change(light, items, channels)[:,None]*image[items], items))
-            found[items,:,channels] += _wide(scores)/len(changes)
-    for item in (~varies).any(1).nonzero()[:,0]: # they light nothing: black, all of them
-        black = torch.zeros_like(image[item,None])
-        found[item,:,~varies[item]] = _wide(torch.stack([ask.of(item[None])(cap.outputs(change(black[:,0], item[None], item[None])[:,None]*image[item,None], item[None])) for change in changes]).mean(0)).T
+        for item in rows[:,0].unique():
+            channels = rows[rows[:,0]==item, 1]
+            light = enlarge(acts[item,channels], size)
+            low,high = light.flatten(1).amin(-1),light.flatten(1).amax(-1)
+            found[item,:,channels] = listen(item, ((light - low[fill])/(high - low)[fill]).to(image.dtype))
+    for item in (~varies).any(1).nonzero()[:,0]: # channels that light nothing: black, all of them
+        found[item,:,~varies[item]] = listen(item, torch.zeros_like(image[item,:1]))
     if top is not None: found = found.masked_fill((varies & ~run)[:,None], -torch.inf) # no weight
     return found.softmax(-1)
 
@@ -451,7 +453,7 @@ def scorecam(
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k w_k A^k$ with $w$ the softmax over the channels of the score of the image lit by each. Needs no gradients. The softmax is over hundreds of
     channels that score much alike, so the weights are nearly even and the class says little. Costs C forward passes. Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
-    return _lit(cap, score, [lambda light, items, channels: light], reduce, bs, top)
+    return _lit(cap, score, [lambda light: light], reduce, bs, top)
 
 @cam_method(grad=False)
 def sscam(
@@ -468,7 +470,7 @@ def sscam(
     Costs n × C forward passes. Wang et al. 2020, https://arxiv.org/abs/2006.14255"""
     size,random = cap.image.shape[2:],torch.Generator().manual_seed(seed)
     noises = [sigma*torch.randn(size, generator=random).to(cap.image) for _ in range(n)]
-    return _lit(cap, score, [lambda light, items, channels, noise=noise: light + noise for noise in noises], reduce, bs, top)
+    return _lit(cap, score, [lambda light, noise=noise: light + noise for noise in noises], reduce, bs, top)
 
 @cam_method(grad=False)
 def iscam(
@@ -482,7 +484,7 @@ def iscam(
     r"""Score-CAM whose scores are averages while the light is turned up: step $i$ is lit $\sum_{j \le i} j/n$ times (above 1 from the middle on, as in the paper's sum).
     Costs n × C forward passes. Naidu et al. 2020, https://arxiv.org/abs/2010.03023"""
     levels = [sum(range(1, i + 1))/n for i in range(1, n + 1)]
-    return _lit(cap, score, [lambda light, items, channels, level=level: light*level for level in levels], reduce, bs, top)
+    return _lit(cap, score, [lambda light, level=level: light*level for level in levels], reduce, bs, top)
 
 # %% ../nbs/02_methods.ipynb #0a0fac57
 def _stretched(parts, n_space=2):
@@ -577,14 +579,16 @@ def tta(
     def smoothed(cap, score):
         question,image,n = cap.question(score),cap.image,len(cap.image)
         looks = [(factor, flipped) for flipped in ((False, True) if flip else (False,)) for factor in factors]
-        total,per_run = 0,max(1, bs//n)
+        n_looks,per_run = len(looks),max(1, bs//n)
+        total = method(cap, score) if (1., False) in looks else 0 # the image itself has been run
+        looks = [look for look in looks if look != (1., False)]
         for start in range(0, len(looks), per_run):
             some = looks[start:start + per_run]
             copies = torch.cat([(image.flip(-1) if flipped else image)*factor for factor,flipped in some])
             items = torch.arange(n).repeat(len(some))
             maps = method(*_with_question(cap.again(copies, items), cap, score, items))
             total = total + sum(m.flip(-1) if flipped else m for (_,flipped),m in zip(some, maps.split(n)))
-        return total/len(looks)
+        return total/n_looks
     return smoothed
 
 @cam_wrapper

@@ -6,8 +6,9 @@ Docs: https://fastai-cam.example/docs/probe.html.md"""
 
 # %% auto #0
 __all__ = ['EVERY_STAGE', 'as_found', 'describe_layers', 'body_of', 'is_body_and_head', 'resolve_layer', 'resolve_layers',
-           'is_channels_last', 'to_spatial', 'image_size_of', 'describe_output', 'last_spatial_layer', 'stage_layers',
-           'bias_layers', 'effective_bias', 'Question', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'Probe']
+           'check_layers', 'is_channels_last', 'to_spatial', 'image_size_of', 'describe_output', 'last_spatial_layer',
+           'stage_layers', 'bias_layers', 'effective_bias', 'Question', 'Pass', 'Capture', 'describe_head',
+           'GuidedReLU', 'Probe']
 
 # %% ../nbs/00_probe.ipynb #42ff7925
 from contextlib import ExitStack, contextmanager
@@ -96,6 +97,15 @@ def resolve_layers(
     layers = list(layers) if is_listy(layers) else [layers]
     if not layers: raise ValueError('the list of layers is empty: name at least one, or leave layer=None for the last one that still has space')
     return [resolve_layer(model, layer) for layer in layers]
+
+EVERY_STAGE = 'every stage'
+
+def check_layers(
+    model:nn.Module, # Model the layers belong to
+    layers:Any=None # As `Probe` takes them
+) -> None:
+    "`ValueError` or `TypeError` if `layers` names none of the model's; what is found by a pass (`None`, `'every stage'`) is not looked for"
+    if not (layers is None or isinstance(layers, str) and layers==EVERY_STAGE): resolve_layers(model, layers)
 
 # %% ../nbs/00_probe.ipynb #0b5d45fe
 def is_channels_last(
@@ -218,7 +228,7 @@ class Question:
         items:Tensor # Which item each row of an output belongs to
     ) -> 'Question':
         "The question about outputs whose rows belong to `items`"
-        return Question(self.func, items if self.items is None else self.items[items])
+        return Question(self.func, items if self.items is None else self.items[items.to(self.items.device)])
     def part(self,
         columns:slice # Which of the K scores
     ) -> 'Question':
@@ -593,8 +603,6 @@ def _following(model:nn.Module, name:str) -> list[nn.Module]|None:
         steps = list(module)[children.index(part)+1:] + steps
         module = module._modules[part]
     return steps
-
-EVERY_STAGE = 'every stage'
 
 class _GuidedBackward(torch.autograd.Function):
     "The identity, whose gradient is cut at zero"

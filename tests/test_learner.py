@@ -1,6 +1,7 @@
 "Inside fastai's loop: one forward pass per batch, training undisturbed, hooks gone whatever the user's own loop does."
 import copy
 import random
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from fastai.torch_core import set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import ImageDataLoaders, PILImage, Resize, RocAucBinary, accuracy, resnet18, vision_learner
 
-from fastai_cam.all import CAMCallback, CAMInterpretation, Images, cam_head, cam_learner
+from fastai_cam.all import CAMCallback, CAMInterpretation, Capture, Contrast, Images, METHODS, Probe, WhyNot, as_method, cam_head, cam_learner, upsample
 
 
 def small_learner(dls, **kwargs):
@@ -196,3 +197,112 @@ def test_cam_learner_has_the_exact_head(dls):
     cams = learn.get_cams([0, 3], cls='all', method=['cam', 'gradcam'])
     h, w = cams.maps.shape[-2:]
     assert (cams.maps[:, 2:]*h*w - cams.maps[:, :2]).abs().max() <= 1e-6*cams.maps.abs().max()
+
+
+# -- every method by name
+
+def learner_state(learn):
+    model = learn.model
+    return dict(modes=[m.training for m in model.modules()], hooks=n_hooks(model), own=[sorted(set(vars(m)) & {'forward'}) for m in model.modules()],
+                grads=[p.grad is None for p in model.parameters()], flags=[p.requires_grad for p in model.parameters()], buffers=[b.clone() for b in model.buffers()],
+                callbacks=list(learn.cbs), random=torch.get_rng_state(), grad_mode=torch.is_grad_enabled())
+
+
+def same(a, b): return all(all(torch.equal(x, y) for x, y in zip(a[key], b[key])) if key=='buffers' else torch.equal(a[key], b[key]) if key=='random' else a[key]==b[key] for key in a)
+
+
+@pytest.mark.parametrize('name', [*METHODS, 'gradcam+tta', 'layercam+stages', 'gradcam+pca', 'scorecam+tta'])
+def test_every_method_by_name(dls, name):
+    "In the learner's loop the maps are those of a probe, items in order over batches, and the learner is as it was"
+    learn = small_learner(dls)
+    learn.model.train()
+    before = learner_state(learn)
+    cams = learn.get_cams(dls.valid, cls=['right', 'left'], method=name)
+    assert same(before, learner_state(learn))
+    assert cams.maps.shape[:2]==(12, 2) and cams.labels==['right', 'left']
+    x = torch.cat([batch[0] for batch in dls.valid]).as_subclass(torch.Tensor)
+    with Probe(learn.model) as p:
+        cap = p(x)
+        expected = as_method(name)(cap, cap.score(lambda out: out[:, [1, 0]]))
+    assert expected.abs().amax((1, 2, 3)).min() > 0
+    assert (cams.maps - expected).abs().max() <= 1e-5*expected.abs().max()
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('name', ['scorecam', 'gradcam+tta', 'fullgrad', 'smooth_gradcam_pp'])
+def test_interrupted_while_the_model_runs_again(dls, name, error):
+    learn, calls = small_learner(dls), []
+    def stop(module, inputs):
+        calls.append(1)
+        if len(calls)==3: raise error('stop')
+    hook = learn.model[0][0].register_forward_pre_hook(stop)
+    before = learner_state(learn)
+    with pytest.raises(error): learn.get_cams(dls.valid, method=name)
+    assert len(calls)==3 and same(before, learner_state(learn))
+    hook.remove()
+    assert learn.get_cams(dls.valid, method=name).maps.abs().max() > 0 # and it works again
+
+
+def test_methods_of_different_resolution_side_by_side(dls):
+    "The coarser map is enlarged to the finer one's grid"
+    learn = small_learner(dls)
+    both = learn.get_cams([0, 1], method=['gradcam', 'fullgrad'])
+    assert both.maps.shape==(2, 2, 64, 64) and both.labels==['gradcam: predicted', 'fullgrad: predicted']
+    assert torch.allclose(both.maps[:, 0], upsample(learn.get_cams([0, 1]).maps, (64, 64)), atol=1e-6)
+    assert torch.allclose(both.maps[:, 1], learn.get_cams([0, 1], method='fullgrad').maps)
+
+
+def test_options_and_names_of_methods(dls):
+    learn = small_learner(dls)
+    cams = learn.get_cams([0], method=[partial(METHODS['scorecam'], top=3), lambda cap, score: METHODS['gradcam'](cap, score)*2, 'gradcam'])
+    assert cams.labels==['scorecam(top=3): predicted', '<lambda>: predicted', 'gradcam: predicted']
+    assert torch.allclose(cams.maps[:, 1], 2*cams.maps[:, 2])
+    with pytest.raises(ValueError, match=r"method 'flat' returned maps of shape \[1, 8\] for scores of shape \[1, 1\]"):
+        def flat(cap, score): return torch.zeros(1, 8)
+        learn.get_cams([0], method=flat)
+
+
+def test_contrasts(dls):
+    "Grad-CAM of a contrast is the difference of the Grad-CAMs; the title says what was asked"
+    learn = small_learner(dls)
+    left, right, contrast = learn.get_cams(dls.valid, cls=['left', 'right', Contrast('left', 'right')]).maps.unbind(1)
+    assert torch.allclose(contrast, left - right, atol=1e-6) and contrast.abs().max() > 0
+    odds = learn.get_cams(dls.valid).preds.log()
+    learn.model[1][-1].bias.data[0] -= (odds[:, 0] - odds[:, 1]).median() # untrained, it says left to everything
+    why_not = learn.get_cams(dls.valid, cls=WhyNot('left'))
+    is_left = why_not.preds.argmax(1)==0
+    assert not why_not.maps[is_left].any() and is_left.any() and (~is_left).any()
+    assert torch.allclose(why_not.maps[~is_left], (right - left)[~is_left], atol=1e-6)
+    assert why_not[0].title.endswith('map: why not left')
+    with pytest.raises(ValueError, match="no class is named 'middle'"): learn.get_cams(dls.valid, cls=Contrast('left', 'middle'))
+
+
+def test_many_classes_fit_in_memory_piece_by_piece(dls, monkeypatch):
+    "Gradients are taken for as many classes at a time as fit; the maps are those of all at once, for methods that ask again too"
+    learn = small_learner(dls)
+    asked = dict(cls=[0, 1, 'predicted', lambda out: out.sum(1)], method=['gradcam', 'layercam', 'ablationcam', 'shapleycam'])
+    whole, pieces, chunks = learn.get_cams(dls.valid, **asked).maps, [], Capture.chunks
+    def small(self, score, max_bytes=0): found = chunks(self, score, 0); pieces.append(len(found)); return found
+    monkeypatch.setattr(Capture, 'chunks', small)
+    assert torch.allclose(learn.get_cams(dls.valid, **asked).maps, whole, atol=1e-6) and set(pieces)=={4}
+
+
+def test_long_work_shows_a_bar_and_no_bar_hides_it(dls, monkeypatch):
+    import fastai_cam.learner as room
+    shown = []
+    monkeypatch.setattr(room, 'progress_bar', lambda steps, leave: shown.append(len(steps)) or steps)
+    learn = small_learner(dls)
+    learn.get_cams([0, 1], method=partial(METHODS['scorecam'], bs=1))
+    assert len(shown)==1 and shown[0] > 8
+    with learn.no_bar(): learn.get_cams([0, 1], method=partial(METHODS['scorecam'], bs=1))
+    learn.get_cams([0, 1])
+    assert len(shown)==1
+
+
+def test_every_stage(dls):
+    "As a layer and as a wrapper: the end of each resolution, fused"
+    learn = small_learner(dls)
+    as_layer = learn.get_cams([0, 1, 2], layer='every stage').maps
+    with Probe(learn.model, 'every stage') as p: assert p(dls.valid.one_batch()[0]).names==['0.1', '0']
+    assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], layer=['0.1', '0']).maps)
+    assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], method='gradcam+stages').maps, atol=1e-6) and as_layer.shape==(3, 16, 16)
