@@ -366,7 +366,8 @@ def ablationcam(
     down where the score is negative; here it is left out. Needs no gradients. Costs C runs of what follows the layer. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
     ask,maps = cap.question(score),[]
     for layer,acts in enumerate(cap.acts):
-        weights = score.detach().new_zeros(*score.shape, acts.shape[1])
+        whole = _wide(score.detach())
+        weights = whole.new_zeros(*score.shape, acts.shape[1])
         some = (acts.flatten(2) != 0).any(-1).nonzero() # a channel that is silent anyway makes no difference
         for rows in cap.bar(some.split(bs)):
             for item in rows[:,0].unique():
@@ -374,7 +375,7 @@ def ablationcam(
                 without = acts[item].expand(len(channels), *acts.shape[1:]).clone()
                 without[range(len(channels)), channels] = 0
                 items = item.expand(len(channels))
-                weights[item,:,channels] = (score.detach()[item] - ask.of(items)(cap.tail(without, layer, items))).T.to(weights.dtype)
+                weights[item,:,channels] = (whole[item] - _wide(ask.of(items)(cap.tail(without, layer, items)))).T
         maps.append(reduce(acts, weights[(...,) + (None,)*(acts.dim() - 2)]))
     return fuse_layers(maps, n_space=cap.acts[0].dim() - 2)
 
