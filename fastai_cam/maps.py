@@ -72,7 +72,7 @@ def to_pixels(
     low,high = float(pixels.min()),float(pixels.max())
     return pixels if low >= 0 and high <= 1 else (pixels - low)/max(high - low, 1e-12)
 
-_options = 'alpha ax cmap ctx figsize interpolation loss max_n ncols nrows save signed title'.split()
+_options = 'alpha ax cmap ctx figsize interpolation loss max_n ncols nrows saturate save signed title'.split()
 
 def check_style(
     **kwargs # What will be passed to `CAMs.show` or `CAMMap.show`
@@ -86,6 +86,8 @@ def check_style(
         raise ValueError(f'interpolation {interpolation!r} is not known to matplotlib: use one of {", ".join(map(repr, sorted(interpolations_names)))}')
     if not (cmap is None or isinstance(cmap, Colormap) or isinstance(cmap, str) and cmap in colormaps): raise ValueError(f"cmap {cmap!r} is not known to matplotlib: use e.g. 'magma', 'turbo', 'jet' or 'viridis'")
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1: raise ValueError(f'alpha is an opacity from 0 to 1, not {alpha!r}')
+    saturate = kwargs.get('saturate')
+    if saturate is not None and (isinstance(saturate, bool) or not isinstance(saturate, (int, float)) or not 0 <= saturate < 1): raise ValueError(f'saturate is a share of the places, from 0 to below 1, not {saturate!r}')
     for name in ('max_n', 'nrows', 'ncols'):
         value = kwargs.get(name)
         if value is not None and (not isinstance(value, int) or value < 1): raise ValueError(f'{name}={value!r} leaves nothing to show: give at least 1')
@@ -128,6 +130,7 @@ class CAMMap:
         cmap:str|Colormap|None=None, # Colour map: 'inferno', or 'RdBu_r' where `signed`
         interpolation:str='bilinear', # Any of matplotlib's; 'nearest' shows the cells of the layer
         signed:bool=False, # Also show what speaks against the score?
+        saturate:float|None=None, # Share of the places drawn at full strength; `None`: only the strongest one, or 1% of a map finer than 50×50, which a few bright pixels would make invisible
         title:str|None=None, # Instead of the map's own
         figsize:tuple|None=None, # Size of the figure in inches, where one is made
         save:str|Path|None=None, # File to write the figure to
@@ -135,7 +138,7 @@ class CAMMap:
     ) -> Axes:
         "Draw the image and lay the map over it"
         cmap = ('RdBu_r' if signed else 'inferno') if cmap is None else cmap
-        check_style(alpha=alpha, cmap=cmap, interpolation=interpolation, save=save, **kwargs)
+        check_style(alpha=alpha, cmap=cmap, interpolation=interpolation, saturate=saturate, save=save, **kwargs)
         ax = ctx if ax is None else ax
         if ax is None: ax = plt.subplots(figsize=figsize or (4,4), layout='constrained')[1]
         h,w = self.map.shape
@@ -146,13 +149,20 @@ class CAMMap:
         silent = self._silence(signed)
         if silent: ax.text(.5, .03, silent, transform=ax.transAxes, ha='center', va='bottom', fontsize=8, bbox=dict(facecolor='white', alpha=.85, linewidth=0, pad=2))
         if not silent or self.image is None:
-            values = normalize(self.map, signed) if self.is_finite else torch.zeros_like(self.map)
+            values = normalize(self._saturated(saturate, signed), signed) if self.is_finite else torch.zeros_like(self.map)
             style = dict(cmap=fading(cmap, signed), alpha=alpha) if self.image is not None else dict(cmap=cmap)
             ax.imshow(values.numpy(), interpolation=interpolation, extent=(-.5, w-.5, h-.5, -.5), vmin=-1 if signed else 0, vmax=1, **{**style, **kwargs})
         ax.set_title(textwrap.fill(self.title if title is None else title, 34), fontsize=9)
         ax.axis('off')
         _save(ax.figure, save)
         return ax
+
+    def _saturated(self, share, signed):
+        "The map with its strongest `share` of places cut to one strength"
+        if share is None: share = .01 if self.map.numel() > 50**2 else 0
+        strength = self.map.abs() if signed else self.map.clamp(min=0)
+        limit = strength.flatten().float().kthvalue(max(1, math.ceil((1 - share)*strength.numel()))).values.to(self.map.dtype)
+        return self.map.clamp(-limit, limit) if limit > 0 else self.map
 
     def _silence(self, signed):
         if not self.is_finite: return 'map is not finite (NaN or inf)'
