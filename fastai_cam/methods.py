@@ -113,32 +113,37 @@ def cam_method(
 
 def cam_wrapper(
     func:Callable # `func(method)` returns a function `(cap, score) -> maps`
-) -> Callable:
-    "Register `func` as a wrapper of methods, to be used as `'method+func'`"
-    WRAPPERS[func.__name__] = func
-    return func
+) -> Callable: # Takes a method or its name, and returns a method called `'method+func'`
+    "Register `func` as a wrapper of methods, to be used as `'method+func'` or `func(method)`"
+    @wraps(func)
+    def wrapper(method, *args, **options):
+        method = as_method(method)
+        found = _checked(func(method, *args, **options), method.needs_grad)
+        found.__name__ = f'{method_name(method)}+{func.__name__}'
+        return found
+    WRAPPERS[func.__name__] = wrapper
+    return wrapper
 
 def as_method(
     method:str|Callable='gradcam' # Name of a method, also with wrappers (`'gradcam+tta'`), or a function `(cap, score) -> maps`
 ) -> Callable:
     "The method that `method` means; `ValueError` with the known ones if it means none"
     if isinstance(method, str):
-        name,*wrappers = method.split('+')
+        name,*wrappers = [part.strip() for part in method.replace('++', '_pp').split('+')] # Grad-CAM++ is `gradcam_pp`
+        if name in WRAPPERS: raise ValueError(f"{name!r} is no method but changes one: write 'gradcam+{name}'")
         found = _look_up(name, METHODS, 'method')
-        for wrapper in wrappers: found = _wrap(_look_up(wrapper, WRAPPERS, 'wrapper'), found)
+        for wrapper in wrappers:
+            if wrapper in METHODS: raise ValueError(f'behind + comes a wrapper (one of {", ".join(map(repr, WRAPPERS))}), and {wrapper!r} is a method: give several methods as a list')
+            found = _look_up(wrapper, WRAPPERS, 'wrapper')(found)
         return found
+    if callable(method) and method in WRAPPERS.values(): raise ValueError(f"{method.__name__!r} is no method but changes one: write 'gradcam+{method.__name__}'")
     if callable(method): return method if hasattr(method, 'needs_grad') else _checked(method, getattr(getattr(method, 'func', None), 'needs_grad', True))
     raise TypeError(f'a method is a name (one of {", ".join(map(repr, METHODS))}) or a function of (cap, score), not {type(method).__name__}')
 
 def _look_up(name, table, kind):
     if name in table: return table[name]
     close = get_close_matches(name.lower(), table, n=1, cutoff=.5)
-    raise ValueError(f'no {kind} is named {name!r}: ' + (f'did you mean {close[0]!r}? ' if close else '') + f'The {kind}s are {", ".join(map(repr, table))}')
-
-def _wrap(wrapper, method):
-    found = _checked(wrapper(method), getattr(method, 'needs_grad', True))
-    found.__name__ = f'{method_name(method)}+{wrapper.__name__}'
-    return found
+    raise ValueError(f'no {kind} is named {name!r}: ' + (f'did you mean {close[0]!r}?' if close else f'the {kind}s are {", ".join(map(repr, table))}'))
 
 def as_methods(
     method:str|Callable|Sequence='gradcam' # One method or several, each as `as_method` takes it

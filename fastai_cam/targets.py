@@ -156,7 +156,9 @@ class Contrast(Target):
     def _resolved(self): return self if isinstance(self.one, Target) and isinstance(self.other, Target) else self.resolved()
     @property
     def labels(self) -> list[str]:
-        name = lambda side: ' or '.join(side.labels) if isinstance(side, Target) else str(side)
+        def name(side):
+            if not isinstance(side, Target): return str(side)
+            return ' or '.join(side.labels) if len(side) <= 3 else f'{" or ".join(side.labels[:2])} or {len(side) - 2} others'
         return [f'{name(self.one)} rather than {name(self.other)}']
     @property
     def needs_labels(self) -> bool: return any(side.needs_labels for side in (self._resolved().one, self._resolved().other))
