@@ -20,11 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.image import interpolations_names
 from torch import Tensor
-import torch.nn.functional as F
 from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
+from .methods import enlarge
 
 # %% ../nbs/03_maps.ipynb #5e32b6fa
 def normalize(
@@ -42,8 +42,7 @@ def upsample(
     mode:str='bilinear' # As `torch.nn.functional.interpolate` takes it
 ) -> Tensor: # `[..., *size]`
     "Maps at the resolution of the image, for when numbers per pixel are needed (showing a map does not need it)"
-    align = None if mode in ('nearest', 'nearest-exact', 'area') else False
-    return F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=tuple(size), mode=mode, align_corners=align).reshape(*maps.shape[:-2], *size)
+    return enlarge(maps, size, mode)
 
 # %% ../nbs/03_maps.ipynb #113cdf70
 def fading(

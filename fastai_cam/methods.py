@@ -40,11 +40,12 @@ def weighted_sum(
 
 def principal_component(
     acts:Tensor, # Activations `[B, C, *space]`
-    weights:Tensor, # Weights `[B, K, C, *space]`; a size of 1 is for all channels or places
+    weights:Tensor, # Weights `[B, K, C]`, or `[B, K, C, *space]`; a size of 1 is for all channels or places
     evidence:Tensor|None=None # `[B, K, *space]`: the sign is the one that agrees with it; `None`: with the weighted sum
 ) -> Tensor: # `[B, K, *space]`, of mean 0
     """Projection of the weighted channels of each place on their first principal component over the places: what most of them have in common.
     Computed from the smaller Gram matrix, for all items at once; the sign is fixed by `evidence`, since an eigenvector has none"""
+    if weights.dim()==3: weights = weights[(...,) + (None,)*(acts.dim() - 2)]
     terms = weights*_wide(acts)[:,None]
     if evidence is None: evidence = terms.sum(2)
     space,dtype,terms = terms.shape[3:],terms.dtype,terms.flatten(3)
@@ -91,12 +92,15 @@ FUSIONS:dict[str,Callable] = dict(mean=lambda maps: maps.mean(0), max=lambda map
 
 def enlarge(
     maps:Tensor, # `[..., *space]`
-    size:Sequence[int] # Size of the space wanted
+    size:Sequence[int], # Size of the space wanted
+    mode:str|None=None # As `torch.nn.functional.interpolate` takes it; `None`: linear, in as many dimensions as `size` has
 ) -> Tensor: # `[..., *size]`
-    "Linear interpolation of maps to a grid of `size`"
+    "Interpolation of maps to a grid of `size`"
     n_space = len(size)
     if tuple(maps.shape[-n_space:])==tuple(size): return maps
-    flat = F.interpolate(maps.reshape(-1, 1, *maps.shape[-n_space:]), size=tuple(size), mode={1:'linear', 2:'bilinear', 3:'trilinear'}[n_space], align_corners=False)
+    mode = mode or {1:'linear', 2:'bilinear', 3:'trilinear'}[n_space]
+    align = None if mode in ('nearest', 'nearest-exact', 'area') else False
+    flat = F.interpolate(maps.reshape(-1, 1, *maps.shape[-n_space:]), size=tuple(size), mode=mode, align_corners=align)
     return flat.reshape(*maps.shape[:-n_space], *size)
 
 # %% ../nbs/02_methods.ipynb #3a14fcd9
@@ -185,13 +189,15 @@ def per_layer(
     def one_layer(act, grad):
         act,places = _wide(act),act.shape[2:]
         weights = weigh(act[:,None].flatten(3), grad.flatten(3)) if grads else weigh(act[:,None].flatten(3))
-        weights = weights.unflatten(-1, places) if weights.shape[-1] > 1 else weights.unflatten(-1, (1,)*len(places))
-        return reduce(act, weights)
-    n_space,maps = cap.acts[0].dim() - 2,[]
+        return reduce(act, weights.unflatten(-1, places) if weights.shape[-1] > 1 else weights.squeeze(-1))
+    maps = []
     for piece in cap.chunks(score) if grads else [score]:
         of_layers = cap.grads(piece) if grads else [None]*len(cap.acts)
-        maps.append(fuse_layers([one_layer(act, grad) for act,grad in zip(cap.acts, of_layers)], n_space=n_space))
-    return torch.cat(maps, dim=1).expand(-1, score.shape[1], *maps[0].shape[2:])
+        maps.append(_fused(cap, [one_layer(act, grad) for act,grad in zip(cap.acts, of_layers)]))
+    return _expand(torch.cat(maps, dim=1), score)
+
+def _fused(cap, maps, how='mean'): return fuse_layers(maps, how, n_space=cap.acts[0].dim() - 2)
+def _expand(maps, score): return maps.expand(-1, score.shape[1], *maps.shape[2:]) # one map for all scores
 
 # %% ../nbs/02_methods.ipynb #ebe96eed
 @cam_method(grad=False)
@@ -284,9 +290,8 @@ def shapleycam(
     Equal to Grad-CAM where the tail is piecewise linear. Costs two more backward passes through the tail for each score. Cai 2025, https://arxiv.org/abs/2501.06261"""
     maps = []
     for piece in cap.chunks(score):
-        slopes,n_space = cap.grads(piece),cap.acts[0].dim() - 2
-        weights = [(slope - bend/2).flatten(3).mean(-1) for slope,bend in zip(slopes, cap.curvatures(piece))]
-        maps.append(fuse_layers([reduce(act, weight.unflatten(-1, (-1, *[1]*n_space))) for act,weight in zip(cap.acts, weights)], n_space=n_space))
+        weights = [(slope - bend/2).flatten(3).mean(-1) for slope,bend in zip(cap.grads(piece), cap.curvatures(piece))]
+        maps.append(_fused(cap, [reduce(act, weight) for act,weight in zip(cap.acts, weights)]))
     return torch.cat(maps, dim=1)
 
 @cam_method
@@ -312,8 +317,6 @@ def finercam(
     return as_method(base)(cap, cap.score(Question(finer)))
 
 # %% ../nbs/02_methods.ipynb #99d8c884
-def _expand(maps, score): return maps.expand(-1, score.shape[1], *maps.shape[2:])
-
 def _by_activity(acts, weights): return principal_component(acts, weights, evidence=acts.abs().sum(1, keepdim=True))
 
 @cam_method(grad=False)
@@ -322,7 +325,7 @@ def eigencam(
     score:Tensor # `[B]` or `[B, K]`; only its shape is used
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, of mean 0
     """First principal component of the activations over the places: where the channels agree. The class plays no part.
-    Costs an eigendecomposition of the smaller of HW×HW and C×C. Muhammad & Yeasin 2020, https://arxiv.org/abs/2008.00299, with the mean taken off, as its users know it"""
+    Costs a few products of the smaller of the matrices HW×HW and C×C. Muhammad & Yeasin 2020, https://arxiv.org/abs/2008.00299, with the mean taken off, as its users know it"""
     return per_layer(cap, score, lambda acts: acts.new_ones(1).expand(len(acts), 1, 1, 1), _by_activity, grads=False)
 
 @cam_method
@@ -331,7 +334,7 @@ def eigengradcam(
     score:Tensor # `[B]` or `[B, K]`, computed from `cap.out`
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, of mean 0
     """First principal component of activation × gradient: EigenCAM that knows the class. The sign is that of the class's evidence.
-    Costs Grad-CAM and an eigendecomposition for each score. As offered by https://github.com/jacobgil/pytorch-grad-cam"""
+    Costs Grad-CAM, and what EigenCAM costs for each score. As offered by https://github.com/jacobgil/pytorch-grad-cam"""
     return per_layer(cap, score, lambda acts, grads: grads, principal_component)
 
 @cam_method(grad=False)
@@ -354,7 +357,7 @@ def kpca_cam(
         maps = vectors[...,-1]*values[...,-1:].clamp(min=0).sqrt()
         side = (maps*_wide(act).abs().sum(1).flatten(1)).sum(-1, keepdim=True)
         return torch.where(side < 0, -maps, maps).to(_wide(act).dtype).unflatten(-1, act.shape[2:])[:,None]
-    return _expand(fuse_layers([one_layer(act) for act in cap.acts], n_space=cap.acts[0].dim() - 2), score)
+    return _expand(_fused(cap, [one_layer(act) for act in cap.acts]), score)
 
 @cam_method(grad=False)
 def fem(
@@ -370,7 +373,7 @@ def fem(
         mean,spread = act.mean(space, keepdim=True),act.std(space, correction=0, keepdim=True)
         fires = (act >= mean + k*spread) & (spread > 0)
         return reduce(fires.to(act.dtype), mean[:,None])
-    return _expand(fuse_layers([one_layer(act) for act in cap.acts], n_space=cap.acts[0].dim() - 2), score)
+    return _expand(_fused(cap, [one_layer(act) for act in cap.acts]), score)
 
 # %% ../nbs/02_methods.ipynb #8e08ee8f
 @cam_method(grad=False)
@@ -394,8 +397,8 @@ def ablationcam(
                 without[range(len(channels)), channels] = 0
                 items = item.expand(len(channels))
                 weights[item,:,channels] = (whole[item] - _wide(ask.of(items)(cap.tail(without, layer, items)))).T
-        maps.append(reduce(acts, weights[(...,) + (None,)*(acts.dim() - 2)]))
-    return fuse_layers(maps, n_space=cap.acts[0].dim() - 2)
+        maps.append(reduce(acts, weights))
+    return _fused(cap, maps)
 
 @cam_method(grad=False)
 def reciprocam(
@@ -415,7 +418,7 @@ def reciprocam(
         masks = torch.cat([masks, torch.zeros_like(masks[:1])])
         values = torch.stack([torch.cat([_tail_scores(cap, ask, layer, act*some[:,None], item) for some in masks.split(bs)]) for item,act in enumerate(cap.bar(acts))])
         maps.append((values[:,:-1] - values[:,-1:]).mT.unflatten(-1, size))
-    return fuse_layers(maps, n_space=n_space)
+    return _fused(cap, maps)
 
 def _shifted(masks, by, dim): # what leaves the map is lost, not wrapped around
     moved = masks.roll(by, dim)
@@ -459,8 +462,7 @@ def _most_active(acts, top):
     return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(min(top, strength.shape[1])).indices, True)
 
 def _lit(cap, score, changes, reduce, bs, top):
-    maps = [reduce(acts, _score_weights(cap, score, acts, changes, bs, top)[(...,) + (None,)*(acts.dim() - 2)]) for acts in cap.acts]
-    return fuse_layers(maps, n_space=cap.acts[0].dim() - 2)
+    return _fused(cap, [reduce(acts, _score_weights(cap, score, acts, changes, bs, top)) for acts in cap.acts])
 
 @cam_method(grad=False)
 def scorecam(
@@ -470,8 +472,8 @@ def scorecam(
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=8 # How many images to run at once: memory is bounded by it
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, not negative behind a ReLU
-    r"""$\sum_k w_k A^k$ with $w$ the softmax over the channels of the score of the image lit by each. Needs no gradients. The softmax is over hundreds of
-    channels that score much alike, so the weights are nearly even and the class says little. Costs C forward passes. Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
+    r"""$\sum_k w_k A^k$ with $w$ the softmax over the channels of the score of the image lit by each. Needs no gradients.
+    Costs a forward pass for each channel that is not constant. Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
     return _lit(cap, score, [lambda light: light], reduce, bs, top)
 
 @cam_method(grad=False)
@@ -562,12 +564,9 @@ def at_every_stage(
 
 def _maps_of_layers(method, cap, score):
     "The maps of `method` at each layer by itself"
-    cap,asked = (cap, score) if len(cap.layers) > 1 else _with_question(at_every_stage(cap), cap, score)
-    return [method(cap.only(i), asked) for i in range(len(cap.layers))]
-
-def _with_question(new, cap, score, items=None):
-    question = cap.question(score)
-    return new, new.score(question if items is None else question.of(items))
+    staged = at_every_stage(cap)
+    asked = score if staged is cap else staged.score(cap.question(score))
+    return [method(staged.only(i), asked) for i in range(len(staged.layers))]
 
 @cam_method
 def refinecam(
@@ -577,7 +576,7 @@ def refinecam(
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]` at the resolution of the finest layer, never negative
     """Product of the maps of several layers, each without its negative part and divided by its maximum: only what all depths agree on remains.
     Costs one more forward pass, recorded from the first stage on. "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
-    return fuse_layers(_maps_of_layers(as_method(base), cap, score), 'product', n_space=cap.acts[0].dim() - 2)
+    return _fused(cap, _maps_of_layers(as_method(base), cap, score), 'product')
 
 @cam_wrapper
 def stages(
@@ -585,7 +584,7 @@ def stages(
     how:str='mean' # How the layers' maps are put together, as `fuse_layers` takes it
 ) -> Callable: # A method
     "`method` at the end of each of the last four stages of the network (or at the layers that were listed), put together"
-    return lambda cap, score: fuse_layers(_maps_of_layers(method, cap, score), how, n_space=cap.acts[0].dim() - 2)
+    return lambda cap, score: _fused(cap, _maps_of_layers(method, cap, score), how)
 
 @cam_wrapper
 def tta(
@@ -605,7 +604,8 @@ def tta(
             some = looks[start:start + per_run]
             copies = torch.cat([(image.flip(-1) if flipped else image)*factor for factor,flipped in some])
             items = torch.arange(n).repeat(len(some))
-            maps = method(*_with_question(cap.again(copies, items), cap, score, items))
+            new = cap.again(copies, items)
+            maps = method(new, new.score(question.of(items)))
             total = total + sum(m.flip(-1) if flipped else m for (_,flipped),m in zip(some, maps.split(n)))
         return total/n_looks
     return smoothed
@@ -621,7 +621,7 @@ def pca(
         def one_layer(act):
             pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}[n_space]
             return principal_component(act, pool(maps, act.shape[2:])[:,:,None])
-        return fuse_layers([one_layer(act) for act in cap.acts], n_space=n_space)
+        return _fused(cap, [one_layer(act) for act in cap.acts])
     return smoothed
 
 @cam_method
@@ -635,21 +635,22 @@ def smooth_gradcam_pp(
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
     r"""Grad-CAM++ whose derivatives are means over noisy copies of the image: $\alpha = \overline{g^2}/(2\overline{g^2} + \sum A\,\overline{g^3})$, weights
     $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Costs n forward and backward passes. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
-    image,random = cap.image,torch.Generator().manual_seed(seed)
+    image,question,random = cap.image,cap.question(score),torch.Generator().manual_seed(seed)
     spread = sigma*(image.flatten(1).amax(-1) - image.flatten(1).amin(-1))[(...,) + (None,)*(image.dim() - 1)]
     peaks,sums = None,[0]*len(cap.acts)
     for _ in cap.bar(range(n)):
         noise = torch.randn(image.shape[1:], generator=random).to(image)
-        new,asked = _with_question(cap.again(image + spread*noise), cap, score)
-        if peaks is None: peaks = [_peak(grad) for grad in new.grads(asked)] # third powers of small gradients would vanish
-        unit = [grad/peak for grad,peak in zip(new.grads(asked), peaks)]
+        new = cap.again(image + spread*noise)
+        grads = new.grads(new.score(question))
+        if peaks is None: peaks = [_peak(grad) for grad in grads] # third powers of small gradients would vanish
+        unit = [grad/peak for grad,peak in zip(grads, peaks)]
         sums = [total + torch.stack([grad, grad**2, grad**3]) for total,grad in zip(sums, unit)]
     def one_layer(act, total, peak):
         first,second,third = (total/n).flatten(4)
         whole,peak = _wide(act).flatten(2).sum(-1)[:,None,:,None],peak.flatten(3)
         weights = peak[...,0]*torch.where(first > 0, first*second/(2*second + peak*whole*third), 0).sum(-1)
-        return reduce(act, weights[(...,) + (None,)*(act.dim() - 2)])
-    return fuse_layers([one_layer(*layer) for layer in zip(cap.acts, sums, peaks)], n_space=cap.acts[0].dim() - 2)
+        return reduce(act, weights)
+    return _fused(cap, [one_layer(*layer) for layer in zip(cap.acts, sums, peaks)])
 
 def _peak(grads):
     "Largest magnitude of each item's and score's gradients; 1 where there is none"

@@ -163,18 +163,21 @@ def _spatial_layers(model, args, kwargs):
         raise ValueError(f'no layer of this {type(model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
     return ended,len(ran)
 
+def _last_of(ended, n_ran):
+    "The last of the layers that `_spatial_layers` found; `ValueError` if nearly all of the model comes after it"
+    name,module,_,n_before = ended[-1]
+    n_after = n_ran - n_before
+    if n_after > max(8, 4*n_before):
+        raise ValueError(f'the last layer with space is {name!r}, and {n_after} of the {n_ran} layers come after it (is this a vision transformer? its tokens are not read as space yet): a map from there would say little, so name the layer if you want it all the same')
+    return name, module
+
 def last_spatial_layer(
     model:nn.Module, # Model to look into
     *args:Any, # Inputs of a real batch: only their first item is used
     **kwargs:Any
 ) -> tuple[str,nn.Module]: # Dotted name and module
     "The last layer with parameters whose output still has space, found by one pass of one item"
-    ended,n_ran = _spatial_layers(model, args, kwargs)
-    name,module,_,n_before = ended[-1]
-    n_after = n_ran - n_before
-    if n_after > max(8, 4*n_before):
-        raise ValueError(f'the last layer with space is {name!r}, and {n_after} of the {n_ran} layers come after it (is this a vision transformer? its tokens are not read as space yet): a map from there would say little, so name the layer if you want it all the same')
-    return name, module
+    return _last_of(*_spatial_layers(model, args, kwargs))
 
 def stage_layers(
     model:nn.Module, # Model to look into
@@ -183,9 +186,10 @@ def stage_layers(
     **kwargs:Any
 ) -> list[tuple[str,nn.Module]]: # Names and modules, from the finest resolution to the coarsest
     "The last layer at each of the `n` coarsest resolutions: where each stage of the network ends, found by one pass of one item"
-    last_name,last = last_spatial_layer(model, *args, **kwargs)
+    ended,n_ran = _spatial_layers(model, args, kwargs)
+    _,last = _last_of(ended, n_ran)
     ends,coarsest = {},None
-    for name,module,size,_ in _spatial_layers(model, args, kwargs)[0]:
+    for name,module,size,_ in ended:
         if coarsest is None or math.prod(size) <= coarsest: ends[size],coarsest = (name,module),math.prod(size) # a decoder's growing maps are no stages
         if module is last: break
     return list(ends.values())[-n:]
@@ -458,9 +462,11 @@ class Capture(Pass):
         score:Tensor # A score that `score` gave
     ) -> Question:
         "What was asked to get `score`, to be asked of other outputs; `ValueError` for a score that was computed by hand"
-        found = next((question for known,question in self._scores if known is score), None)
+        found = self._asked(score)
         if found is None: raise ValueError('this method asks the model again, and a score that was computed from `cap.out` by hand cannot be asked again: compute it with `cap.score(function of the output)`')
         return found
+
+    def _asked(self, score): return next((question for known,question in self._scores if known is score), None)
 
     def columns(self,
         score:Tensor|Callable # `[B]`, `[B, K]`, or a function of the output that gives one of these
@@ -478,7 +484,7 @@ class Capture(Pass):
             if getattr(known, 'column_of', None) is score: return known
         with torch.inference_mode(False): column = score[:,None]
         column.column_of = score
-        self._scores += [(column, question) for known,question in self._scores if known is score] or [(column, None)]
+        self._scores.append((column, self._asked(score)))
         return column
 
     def chunks(self,
@@ -488,7 +494,7 @@ class Capture(Pass):
         "`score` in pieces whose gradients fit in memory together; `[score]` itself if all of them do"
         n = max(1, max_bytes//max(1, sum(act.numel()*4 for act in self._tracked)))
         if score.shape[1] <= n: return [score]
-        question,pieces = next((question for known,question in self._scores if known is score), None),[]
+        question,pieces = self._asked(score),[]
         for start in range(0, score.shape[1], n):
             columns = slice(start, start + n)
             with torch.inference_mode(False): pieces.append(score[:,columns])
@@ -504,11 +510,13 @@ class Capture(Pass):
         self._check_grad()
         if self._kept[0] is not score:
             grads = self._differentiate(score, self._tracked)
-            self._kept = (score, [grad.movedim(-1, -3) if last else grad for last,grad in zip(self.is_last, grads)])
+            self._kept = (score, self._channels_first(grads))
         return self._kept[1]
 
     def _check_grad(self):
         if not self.grad: raise ValueError('this pass ran without autograd (grad=False), so it has no gradients: use Probe(model, layers)')
+
+    def _channels_first(self, grads): return [grad.movedim(-1, -3) if last else grad for last,grad in zip(self.is_last, grads)]
 
     def image_grads(self,
         score:Tensor|Callable # As `grads` takes it
@@ -535,7 +543,7 @@ class Capture(Pass):
             return torch.zeros_like(grad) if found is None else found
         with torch.inference_mode(False):
             found = [torch.stack([_wide(product(act, score[:,k].sum()).detach().as_subclass(Tensor)) for k in range(score.shape[1])], dim=1) for act in self._tracked]
-        return [grad.movedim(-1, -3) if last else grad for last,grad in zip(self.is_last, found)]
+        return self._channels_first(found)
 
     def _differentiate(self, score, inputs):
         with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
@@ -560,8 +568,9 @@ class Capture(Pass):
                 grads = torch.autograd.grad(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
             unused = [name for name,grad in zip(self.names, grads) if grad is None]
             if unused: raise ValueError(f'the score does not depend on layer {unused[0]!r}: choose a layer on the way to the output that is explained')
-            grads = [_wide(grad.detach().as_subclass(Tensor))/scale if scale != 1 else _wide(grad.detach().as_subclass(Tensor)) for grad in grads]
-            if scale==1 or all(bool(torch.isfinite(grad).all()) for grad in grads): return grads
+            grads = [_wide(grad.detach().as_subclass(Tensor)) for grad in grads]
+            if scale==1: return grads
+            if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
 
     @property
     def fc(self) -> Tensor: # `[n_out, C]`

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import store_attr
 from fastcore.foundation import L
+from .probe import _batch_size
 
 # %% ../nbs/01_targets.ipynb #d1f7333d
 def as_logits(
@@ -180,10 +181,6 @@ class WhyNot(Contrast):
     ): super().__init__('predicted', other)
     @property
     def labels(self) -> list[str]: return [super().labels[0].replace('predicted rather than', 'why not')]
-
-def _batch_size(out):
-    if isinstance(out, Tensor): return len(out)
-    return _batch_size(next(iter(out.values() if isinstance(out, dict) else out)))
 
 def _n_required(func):
     try: params = inspect.signature(func).parameters.values()
