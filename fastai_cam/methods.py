@@ -593,7 +593,7 @@ def tta(
     flip:bool=True, # Mirror them too?
     bs:int=16 # How many images to run at once
 ) -> Callable: # A method
-    "Mean of the maps of flipped and brightened copies of the image, each flipped back; all copies in one batch, and the class is the image's own"
+    "Mean of the maps of flipped and brightened copies of the image, each flipped back; many copies in one batch, and the class is the image's own"
     def smoothed(cap, score):
         question,image,n = cap.question(score),cap.image,len(cap.image)
         looks = [(factor, flipped) for flipped in ((False, True) if flip else (False,)) for factor in factors]
