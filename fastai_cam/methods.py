@@ -9,11 +9,11 @@ __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_componen
            'cam_wrapper', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam',
            'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam',
            'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop',
-           'guided_gradcam', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'uniform_map',
-           'random_map']
+           'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca',
+           'smooth_gradcam_pp', 'uniform_map', 'random_map']
 
 # %% ../nbs/02_methods.ipynb #b082fc22
-import inspect, zlib
+import inspect, math, zlib
 from difflib import get_close_matches
 from functools import partial, wraps
 from typing import Any, Callable, Sequence
@@ -554,6 +554,49 @@ def guided_gradcam(
 def _guided_gradients(cap, score):
     guided = cap.again(from_input=True, guided=True)
     return guided.image_grads(guided.score(cap.question(score)))
+
+# %% ../nbs/02_methods.ipynb #4c42fd3b
+def _rolled_out(steps):
+    "What reaches each token from each other, with the path around the attention, `[B, K, N, N]`; from the first block on where the number of tokens is the last's"
+    n_tokens,reached = steps[-1].shape[-1],None
+    for step in steps:
+        if step.shape[-1] != n_tokens: continue # a class token that joins later
+        reached = torch.eye(n_tokens, dtype=step.dtype, device=step.device) + step if reached is None else reached + step @ reached
+    return reached
+
+def _places_read(reached, readers, layout):
+    "The row of what is read, `[B, K, *grid]`; tokens that are no places left out"
+    places = (readers[:,:,None] @ reached)[:,:,0]
+    return places[...,places.shape[-1] - math.prod(layout.grid):].unflatten(-1, layout.grid)
+
+def _readers(grads):
+    "How much of the score depends on the attention of each token, `[B, K, N]`"
+    rows = grads.abs().sum((2,4))
+    return rows/rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+@cam_method(grad=False)
+def rollout(
+    cap:Capture, # Any pass of a model with attention: the model is run again
+    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed; it only tells which tokens are read
+) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
+    r"""$\prod_l \tfrac12(I + \bar A_l)$, $\bar A_l$ = mean attention of the heads: what has reached the tokens that are read. **The class plays no part**; for models with attention over the whole image,
+    `ValueError` otherwise. Costs a forward and a backward pass of the whole network, and its memory. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
+    whole = cap.again(from_input=True, attention=True)
+    readers = _readers(whole.attention_grads(whole.score(cap.question(score)))[-1])
+    steps = [attention.mean(1)[:,None] for attention in whole.attention]
+    return _places_read(_rolled_out(steps)/2**len(steps), readers, whole.layouts[-1])
+
+@cam_method(grad=False)
+def grad_rollout(
+    cap:Capture, # Any pass of a model with attention: the model is run again
+    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
+) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
+    r"""Rollout of the attention that raises the score: $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$. Of transformers the method that knows most about the class and the whole way to it;
+    for models with attention over the whole image, `ValueError` otherwise. Costs a forward pass of the whole network and a backward pass a score, and their memory. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
+    whole = cap.again(from_input=True, attention=True)
+    grads = whole.attention_grads(whole.score(cap.question(score)))
+    steps = [(grad*attention[:,None]).clamp(min=0).mean(2) for attention,grad in zip(whole.attention, grads)]
+    return _places_read(_rolled_out(steps), _readers(grads[-1]), whole.layouts[-1])
 
 # %% ../nbs/02_methods.ipynb #a00522e8
 def at_every_stage(

@@ -323,7 +323,7 @@ TERM_ORACLES = {**{name: terms_of(name) for name in TERMS}, 'shapleycam': shaple
                 'scorecam': lit_terms(lambda light: [light]), 'sscam': lit_terms(noisy_lights), 'iscam': lit_terms(rising_lights)}
 ORACLES = {**{name: (lambda *args, terms=terms: terms(*args).sum(0)) for name, terms in {**TERM_ORACLES, 'finercam': finer_terms()}.items()},
            'reciprocam': recipro(True), 'fullgrad': full_gradient, 'guided_backprop': lambda model, layer, image, ask: guided_gradient(model, image, ask).abs().amax(0), 'guided_gradcam': guided_times_gradcam}
-ELSEWHERE = {'cam', 'eigencam', 'eigengradcam', 'kpca_cam', 'refinecam', 'uniform_map', 'random_map'} # have a test of their own below
+ELSEWHERE = {'cam', 'eigencam', 'eigengradcam', 'kpca_cam', 'refinecam', 'uniform_map', 'random_map', 'rollout', 'grad_rollout'} # have a test of their own below, or in test_transformers.py
 CASES = {'body': (plain, None, '0'), 'overwritten': (plain, '0.1', '0.1'), 'deep-overwritten': (odd, 'down', 'down'), 'reused': (odd, 'act', 'act'), 'last': (odd, None, 'last'), 'inner': (odd, 'mix', 'mix')}
 in_each_case = pytest.mark.parametrize('case', CASES)
 
