@@ -15,16 +15,27 @@ from typing import Any, Callable, Sequence
 from torch import Tensor
 from fastcore.xtras import is_listy
 from fastai.data.load import DataLoader
-from fastai.interpret import ClassificationInterpretation
+from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner
 from .probe import check_layers
+from .tasks import Values
+from .targets import Region
 from .methods import as_methods
-from .learner import _dl_source, _target, check_learner, class_names, learner_as_found
+from .learner import _dl_source, check_learner, class_names, learner_as_found, task_of
 from .maps import CAMs, check_style
 
 # %% ../nbs/05_interpret.ipynb #b859df07
 class CAMInterpretation(ClassificationInterpretation):
-    "`ClassificationInterpretation` that can also show where the model looked"
+    "`ClassificationInterpretation` that can also show where the model looked; other tasks than classification have those of its plots that need no classes"
+    def __init__(self,
+        learn:Learner, # Learner to interpret
+        dl:DataLoader, # Labelled `DataLoader`
+        losses:Tensor, # Losses of its items
+        act:Callable|None=None # Instead of the loss function's activation
+    ):
+        Interpretation.__init__(self, learn, dl, losses, act)
+        self.vocab = class_names(learn.dls)
+
     @classmethod
     def from_learner(cls,
         learn:Learner, # Learner to interpret
@@ -39,8 +50,6 @@ class CAMInterpretation(ClassificationInterpretation):
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
         as_methods(method)
         check_layers(learn.model, layer)
-        if class_names(learn.dls) is None: raise ValueError('an interpretation needs classes, and the data of this learner has no vocab: use learn.get_cams, which does not')
-        _target(learn, 'predicted') # no plot of a task that has no predicted class
         with learner_as_found(learn):
             source = _dl_source(learn, learn.dls[ds_idx] if dl is None else dl)
             if not source.labelled: raise ValueError('an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
@@ -77,8 +86,10 @@ class CAMInterpretation(ClassificationInterpretation):
         layer:Any=None # Instead of the interpretation's own
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
-        questions = dict(pred='predicted', actual='actual', both=['predicted', 'actual'])
+        actual = Region('actual', 'actual') # in segmentation, where the mask says that it is
+        questions = dict(pred=None, actual=actual, both=['predicted', actual])
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
+        if show != 'pred' and isinstance(task_of(self.learn), Values): raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
         losses,idxs = self._ranked(k, largest)
         with learner_as_found(self.learn): chosen = _dl_source(self.learn, self.dl, idxs.tolist())
         cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer)

@@ -1,0 +1,398 @@
+"What a learner of each task is asked when nothing is said, through the whole pipeline: against gradients computed by hand."
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+import torch.nn.functional as F
+from fastai.vision.all import (BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MSELossFlat,
+                               MultiCategoryBlock, Normalize, PILImage, PILMask, PointBlock, RegressionBlock, TfmdDL, TitledStr, Transform, TransformBlock, imagenet_stats, load_learner)
+
+from fastai_cam.interpret import CAMInterpretation
+from fastai_cam.learner import task_of
+from fastai_cam.maps import to_pixels
+from fastai_cam.probe import Probe
+from fastai_cam.targets import Output, Region, Similarity
+from fastai_cam.tasks import NOT_ASKED
+
+
+def square_of(i):
+    "Left and top of the bright square of picture `i`, and its colour"
+    left, top = np.random.default_rng(i).integers(4, 40, 2)
+    return int(left), int(top), ('green', 'red')[i%2]
+
+
+def picture(i):
+    pixels = np.random.default_rng(1000 + i).integers(40, 90, (64, 64, 3), dtype=np.uint8)
+    left, top, colour = square_of(i)
+    pixels[top:top+18, left:left+18] = [230, 30, 30] if colour=='red' else [30, 230, 30]
+    return PILImage.create(pixels)
+
+
+def mask_of(i):
+    left, top, colour = square_of(i)
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[top:top+18, left:left+18] = 1 if colour=='green' else 2
+    return PILMask.create(mask)
+
+
+def split(items): return list(range(12)), list(range(12, 20))
+def colour_and_square(i): return [square_of(i)[2], 'square']
+def is_red(i): return float(i%2)
+def left_of(i): return float(square_of(i)[0])
+def corner_of(i): return torch.tensor([square_of(i)[:2]]).float()
+def dls_of(*blocks, **kwargs):
+    kwargs = dict(get_x=picture) | kwargs if 'getters' not in kwargs else kwargs
+    return DataBlock(blocks, splitter=split, batch_tfms=Normalize.from_stats(*imagenet_stats), **kwargs).dataloaders(list(range(20)), bs=4, num_workers=0)
+
+
+def net(n_out, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n_out)))
+
+
+def learner(dls, model, **kwargs):
+    learn = Learner(dls, model, **kwargs)
+    learn.remove_cb(learn.progress) if hasattr(learn, 'progress') else None
+    return learn
+
+
+def by_hand(learn, x, score, layer=None):
+    "Grad-CAM of `score(out)` for one item `[1, …]`, by autograd through the whole model"
+    kept = []
+    hook = (learn.model[0] if layer is None else layer).register_forward_hook(lambda module, inputs, out: kept.append(out))
+    out = learn.model.eval()(*x)
+    hook.remove()
+    grad, = torch.autograd.grad(score(out), kept[0], retain_graph=True)
+    return (grad.flatten(2).mean(-1)[..., None, None]*kept[0]).sum(1)[0].detach()
+
+
+def pixels_of(image):
+    "0 to 255, `[H, W, C]`"
+    pixels = to_pixels(image).astype(float)
+    return pixels if pixels.max() > 1 else pixels*255
+
+
+def close(a, b): return b.abs().max() > 1e-7 and torch.allclose(a, b, atol=1e-5*b.abs().max())
+
+
+@pytest.fixture(scope='module')
+def multi(): return learner(dls_of(ImageBlock, MultiCategoryBlock(vocab=['red', 'green', 'square']), get_y=colour_and_square), net(3))
+
+
+def test_multi_label_asks_about_each_predicted_label(multi):
+    assert task_of(multi).name=='multi'
+    with torch.no_grad(): multi.model[1][2].bias.copy_(torch.tensor([.05, -.05, .3]))
+    cams = multi.get_cams(multi.dls.valid)
+    logits = cams.preds.logit()
+    assert cams.task=='multi' and cams.maps.dim()==4
+    for i in range(len(cams)):
+        expected = [c for c in logits[i].argsort(descending=True).tolist() if logits[i, c] >= 0] or [int(logits[i].argmax())]
+        asked = [c for c in cams.classes[i].tolist() if c != NOT_ASKED]
+        assert asked==expected and len(cams[i])==len(expected)
+        x = multi.dls.valid.one_batch()[0] if i < 4 else list(multi.dls.valid)[1][0]
+        for k, c in enumerate(asked): assert close(cams.maps[i, k], by_hand(multi, [x[i%4:i%4+1]], lambda out: out[0, c]))
+
+
+def test_multi_label_actual(multi):
+    cams = multi.get_cams([0, 1], cls='actual')
+    assert [set(row) - {NOT_ASKED} for row in cams.classes.tolist()]==[{1, 2}, {0, 2}] # picture 12 is green, picture 13 red
+    assert cams.targs.tolist()==[[0, 1, 1], [1, 0, 1]]
+
+
+def test_multi_label_interpretation(multi):
+    interp = CAMInterpretation.from_learner(multi)
+    cams = interp.top_losses_cams(3, show='both')
+    preds, targs = multi.get_preds(dl=multi.dls.valid)
+    losses = F.binary_cross_entropy(preds, targs, reduction='none').mean(1)
+    assert torch.allclose(cams.losses, losses.sort(descending=True).values[:3], atol=1e-5)
+    interp.plot_top_losses_cam(3, show='both')
+
+
+@pytest.mark.parametrize('bias,answer', [(5., 1), (-5., 0)])
+def test_one_logit_asks_why_yes_or_why_no(bias, answer):
+    learn = learner(dls_of(ImageBlock, RegressionBlock, get_y=is_red), net(1), loss_func=BCEWithLogitsLossFlat())
+    with torch.no_grad(): learn.model[1][2].bias.fill_(bias)
+    cams = learn.get_cams([0, 1])
+    assert cams.task=='binary' and cams.classes.tolist()==[answer]*2
+    x = learn.dls.valid.one_batch()[0]
+    sign = 1 if answer else -1
+    for i in range(2): assert close(cams.maps[i], by_hand(learn, [x[i:i+1]], lambda out: sign*out[0, 0]))
+    assert learn.get_cams([0, 1], cls='actual').classes.tolist()==[0, 1]
+    assert torch.allclose(learn.get_cams(0, cls=1).maps, -learn.get_cams(0, cls=0).maps)
+    CAMInterpretation.from_learner(learn).plot_top_losses_cam(2, show='both')
+
+
+def test_regression_is_signed_and_names_no_class():
+    learn = learner(dls_of(ImageBlock, RegressionBlock, get_y=left_of), net(1), loss_func=MSELossFlat())
+    cams = learn.get_cams([0, 1])
+    x = learn.dls.valid.one_batch()[0]
+    assert cams.task=='values' and cams.signed and cams.classes.tolist()==[-1, -1] and cams.targs.flatten().tolist()==[left_of(12), left_of(13)]
+    for i in range(2): assert close(cams.maps[i], by_hand(learn, [x[i:i+1]], lambda out: out[0, 0]))
+    with pytest.raises(ValueError, match='predicts values, not classes'): learn.get_cams(0, cls='predicted')
+    interp = CAMInterpretation.from_learner(learn)
+    interp.plot_top_losses_cam(2)
+    with pytest.raises(ValueError, match="leave show='pred'"): interp.plot_top_losses_cam(2, show='actual')
+
+
+def test_points_ask_about_each_coordinate():
+    learn = learner(dls_of(ImageBlock, PointBlock, get_y=corner_of), net(2))
+    cams = learn.get_cams([0, 1])
+    x = learn.dls.valid.one_batch()[0]
+    assert cams.task=='points' and cams.signed and cams.labels==['x', 'y'] and cams.maps.shape[:2]==(2, 2)
+    for i in range(2):
+        for k in range(2): assert close(cams.maps[i, k], by_hand(learn, [x[i:i+1]], lambda out: out.flatten(1)[0, k]))
+    CAMInterpretation.from_learner(learn).plot_top_losses_cam(2)
+
+
+class Draws(nn.Module):
+    "A segmentation model: two steps down, one up, a logit for each of three classes at every pixel"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.down, self.bottleneck, self.up, self.out = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1), nn.ConvTranspose2d(16, 8, 4, 2, 1), nn.Conv2d(8, 3, 3, padding=1)
+    def forward(self, x): return F.interpolate(self.out(self.up(self.bottleneck(self.down(x).relu()).relu()).relu()), x.shape[2:], mode='bilinear')
+
+
+@pytest.fixture(scope='module')
+def segmenter(): return learner(dls_of(ImageBlock, MaskBlock(['background', 'green', 'red']), get_y=mask_of), Draws(), loss_func=CrossEntropyLossFlat(axis=1))
+
+
+def test_segmentation_asks_about_the_largest_class_over_its_region(segmenter):
+    with Probe(segmenter.model) as p: assert p(segmenter.dls.valid.one_batch()[0]).names==['bottleneck']
+    cams = segmenter.get_cams([0, 1])
+    x, y = segmenter.dls.valid.one_batch()
+    out = segmenter.model.eval()(x).detach()
+    assert cams.task=='segmentation' and cams.preds is None and cams.maps.shape==(2, 16, 16)
+    for i in range(2):
+        shown = out[i].argmax(0)
+        counts = [int((shown==c).sum()) for c in range(3)]
+        largest = int(np.argmax([0, *counts[1:]])) if sum(counts[1:]) else 0
+        assert cams.classes[i]==largest and torch.equal(cams.regions[i], shown==largest)
+        assert close(cams.maps[i], by_hand(segmenter, [x[i:i+1]], lambda out: out[0, largest][shown==largest].mean(), segmenter.model.bottleneck))
+
+
+def test_segmentation_over_the_actual_region_and_one_of_ones_own(segmenter):
+    x, y = segmenter.dls.valid.one_batch()
+    cams = segmenter.get_cams([0, 1], cls=Region(['green', 'red'], 'actual'))
+    own = torch.zeros(64, 64); own[:20] = 1
+    given = segmenter.get_cams([0, 1], cls=Region('red', own))
+    for i in range(2):
+        for k in range(2):
+            region = y[i]==k+1 if (y[i]==k+1).any() else torch.ones(64, 64, dtype=torch.bool) # a colour that is not there: everywhere
+            assert close(cams.maps[i, k], by_hand(segmenter, [x[i:i+1]], lambda out: out[0, k+1][region].mean(), segmenter.model.bottleneck))
+            assert torch.equal(cams.regions[i, k], (y[i]==k+1).as_subclass(torch.Tensor))
+        assert close(given.maps[i], by_hand(segmenter, [x[i:i+1]], lambda out: out[0, 2][:20].mean(), segmenter.model.bottleneck))
+    with pytest.raises(ValueError, match='of the size of the output'): segmenter.get_cams(0, cls=Region('red', own[:5]))
+    with pytest.raises(ValueError, match='needs labels'): segmenter.get_cams(picture(0), cls=Region('red', 'actual'))
+
+
+def test_segmentation_interpretation(segmenter):
+    interp = CAMInterpretation.from_learner(segmenter)
+    assert interp.vocab==['background', 'green', 'red']
+    cams = interp.top_losses_cams(3, show='both')
+    _, y = next(iter(segmenter.dls.valid))
+    first = int(interp.top_losses(1)[1])
+    assert torch.equal(cams.regions[0, 1], torch.as_tensor(np.array(mask_of(12 + first)))==cams.classes[0, 1]) # the class that the mask shows, where it shows it
+    interp.plot_top_losses_cam(3, show='both')
+
+
+class Tokens(Transform):
+    "A question as word indices, and back"
+    words = ['where', 'is', 'red', 'green']
+    def encodes(self, question: str): return torch.tensor([self.words.index(word) for word in question.split()])
+    def decodes(self, tokens: torch.Tensor): return TitledStr(' '.join(self.words[int(i)] for i in tokens))
+
+
+class Asks(nn.Module):
+    "A picture and a question: the question chooses channels; a text transformer's tokens come after the picture's last layer"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.words, self.mixed, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Embedding(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    def forward(self, image, question):
+        features = self.body(image)
+        tokens = self.mixed(self.words(question)) # [B, 3, 8]: three words, no places
+        return self.fc((features*tokens.mean(1).sigmoid()[..., None, None]).mean((2, 3)))
+
+
+def question_of(i): return f'where is {("red", "green")[i//2%2]}'
+def answer_of(i): return ('left', 'right')[i%2]
+def colour_of(i): return square_of(i)[2]
+
+
+@pytest.fixture(scope='module')
+def answerer():
+    dls = dls_of(ImageBlock, TransformBlock(type_tfms=Tokens), CategoryBlock, n_inp=2, getters=[picture, question_of, answer_of])
+    return learner(dls, Asks())
+
+
+def test_a_question_about_a_picture(answerer):
+    cams = answerer.get_cams([0, 1, 2])
+    image, question, _ = answerer.dls.valid.one_batch()
+    assert cams.texts==[question_of(i) for i in (12, 13, 14)] and cams.maps.shape==(3, 16, 16)
+    for i in range(3):
+        predicted = int(answerer.model.eval()(image, question)[i].argmax())
+        assert close(cams.maps[i], by_hand(answerer, [image[i:i+1], question[i:i+1]], lambda out: out[0, predicted], answerer.model.body))
+    assert abs(pixels_of(cams[0].image) - pixels_of(picture(12))).max() < 2 # the picture, decoded
+    CAMInterpretation.from_learner(answerer).plot_top_losses_cam(2)
+
+
+class Twins(nn.Module):
+    "One encoder for two pictures"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.encoder, self.fc = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 1)), nn.Linear(16, 2)
+    def forward(self, a, b): return self.fc(torch.cat([self.encoder(a).mean((2, 3)), self.encoder(b).mean((2, 3))], 1))
+
+
+def other_picture(i): return picture((i + 7)%20)
+def same_colour(i): return i%3==0
+
+
+@pytest.mark.parametrize('image', [0, 1])
+@pytest.mark.parametrize('layer', [None, 'encoder', 'encoder.0'])
+def test_each_of_two_pictures_has_its_own_map(image, layer):
+    learn = learner(dls_of(ImageBlock, ImageBlock, CategoryBlock, n_inp=2, getters=[picture, other_picture, same_colour]), Twins())
+    cams = learn.get_cams([0, 1], image=image, layer=layer, cls=1)
+    a, b, _ = learn.dls.valid.one_batch()
+    module = learn.model.get_submodule(layer or 'encoder')
+    for i in range(2):
+        kept = []
+        hook = module.register_forward_hook(lambda module, inputs, out: kept.append(out.detach().requires_grad_()) or kept[-1].clone())
+        out = learn.model.eval()(a[i:i+1], b[i:i+1])
+        hook.remove()
+        grad, = torch.autograd.grad(out[0, 1], kept[image])
+        assert close(cams.maps[i], (grad.mean((2, 3), keepdim=True)*kept[image]).sum(1)[0].detach())
+        assert abs(pixels_of(cams[i].image) - pixels_of((picture, other_picture)[image](12 + i))).max() < 2
+    with pytest.raises(ValueError, match='image=2 does not exist: the model takes 2 images'): learn.get_cams(0, image=2)
+
+
+class TwoAnswers(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(4)
+        self.body, self.colour, self.size, self.kind = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 2), nn.Linear(8, 3), kind
+    def forward(self, x):
+        features = self.body(x).mean((2, 3))
+        both = self.colour(features), self.size(features)
+        return dict(zip(('colour', 'size'), both)) if self.kind is dict else self.kind(both)
+
+
+@pytest.mark.parametrize('kind,colour,size', [(dict, 'colour', 'size'), (tuple, 0, 1), (list, 0, 1)])
+def test_several_outputs(kind, colour, size):
+    def loss(out, y, reduction='mean'): return F.cross_entropy(out[colour], y, reduction=reduction)
+    learn = learner(dls_of(ImageBlock, CategoryBlock, get_y=colour_of), TwoAnswers(kind), loss_func=loss)
+    cams = learn.get_cams([0, 1], cls=[Output(colour, 'red'), Output(size, 2), lambda out: out[size][:, 0]])
+    x, y = learn.dls.valid.one_batch()
+    questions = [lambda out: out[colour][0, 1], lambda out: out[size][0, 2], lambda out: out[size][0, 0]]
+    for i in range(2):
+        for k, ask in enumerate(questions): assert close(cams.maps[i, k], by_hand(learn, [x[i:i+1]], ask, learn.model.body))
+    with torch.no_grad(): assert torch.allclose(cams.losses, F.cross_entropy(learn.model(x[:2])[colour], y[:2].as_subclass(torch.Tensor), reduction='none'), atol=1e-5)
+    with pytest.raises(ValueError, match=r'say which part is meant with cls=Output\(part, class\)'): learn.get_cams(0)
+    with pytest.raises(ValueError, match='the model has no output 7'): learn.get_cams(0, cls=Output(7, 0))
+    assert not any(module._forward_hooks for module in learn.model.modules())
+
+
+class FirstThen(nn.Module):
+    "An auxiliary head that runs last and has nothing to do with the first output"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.body, self.fc, self.aux = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 2), nn.Conv2d(8, 4, 1)
+    def forward(self, x):
+        features = self.body(x)
+        return dict(main=self.fc(features.mean((2, 3))), aux=self.aux(features).mean((2, 3)))
+
+
+def test_the_layer_is_one_that_matters_for_the_question():
+    x = torch.rand(2, 3, 16, 24)
+    for asks, layer in ((None, 'body'), (lambda out: out['main'][:, 0], 'body'), (lambda out: out['aux'][:, 0], 'aux')):
+        with Probe(FirstThen(), asks=asks) as p: assert p(x).names==[layer]
+
+
+@pytest.mark.parametrize('wrap', ['parallel', 'compiled', 'compiled in place'])
+def test_wrapped_models(wrap, multi):
+    reference, model = multi.get_cams([0, 1]).maps, multi.model
+    if wrap=='compiled in place': model.compile()
+    else: multi.model = nn.DataParallel(model) if wrap=='parallel' else torch.compile(model)
+    given = multi.model
+    try:
+        assert torch.equal(multi.get_cams([0, 1]).maps, reference) and multi.model is given
+        name = {'parallel':'module.0.2', 'compiled':'_orig_mod.0.2'}.get(wrap, '0.2')
+        assert torch.equal(multi.get_cams([0, 1], layer=name).maps, reference)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    finally:
+        multi.model, model._compiled_call_impl = model, None
+
+
+def test_exported_learners(multi, segmenter, tmp_path):
+    for learn in (multi, segmenter):
+        learn.export(tmp_path/'model.pkl')
+        loaded = load_learner(tmp_path/'model.pkl')
+        assert torch.allclose(loaded.get_cams([picture(12), picture(13)]).maps, learn.get_cams([0, 1]).maps, atol=1e-6)
+
+
+def test_volumes():
+    torch.manual_seed(6)
+    items = [(torch.randn(1, 6, 12, 16), i%2) for i in range(8)]
+    model = nn.Sequential(nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 8, 3, 2, 1)), nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 2)))
+    learn = learner(DataLoaders(TfmdDL(items, bs=4, num_workers=0), TfmdDL(items, bs=4, num_workers=0)), model, loss_func=CrossEntropyLossFlat())
+    cams = learn.get_cams([0, 5], cls=1)
+    assert cams.maps.shape==(2, 3, 6, 8) and cams.n_space==3
+    for i, number in enumerate((0, 5)):
+        kept = []
+        hook = model[0].register_forward_hook(lambda module, inputs, out: kept.append(out))
+        out = model.eval()(items[number][0][None])
+        hook.remove()
+        grad, = torch.autograd.grad(out[0, 1], kept[0])
+        assert close(cams.maps[i], (grad.mean((2, 3, 4), keepdim=True)*kept[0]).sum(1)[0].detach())
+    assert close(learn.get_cams(items[5][0], cls=1).maps[0], cams.maps[1])
+    methods = ['cam', 'layercam', 'hirescam', 'gradcam_pp', 'eigencam', 'xgradcam', 'ablationcam']
+    several = learn.get_cams([0, 5], cls=1, method=methods).maps
+    assert several.shape==(2, 7, 3, 6, 8) and torch.allclose(several[:, 0], cams.maps*144, rtol=1e-4) # CAM is Grad-CAM × the number of places
+    assert torch.allclose(several[:, 2].mean((1, 2, 3)), cams.maps.mean((1, 2, 3)), rtol=1e-3) # behind pooling HiResCAM is Grad-CAM
+    learn.show_cam([0, 5], slices=3)
+
+
+@pytest.mark.parametrize('channels', [1, 5])
+def test_other_numbers_of_channels(channels):
+    torch.manual_seed(7)
+    items = [(torch.randn(channels, 16, 24), i%2) for i in range(4)]
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(channels, 4, 3)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    learn = learner(DataLoaders(TfmdDL(items, bs=4, num_workers=0), TfmdDL(items, bs=4, num_workers=0)), model, loss_func=CrossEntropyLossFlat())
+    cams = learn.get_cams([0], cls=0)
+    assert close(cams.maps[0], by_hand(learn, [items[0][0][None]], lambda out: out[0, 0]))
+    learn.show_cam([0])
+
+
+def test_similarity_of_embeddings():
+    learn = learner(dls_of(ImageBlock, CategoryBlock, get_y=answer_of), net(6), loss_func=CrossEntropyLossFlat())
+    reference = torch.tensor([1., 0., -2., 0., 0., 1.])
+    cams = learn.get_cams([0], cls=Similarity(reference, 'like it'))
+    x = learn.dls.valid.one_batch()[0]
+    assert cams.labels==['like it'] and close(cams.maps[0], by_hand(learn, [x[:1]], lambda out: (out[0] @ reference)/(out[0].norm()*reference.norm())))
+
+
+class LowRank(nn.Module):
+    "A layer and a correction to it, as LoRA adds them"
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.base_layer, self.a, self.b = layer, nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding), nn.Conv2d(rank, layer.out_channels, 1)
+    def forward(self, x): return self.base_layer(x) + self.b(self.a(x))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model): super().__init__(); self.base_model = model
+    def forward(self, *args, **kwargs): return self.base_model(*args, **kwargs)
+
+
+def test_a_model_with_low_rank_corrections():
+    model = net(2)
+    model[0][2] = LowRank(model[0][2])
+    learn = learner(dls_of(ImageBlock, CategoryBlock, get_y=answer_of), Wrapper(model), loss_func=CrossEntropyLossFlat())
+    x = learn.dls.valid.one_batch()[0]
+    cams = learn.get_cams([0], cls=1)
+    assert close(cams.maps[0], by_hand(learn, [x[:1]], lambda out: out[0, 1], model[0])) # after the correction, not inside it
+    with Probe(learn.model) as p: assert p(x).names==['base_model.0']
