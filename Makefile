@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test bench config notebooks readme clean
+.PHONY: setup demo test bench zoo config notebooks readme clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test: $(STAMP)           ## every test, and every notebook as a test
 bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -W ignore tests/bench/bench.py
+
+zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/zoo.ipynb
+	$(BIN)/python -W ignore tests/zoo/zoo.py all
 
 config: $(STAMP)         ## settings.ini -> pyproject.toml
 	$(BIN)/python tests/config.py

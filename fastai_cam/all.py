@@ -8,12 +8,14 @@ Docs: https://fastai-cam.example/docs/all.html.md"""
 __all__ = []
 
 # %% ../nbs/all.ipynb #b42b5bdb
-from . import interpret, learner, maps, methods, probe, targets
+from . import interpret, layout, learner, maps, methods, probe, targets, tasks
+from .layout import *
 from .probe import *
+from .tasks import *
 from .targets import *
 from .methods import *
 from .maps import *
 from .learner import *
 from .interpret import *
 
-__all__ = [name for room in (probe, targets, methods, maps, learner, interpret) for name in room.__all__]
+__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, learner, interpret) for name in room.__all__]
