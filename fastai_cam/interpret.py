@@ -83,7 +83,8 @@ class CAMInterpretation(ClassificationInterpretation):
         largest:bool=True, # The largest losses, or the smallest?
         show:str='pred', # Maps of the class that was predicted ('pred'), of the label ('actual'), or of both ('both')
         method:str|Callable|Sequence|None=None, # Instead of the interpretation's own
-        layer:Any=None # Instead of the interpretation's own
+        layer:Any=None, # Instead of the interpretation's own
+        image:int=0 # Which of the images, where several go into the model for one item
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
         actual = Region('actual', 'actual') # in segmentation, where the mask says that it is
@@ -91,8 +92,8 @@ class CAMInterpretation(ClassificationInterpretation):
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
         if show != 'pred' and isinstance(task_of(self.learn), Values): raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
         losses,idxs = self._ranked(k, largest)
-        with learner_as_found(self.learn): chosen = _dl_source(self.learn, self.dl, idxs.tolist())
-        cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer)
+        with learner_as_found(self.learn): chosen = _dl_source(self.learn, self.dl, idxs.tolist(), image=image)
+        cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer, image=image)
         cams.losses = losses.as_subclass(Tensor)
         return cams
 
@@ -105,12 +106,13 @@ class CAMInterpretation(ClassificationInterpretation):
         nrows:int|None=None, # Rows of the grid
         ncols:int|None=None, # Columns of the grid
         figsize:tuple|None=None, # Size of the figure in inches
+        image:int=0, # Which of the images, where several go into the model for one item
         **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
     ) -> None:
         "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
         if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
         check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
-        cams = self.top_losses_cams(k, largest, show, method, layer)
+        cams = self.top_losses_cams(k, largest, show, method, layer, image)
         n_q = cams.n_questions
         if nrows is None and ncols is None and 1 < n_q <= 3: # several items in a row, up to six maps
             n,most = len(cams),6//n_q

@@ -594,11 +594,11 @@ class CAMs:
             positive = self.preds[i].reshape(1)
             return torch.cat([1 - positive, positive])
         if self.preds.dim() != 2 or self.task not in ('', 'single', 'multi'): return None
+        if self.vocab is not None and len(self.vocab) != self.preds.shape[1]: return None # an embedding
         return self.preds[i] if self.task=='multi' or abs(self.preds[i].sum().item() - 1) <= 1e-2 else None
     def _predicted(self, i): # where the outputs are probabilities of which one class is meant
         probabilities = self._probabilities(i)
         if probabilities is None or self.task=='multi': return None
-        if self.task != 'binary' and self.vocab is not None and len(self.vocab) != len(probabilities): return None # an embedding
         return int(probabilities[1] >= self.thresh) if self.task=='binary' else int(probabilities.argmax())
     def _actual(self, i): # the one class that the label names
         if not isinstance(self.targs, Tensor): return None
@@ -617,7 +617,7 @@ class CAMs:
         sides = [values[i] for values in (self.preds, self.targs) if isinstance(values, Tensor)]
         if not isinstance(self.preds, Tensor): return []
         if self.task=='values': return [_several([_rounded(value) for value in side.flatten().tolist()], width) for side in sides]
-        if self.task!='multi' or any(side.dim() != 1 for side in sides): return []
+        if self._probabilities(i) is None or self.task!='multi' or any(side.dim() != 1 for side in sides): return []
         named = [(side >= cut).nonzero().flatten() for side,cut in zip(sides, (self.thresh, .5))]
         return [_several([self._name(c, width) for c in labels], width) or '–' for labels in named]
 

@@ -236,6 +236,8 @@ def test_a_question_about_a_picture(answerer):
         assert close(cams.maps[i], by_hand(answerer, [image[i:i+1], question[i:i+1]], lambda out: out[0, predicted], answerer.model.body))
     assert abs(pixels_of(cams[0].image) - pixels_of(picture(12))).max() < 2 # the picture, decoded
     CAMInterpretation.from_learner(answerer).plot_top_losses_cam(2)
+    unlabelled = answerer.get_cams(answerer.dls.test_dl([12, 13, 14]))
+    assert torch.equal(unlabelled.maps, cams.maps) and unlabelled.texts==cams.texts and unlabelled.targs is None and unlabelled.losses is None
 
 
 class Twins(nn.Module):
@@ -312,19 +314,23 @@ def test_the_layer_is_one_that_matters_for_the_question():
         with Probe(FirstThen(), asks=asks) as p: assert p(x).names==[layer]
 
 
-@pytest.mark.parametrize('wrap', ['parallel', 'compiled', 'compiled in place'])
-def test_wrapped_models(wrap, multi):
+@pytest.mark.parametrize('wrap', ['parallel', 'distributed', 'compiled', 'compiled in place'])
+def test_wrapped_models(wrap, multi, tmp_path):
     reference, model = multi.get_cams([0, 1]).maps, multi.model
     if wrap=='compiled in place': model.compile()
+    elif wrap=='distributed':
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/together', rank=0, world_size=1)
+        multi.model = nn.parallel.DistributedDataParallel(model)
     else: multi.model = nn.DataParallel(model) if wrap=='parallel' else torch.compile(model)
     given = multi.model
     try:
         assert torch.equal(multi.get_cams([0, 1]).maps, reference) and multi.model is given
-        name = {'parallel':'module.0.2', 'compiled':'_orig_mod.0.2'}.get(wrap, '0.2')
+        name = {'parallel':'module.0.2', 'distributed':'module.0.2', 'compiled':'_orig_mod.0.2'}.get(wrap, '0.2')
         assert torch.equal(multi.get_cams([0, 1], layer=name).maps, reference)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     finally:
         multi.model, model._compiled_call_impl = model, None
+        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 
 def test_exported_learners(multi, segmenter, tmp_path):
