@@ -99,7 +99,7 @@ def _halved(grids):
 
 def _token_grid(n_tokens, image_size, grids, tolerance):
     "Grid and number of extra tokens; `None` if the tokens fill none"
-    in_proportion = lambda grids: [grid for grid in grids if math.prod(grid) > 1 and _distortion(grid, image_size) <= math.log(tolerance)]
+    in_proportion = lambda grids: [grid for grid in grids if min(grid) > 1 and _distortion(grid, image_size) <= math.log(tolerance)]
     for known,most_extra in ((grids, MAX_EXTRA), (_halved(grids), 2)):
         fitting = [(n_tokens - math.prod(grid), _off(grid, image_size), grid) for grid in in_proportion(known) if 0 <= n_tokens - math.prod(grid) <= most_extra]
         if fitting:
@@ -121,7 +121,8 @@ def find_layout(
     if image_size is None: return Layout('channels first', shape[2:]) if len(shape) in (4,5) and math.prod(shape[2:]) > 1 else None
     if len(shape)==n_space + 2: return _find_grid(tuple(shape), tuple(image_size), grids, tolerance)
     if len(shape)==3:
-        for kind,n_tokens in (('tokens', shape[1]), ('tokens last', shape[2])):
+        kinds = [('tokens', shape[1])] + [('tokens last', shape[2])]*(shape[1] > MAX_EXTRA) # a class token has as many channels as there are places, by chance
+        for kind,n_tokens in kinds:
             found = _token_grid(n_tokens, tuple(image_size), grids, tolerance)
             if found is not None: return Layout(kind, *found)
     return None

@@ -229,6 +229,7 @@ class Survey:
         chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None]
         if not chosen:
             raise ValueError(f'no layer of this {type(self.model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
+        chosen = [i for i in chosen if min(self.seen[i].layout.grid) > 1] or chosen # a single row knows only half of where
         if self._several: chosen = self._of_the_image(chosen)
         if self._several or self.seen[chosen[-1]].layout.is_tokens or not isinstance(self.out, Tensor): chosen = self._that_matter(chosen)
         return [self.seen[i] for i in chosen]
