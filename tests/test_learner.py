@@ -211,10 +211,28 @@ def learner_state(learn):
 def same(a, b): return all(all(torch.equal(x, y) for x, y in zip(a[key], b[key])) if key=='buffers' else torch.equal(a[key], b[key]) if key=='random' else a[key]==b[key] for key in a)
 
 
+class Attends(nn.Module):
+    "Two transformer blocks over 8 × 8 patches, read from the mean"
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16), nn.Linear(16, 2)
+        self.blocks = nn.Sequential(*[nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True) for _ in range(2)])
+    def forward(self, x): return self.head(self.norm(self.blocks(self.patches(x).flatten(2).mT)).mean(1))
+
+
+@pytest.mark.parametrize('name', ['rollout', 'grad_rollout'])
+def test_a_method_of_attention_is_refused_without_attention(dls, name):
+    learn = small_learner(dls)
+    before = learner_state(learn)
+    with pytest.raises(ValueError, match='use a method that needs only the layer'): learn.get_cams([0], method=name)
+    assert same(before, learner_state(learn))
+
+
 @pytest.mark.parametrize('name', [*METHODS, 'gradcam+tta', 'layercam+stages', 'gradcam+pca', 'scorecam+tta'])
 def test_every_method_by_name(dls, name):
     "In the learner's loop the maps are those of a probe, items in order over batches, and the learner is as it was"
     learn = small_learner(dls)
+    if name in ('rollout', 'grad_rollout'): learn.model = Attends()
     learn.model.train()
     before = learner_state(learn)
     cams = learn.get_cams(dls.valid, cls=['right', 'left'], method=name)
