@@ -607,7 +607,9 @@ def test_baselines():
 # --- every registered method: a new one is tested as soon as it is registered
 
 WRAPPED = ['gradcam+tta', 'gradcam+stages', 'gradcam+pca', 'scorecam+stages', 'reciprocam+tta']
-every_method = pytest.mark.parametrize('name', [*METHODS, *WRAPPED])
+OF_ATTENTION = {'rollout', 'grad_rollout'} # for models that have some: test_transformers.py
+ON_ANY_NET = [name for name in [*METHODS, *WRAPPED] if name not in OF_ATTENTION]
+every_method = pytest.mark.parametrize('name', ON_ANY_NET)
 
 def net_for(name, dtype=torch.double):
     "Each net and layer to try a method on; CAM is defined for one head only"
@@ -651,7 +653,7 @@ DEPENDS_ON_SCALE = dict( # whose formula is not homogeneous in the score
     gradcam_pp='alpha has g in its denominator next to a constant: the score is to be a logit', smooth_gradcam_pp='as gradcam_pp', refinecam='its base is gradcam_pp: see below for another',
     scorecam='softmax of the score', sscam='softmax of the score', iscam='softmax of the score', finercam='logits are taken from the score: see below for a scaled model', **{'scorecam+stages': 'softmax of the score'})
 
-@pytest.mark.parametrize('name', [name for name in [*METHODS, *WRAPPED] if name not in DEPENDS_ON_SCALE])
+@pytest.mark.parametrize('name', [name for name in ON_ANY_NET if name not in DEPENDS_ON_SCALE])
 @pytest.mark.parametrize('scale', [1e-8, 1e-15]) # guided_gradcam is a product of two gradients: smaller ones are too little for float32
 def test_scale_of_the_score(name, scale):
     for model, layer in net_for(name, torch.float):
@@ -867,7 +869,7 @@ def test_precision_and_memory_format(name, how, record_property):
 
 AT_THE_LAST_LAYER = {'cam', 'uniform_map', 'random_map'} # CAM belongs to the layer before the head, which is to be listed last; the baselines have that layer's size
 
-@pytest.mark.parametrize('name', [name for name in [*METHODS, *WRAPPED] if name not in AT_THE_LAST_LAYER])
+@pytest.mark.parametrize('name', [name for name in ON_ANY_NET if name not in AT_THE_LAST_LAYER])
 def test_order_of_the_layers(name):
     for build, names in ((plain, ['0.1', '0', '0.3']), (odd, ['mix', 'act', 'down'])):
         model, x = build(), images(2)
