@@ -215,6 +215,7 @@ class Survey:
         if isinstance(out, Tensor) and out.is_floating_point() and len(out)==1:
             if isinstance(module, nn.modules.conv._ConvNd) and out.dim()==2 + len(self.image_size or (0,0)): self.grids.append(tuple(out.shape[2:])) # a convolution leaves no doubt
             layout = find_layout(out.shape, self.image_size, self.grids)
+            if layout is not None and layout.kind=='tokens last': layout = None # as many channels as there are places, by chance: a hundred queries of 256 channels; such a layer has to be named
             if layout is not None: n_channels = layout.spatial(out).shape[1]
         self.seen.append(Seen(name, module, call, layout, n_channels, self.n_ran))
         if self._several: self._outs.append(out.detach().clone() if layout is not None else None)
