@@ -9,7 +9,6 @@ __all__ = ['CAMInterpretation']
 
 # %% ../nbs/05_interpret.ipynb #2b0f93e6
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 from torch import Tensor

@@ -9,11 +9,11 @@ __all__ = ['MAX_EXTRA', 'Layout', 'find_layout']
 
 # %% ../nbs/00_layout.ipynb #b1a00183
 import math
+from functools import lru_cache
 from typing import Sequence
 
 import torch
 from torch import Tensor
-from fastcore.basics import store_attr
 
 # %% ../nbs/00_layout.ipynb #551f36ea
 class Layout:
@@ -79,14 +79,16 @@ def _distortion(grid, image_size):
 def _off(grid, image_size): # by how much they differ as they stand
     return max((abs(math.log(grid[0]/places) - math.log(image_size[0]/pixels)) for places,pixels in zip(grid[1:], image_size[1:])), default=0.)
 
+@lru_cache
 def _patch_grids(n_places, image_size):
     "Grids of `n_places` that a patch size cuts out of an image, with whole patches or with the last one cut off"
     sides = lambda patch: [sorted({max(1, pixels//patch), -(-pixels//patch)}) for pixels in image_size]
     found = {grid for patch in range(1, min(image_size) + 1) for grid in _products(sides(patch)) if math.prod(grid)==n_places}
-    return sorted(found, key=lambda grid: _off(grid, image_size))
+    return tuple(sorted(found, key=lambda grid: _off(grid, image_size)))
 
 def _products(choices): return [()] if not choices else [(first,*rest) for first in choices[0] for rest in _products(choices[1:])]
 
+@lru_cache
 def _halved(grids):
     "What is left of `grids` when every second place is dropped, once or several times"
     found = set()
@@ -95,7 +97,7 @@ def _halved(grids):
         while todo:
             todo = {halved for one in todo for halved in _products([sorted({max(1, side//2), -(-side//2)}) for side in one]) if math.prod(halved) > 1} - found
             found |= todo
-    return found - set(grids)
+    return frozenset(found - set(grids))
 
 def _token_grid(n_tokens, image_size, grids, tolerance):
     "Grid and number of extra tokens; `None` if the tokens fill none"
@@ -117,13 +119,13 @@ def find_layout(
     tolerance:float=1.3 # How far from the image's the proportions of a grid that was not seen may be
 ) -> Layout|None: # `None` if the output has no space, or only one place
     "The layout of an output of this shape"
-    n_space = 2 if image_size is None else len(image_size)
     if image_size is None: return Layout('channels first', shape[2:]) if len(shape) in (4,5) and math.prod(shape[2:]) > 1 else None
-    if len(shape)==n_space + 2: return _find_grid(tuple(shape), tuple(image_size), grids, tolerance)
+    image_size,grids = tuple(image_size),tuple(grids)
+    if len(shape)==len(image_size) + 2: return _find_grid(tuple(shape), image_size, grids, tolerance)
     if len(shape)==3:
         kinds = [('tokens', shape[1])] + [('tokens last', shape[2])]*(shape[1] > MAX_EXTRA) # a class token has as many channels as there are places, by chance
         for kind,n_tokens in kinds:
-            found = _token_grid(n_tokens, tuple(image_size), grids, tolerance)
+            found = _token_grid(n_tokens, image_size, grids, tolerance)
             if found is not None: return Layout(kind, *found)
     return None
 

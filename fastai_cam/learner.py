@@ -37,9 +37,9 @@ from fastai.torch_core import get_random_states, set_random_states, to_detach
 from fastai.vision.core import PILBase, PILImage, TensorPoint
 from fastai.vision.learner import create_head, vision_learner
 from .tasks import MultiLabel, NOT_ASKED, Points, SingleLabel, Task, Values
-from .probe import Probe, _tensors, as_found, bare, check_layers, images_in
-from .targets import AllClasses, AllValues, Several, Target, as_target
-from .methods import METHODS, as_methods, enlarge, method_name
+from .probe import Probe, _each_tensor, _tensors, as_found, bare, check_layers, images_in
+from .targets import AllClasses, Several, as_target
+from .methods import as_methods, enlarge, method_name
 from .maps import CAMs, Images, check_style
 
 # %% ../nbs/04_learner.ipynb #493b9109
@@ -104,9 +104,12 @@ class CAMCallback(Callback):
         self.wrapped,self.learn.model = (self.learn, self.learn.model),bare(self.learn.model)
         self.watcher = Probe(self.model, self.layer, needs_grad, image=self.image, asks=self._asks_of_one).attach()
 
+    @property
+    def _y(self): return self.yb[0] if len(self.yb)==1 else self.yb or None # a tuple where there are several targets
+
     def _asks_of_one(self, out):
         "The question about the first item of the batch"
-        return self.target(out, self.yb[0][:1] if len(self.yb) and isinstance(self.yb[0], Tensor) else None)
+        return self.target(out, _each_tensor(lambda labels: labels[:1], self._y))
 
     def _keep_message(self, event):
         try: event()
@@ -125,7 +128,7 @@ class CAMCallback(Callback):
 
     def _make_maps(self, cap):
         self.learn.pred = to_detach(self.learn.pred, cpu=False, gather=False)
-        y = self.yb[0] if len(self.yb)==1 else self.yb or None
+        y = self._y
         score = cap.score(self.target, y)
         if any(isinstance(cb, ProgressCallback) for cb in self.learn.cbs): cap.bar = _bar_of_long_work
         maps = [method(cap, score).detach().cpu() for method in self.methods]
@@ -190,8 +193,8 @@ def learner_as_found(
 
 # %% ../nbs/04_learner.ipynb #0c48ce25
 class _Source:
-    "What will be run and shown: a loader of batches, whether these have labels, how to get the images back, and what else goes into the model"
-    def __init__(self, dl, labelled, images, items, texts=None): store_attr()
+    "What will be run and shown: a loader of batches, whether these have labels, how to get the images back, and a function that says what else goes into the model"
+    def __init__(self, dl, labelled, images, items, texts=noop): store_attr()
 
 def _is_fastai_data(learn): return isinstance(learn.dls.valid_ds, (Datasets, TfmdLists))
 
@@ -229,10 +232,10 @@ def _dl_source(learn, dl, idxs=None, max_n=None, items=None, image=0):
         return dl.new(get_idxs=lambda: chosen, n=len(chosen), shuffle=False, drop_last=False, num_workers=workers)
     def fetch(positions):
         with learner_as_found(learn): return [picture for batch in some([idxs[i] for i in positions]) for picture in _decode(dl, batch, image)]
-    if items is None: 
+    if items is None:
         known = getattr(dl, 'items', dl.dataset)
         items = [(known.iloc[i] if hasattr(known, 'iloc') else known[i]) for i in idxs] if hasattr(known, '__getitem__') else idxs
-    return _Source(some(idxs), _is_labelled(learn, dl), Images(fetch, range(len(idxs))), items, _texts(learn, some(idxs), len(idxs)))
+    return _Source(some(idxs), _is_labelled(learn, dl), Images(fetch, range(len(idxs))), items, lambda: _texts(learn, some(idxs), len(idxs)))
 
 def _batch_source(learn, batches, labelled, items):
     "Batches of model inputs"
@@ -401,8 +404,9 @@ def get_cams(self:Learner,
             if callback.error and callback.error[0] is e: e.args = callback.error[1]
             raise
         finally: callback.close()
+        texts = source.texts()
     cams = callback.cams
-    cams.images,cams.items,cams.texts = source.images,source.items,source.texts
+    cams.images,cams.items,cams.texts = source.images,source.items,texts
     cams.preds,cams.targs,cams.losses = (None if values is None else values.as_subclass(Tensor) if isinstance(values, Tensor) else values for values in (preds, targs if source.labelled else None, losses[0] if losses else None))
     return cams
 

@@ -16,7 +16,7 @@ __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_componen
 import inspect, math, zlib
 from difflib import get_close_matches
 from functools import partial, wraps
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor

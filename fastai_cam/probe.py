@@ -144,6 +144,11 @@ def _tensors(values):
     _each_tensor(found.append, values)
     return found
 
+def _replaced(old, new, args, kwargs):
+    "The inputs `args` and `kwargs` with the tensor `new` in the place of `old`"
+    swap = lambda inp: new if inp is old else inp
+    return _each_tensor(swap, tuple(args)),_each_tensor(swap, kwargs)
+
 def images_in(
     args:Sequence, # Positional inputs of a model
     kwargs:dict # Named inputs of a model
@@ -213,7 +218,8 @@ class Survey:
         if next(module.parameters(recurse=False), None) is not None: self.n_ran += 1
         layout,n_channels = None,0
         if isinstance(out, Tensor) and out.is_floating_point() and len(out)==1:
-            if isinstance(module, nn.modules.conv._ConvNd) and out.dim()==2 + len(self.image_size or (0,0)): self.grids.append(tuple(out.shape[2:])) # a convolution leaves no doubt
+            is_seen = isinstance(module, nn.modules.conv._ConvNd) and out.dim()==2 + len(self.image_size or (0,0)) # a convolution leaves no doubt
+            if is_seen and tuple(out.shape[2:]) not in self.grids: self.grids.append(tuple(out.shape[2:]))
             layout = find_layout(out.shape, self.image_size, self.grids)
             if layout is not None and layout.kind=='tokens last': layout = None # as many channels as there are places, by chance: a hundred queries of 256 channels; such a layer has to be named
             if layout is not None: n_channels = layout.spatial(out).shape[1]
@@ -235,19 +241,17 @@ class Survey:
         if self._several or self.seen[chosen[-1]].layout.is_tokens or not isinstance(self.out, Tensor): chosen = self._that_matter(chosen)
         return [self.seen[i] for i in chosen]
 
-    def _replaced(self, new):
-        old = images_in(self.args, self.kwargs)[self.image]
-        swap = lambda inp: new if inp is old else inp
-        return _each_tensor(swap, tuple(self.args)),_each_tensor(swap, self.kwargs)
+    @property
+    def _own_image(self): return images_in(self.args, self.kwargs)[self.image]
 
     def _of_the_image(self, chosen):
         "Those that change when the image does: of a model with several inputs, not the words of a question or another image"
-        image,changed = images_in(self.args, self.kwargs)[self.image].detach()[:1],[]
+        image,changed = self._own_image.detach()[:1],[]
         other = image.mean() - image + torch.linspace(-1, 1, image.shape[-1], dtype=image.dtype, device=image.device)
         def note(name, module, out):
             before = self._outs[len(changed)]
             changed.append(before is not None and not torch.equal(before, out))
-        args,kwargs = self._replaced(other)
+        args,kwargs = _replaced(self._own_image, other, self.args, self.kwargs)
         _watched_pass(self.model, args, kwargs, _has_parameters, note)
         found = [i for i in chosen if changed[i]]
         if not found: raise ValueError(f'no layer with space depends on image {self.image} of the inputs of this {type(self.model).__name__}: pass another image, or the layer to look at')
@@ -257,8 +261,8 @@ class Survey:
         "Those whose places the output depends on"
         outs = []
         with torch.inference_mode(False), torch.enable_grad():
-            image = images_in(self.args, self.kwargs)[self.image].detach()[:1].clone().requires_grad_()
-            args,kwargs = self._replaced(image.clone()) # which the model may change in place
+            image = self._own_image.detach()[:1].clone().requires_grad_()
+            args,kwargs = _replaced(self._own_image, image.clone(), self.args, self.kwargs) # which the model may change in place
             out = _watched_pass(self.model, args, kwargs, _has_parameters, lambda name, module, out: outs.append(out), grad=True)
             score = next(t for t in _tensors(out) if t.is_floating_point()) if self.asks is None else self.asks(out)
             if not (isinstance(score, Tensor) and score.requires_grad): return chosen # who asks that will be told
@@ -596,10 +600,10 @@ class Capture(Pass):
         *args:Any
     ) -> Tensor: # `[B]` or `[B, K]`
         "`target` of the output, computed with gradients on whatever the grad mode is, and remembered as a `Question`"
-        with torch.inference_mode(False): score = target(self.out, *args)
-        if isinstance(target, Question): question = target
-        elif hasattr(target, 'settled'): question = Question(target.settled(self.out, *args))
-        else: question = Question(lambda out, items: target(out, *[arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args]))
+        with torch.inference_mode(False):
+            if hasattr(target, 'settled'): target,args = Question(target.settled(self.out, *args)),()
+            score = target(self.out, *args)
+        question = target if isinstance(target, Question) else Question(lambda out, items: target(out, *[arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args]))
         self._scores.append((score, question))
         return score
 
@@ -925,8 +929,7 @@ class Probe:
         image = images_in(args, kwargs)[self.image]
         self._leaf = image.detach().clone().requires_grad_()
         copied = self._leaf.clone() # an in-place operation may rewrite the copy, never the leaf
-        swap = lambda inp: copied if inp is image else inp
-        return _each_tensor(swap, tuple(args)),_each_tensor(swap, kwargs)
+        return _replaced(image, copied, args, kwargs)
 
     def _capture(self, i):
         def hook(module, inputs, out):
@@ -952,14 +955,15 @@ class Probe:
     def take(self) -> Capture:
         "What the last forward pass left behind; the probe keeps nothing of it"
         if self._out is None: raise RuntimeError('the model has not run since this probe was attached')
-        if self.auto and self._layout(0) is None: # the body ends without space: look again, and run once more
+        layouts = self._layouts()
+        if self.auto and layouts[0] is None: # the body ends without space: look again, and run once more
             self._search()
             self.model(*self._args, **self._kwargs)
+            layouts = self._layouts()
         missing = [name for i,(name,_) in enumerate(self.layers) if i not in self._acts]
         if missing:
             raise ValueError(f'layer {missing[0]!r} never ran in this forward pass: it is a container whose parts are called one by one, or not used in eval mode; name a layer that the model itself calls')
         chosen = [self._call(i) for i in range(len(self.layers))]
-        layouts = [self._layout(i) for i in range(len(self.layers))]
         for i,layout in enumerate(layouts): self._check_layout(i, layout)
         acts = [self._acts[i][-1 if call is None else call] for i,call in enumerate(chosen)]
         inputs = dict(args=self._args, kwargs=self._kwargs, layouts=layouts, calls=chosen, image_index=self.image, probes=[self, *self.outer])
@@ -975,14 +979,16 @@ class Probe:
         name = self.layers[i][0]
         with self.looking_away(): return max((seen.call for seen in self._survey().spatial if seen.name==name), default=None)
 
-    def _layout(self, i):
+    def _layouts(self): return [self._layout(module, self._acts[i][-1].shape) if i in self._acts else None for i,(_,module) in enumerate(self.layers)]
+
+    def _layout(self, module, shape):
         "Where the places are in what a layer returned, from its shape, or, where that leaves doubts, from a survey"
-        if i not in self._acts: return None
-        shape = self._acts[i][-1].shape
-        layout = find_layout(shape, self._image_size)
-        if layout is None and len(shape)==2 + len(self._image_size or (0,0)) and math.prod(shape[2:])==1: return None
-        convolves = any(isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for module in self.layers[i][1].modules())
-        return layout if layout is not None and not layout.is_tokens and convolves else find_layout(shape, self._image_size, self._survey().grids)
+        if len(shape) > 3: # tokens always leave doubts
+            layout = find_layout(shape, self._image_size)
+            if layout is None and len(shape)==2 + len(self._image_size or (0,0)) and math.prod(shape[2:])==1: return None
+            convolves = any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
+            if layout is not None and convolves: return layout
+        return find_layout(shape, self._image_size, self._survey().grids)
 
     def _check_layout(self, i, layout):
         name,out,n_items = self.layers[i][0],self._acts[i][-1],len(_tensors((list(self._args), self._kwargs))[0])
@@ -1053,8 +1059,8 @@ def alignment(
                 disturbed = image.clone()
                 part = disturbed[...,rows,columns]
                 disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator)).to(part)
-                swap = lambda inp: disturbed if inp is image else inp
-                change = change + (_wide(probe(*_each_tensor(swap, args), **_each_tensor(swap, kwargs)).acts[0]) - before).abs()
+                others,named = _replaced(image, disturbed, args, kwargs)
+                change = change + (_wide(probe(*others, **named).acts[0]) - before).abs()
             moved.append(change.sum(tuple(range(change.dim() - 2)))) # of items, channels and depth
     share = lambda values, dims: values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     moved = share(share(torch.stack(moved), (1,2)), 0)

@@ -264,9 +264,7 @@ def segmentation_dls(
     bs:int=16 # Batch size
 ) -> DataLoaders:
     "Picture → which object each pixel belongs to, of `CODES`"
-    dls = _dataloaders((ImageBlock, MaskBlock(CODES)), [_image_of, _codes_of], lambda seed: random_scene(seed, n=2+seed%2, size=size), n_train, n_valid, bs)
-    dls.vocab = CODES # fastai keeps the codes with the pictures only
-    return dls
+    return _dataloaders((ImageBlock, MaskBlock(CODES)), [_image_of, _codes_of], lambda seed: random_scene(seed, n=2+seed%2, size=size), n_train, n_valid, bs)
 
 def _covered_of(scene, name): return 100*float((scene.codes()==1 + OBJECTS.index(name)).mean())
 
@@ -428,21 +426,19 @@ def _places(features):
     down,right = torch.meshgrid(middles(height), middles(width), indexing='ij')
     return torch.stack([right, down]).to(features.dtype).expand(n, 2, height, width)
 
-def _learner(dls, model, metrics) -> Learner: return Learner(dls, model, metrics=metrics)
-
 def multi_label_learner(
     dls:DataLoaders|None=None # As `multi_label_dls()` gives
 ) -> Learner:
     "Untrained; `fit_one_cycle(4, 1e-2)`. Body, global average pooling and one linear layer"
     dls = dls or multi_label_dls()
-    return _learner(dls, nn.Sequential(scene_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(OBJECTS)))), accuracy_multi)
+    return Learner(dls, nn.Sequential(scene_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(OBJECTS)))), metrics=accuracy_multi)
 
 def regression_learner(
     dls:DataLoaders|None=None # As `regression_dls()` gives
 ) -> Learner:
     "Untrained; `fit_one_cycle(4, 1e-2)`. Body, global average pooling and one linear layer"
     dls = dls or regression_dls()
-    return _learner(dls, nn.Sequential(scene_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1))), mae)
+    return Learner(dls, nn.Sequential(scene_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1))), metrics=mae)
 
 class _Expected(nn.Module):
     "A heat map, and the place that it means"
@@ -456,7 +452,7 @@ def points_learner(
 ) -> Learner:
     "Untrained; `fit_one_cycle(3, 1e-2)`. Body, and the middle of a softmax over its places"
     dls = dls or points_dls()
-    return _learner(dls, nn.Sequential(scene_body(), _Expected(128)), mae)
+    return Learner(dls, nn.Sequential(scene_body(), _Expected(128)), metrics=mae)
 
 class SegmentationNet(nn.Module):
     "A class for every pixel, from three resolutions of `pretrained_body`, the coarser ones enlarged and added"
@@ -487,7 +483,7 @@ def segmentation_learner(
 ) -> Learner:
     "Untrained; `fit_one_cycle(4, 1e-2)`"
     dls = dls or segmentation_dls()
-    return _learner(dls, SegmentationNet(), DiceMulti())
+    return Learner(dls, SegmentationNet(), metrics=DiceMulti())
 
 class PairNet(nn.Module):
     "Do two pictures show the same? One body for both"
@@ -509,7 +505,7 @@ def pair_learner(
 ) -> Learner:
     "Untrained; `fit_one_cycle(4, 5e-3)`"
     dls = dls or pair_dls()
-    return _learner(dls, PairNet(), accuracy)
+    return Learner(dls, PairNet(), metrics=accuracy)
 
 # %% ../nbs/07_scenes.ipynb #c3ebf209
 class QuestionNet(nn.Module):
@@ -541,4 +537,4 @@ def question_learner(
 ) -> Learner:
     "Untrained; `fit_one_cycle(3, 5e-3)`"
     dls = dls or question_dls()
-    return _learner(dls, QuestionNet(), accuracy)
+    return Learner(dls, QuestionNet(), metrics=accuracy)

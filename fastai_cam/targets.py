@@ -169,7 +169,6 @@ class Several(Target):
     def classes(self, out:Any, y:Tensor|None=None) -> Tensor:
         found = [target.classes(out, y) for target in self.targets]
         return torch.cat([classes.to(found[0].device) for classes in found], dim=1)
-    def __call__(self, out:Any, y:Tensor|None=None) -> Tensor: return torch.cat([target(out, y) for target in self.targets], dim=1)
     def settled(self, out:Any, y:Tensor|None=None) -> Callable:
         settled = [target.settled(out, y) for target in self.targets]
         return lambda other, items: torch.cat([ask(other, items) for ask in settled], dim=1)
@@ -282,7 +281,6 @@ class Contrast(Target):
     def parts(self) -> list[Target]: return [part for side in (self._resolved().one, self._resolved().other) for part in side.parts]
 
     def classes(self, out:Any, y:Tensor|None=None) -> Tensor: return torch.full((_batch_size(out), 1), -1)
-    def __call__(self, out:Any, y:Any=None) -> Tensor: return self.settled(out, y)(out, torch.arange(_batch_size(out)))
     def settled(self, out:Any, y:Any=None) -> Callable:
         sides = self._resolved()
         if sides.one.classes(out, y).shape[1] != 1: raise ValueError('a Contrast is about one class, and several labels are predicted for some item: name the label to explain')

@@ -13,7 +13,6 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 from fastcore.basics import store_attr
-from .probe import _batch_size
 
 # %% ../nbs/01_tasks.ipynb #813bf651
 NOT_ASKED = -2 # class index of a question that is not asked of an item: it has fewer labels than others
@@ -31,12 +30,10 @@ def _several_outputs(out):
     raise ValueError(f"a class is a column of a [batch, classes] output, but this model's output is a {type(out).__name__} ({which}): say which part is meant with cls=Output(part, class), or pass cls=a function of the output that returns one score per item")
 
 def _check_labels(y, what, ok):
-    if y is None: raise ValueError(f"cls='actual' needs labels, and these items have none: use a labelled DataLoader (learn.dls.valid, or learn.dls.test_dl(items, with_labels=True)) or name the class")
+    if y is None: raise ValueError("cls='actual' needs labels, and these items have none: use a labelled DataLoader (learn.dls.valid, or learn.dls.test_dl(items, with_labels=True)) or name the class")
     if not (isinstance(y, Tensor) and ok(y)):
         raise ValueError(f"cls='actual' needs {what}, but the labels are {f'of shape {list(y.shape)}' if isinstance(y, Tensor) else f'a {type(y).__name__}'}: name a class instead")
     return y.as_subclass(Tensor)
-
-def _column(n, index, out): return torch.full((n,1), index, dtype=torch.long, device=out.device)
 
 class Task:
     "What the columns of an output are"
@@ -136,6 +133,8 @@ class MultiLabel(Task):
         order = torch.where(chosen, logits.double(), -torch.inf).argsort(1, descending=True)[:,:self.most]
         return torch.where(chosen.gather(1, order), order, NOT_ASKED)
 
+def _no_and_yes(logit): return torch.cat([-logit, logit], dim=1) # `[n, 1, ...]` as two classes
+
 class BinaryLabel(Task):
     "Yes or no, in one logit: class 1 is what a positive logit says, class 0 the opposite"
     name = 'binary'
@@ -143,8 +142,7 @@ class BinaryLabel(Task):
     def predicted(self, out:Any) -> Tensor: return (out.detach().reshape(-1, 1) > 0).long()
     def actual(self, out:Any, y:Any) -> Tensor: return (_check_labels(y, 'one zero or one per item', lambda y: y.numel()==len(y)).reshape(-1, 1) > .5).long().to(out.device)
     def scores(self, out:Any, classes:Tensor, regions:Tensor|None=None) -> Tensor:
-        logit = out.reshape(-1, 1)
-        return torch.where(classes==1, logit, -logit)
+        return super().scores(_no_and_yes(out.reshape(-1, 1)), classes)
 
 # %% ../nbs/01_tasks.ipynb #15530a82
 class Segmentation(Task):
@@ -159,7 +157,7 @@ class Segmentation(Task):
 
     def _logits(self, out):
         if not isinstance(out, Tensor): _several_outputs(out)
-        return torch.cat([-out, out], dim=1) if out.shape[1]==1 else out
+        return _no_and_yes(out) if out.shape[1]==1 else out
     def n_classes(self, out:Any) -> int: return self._logits(out).shape[1]
 
     def _largest(self, indices, n):
@@ -221,4 +219,4 @@ class Points(Values):
     name = 'points'
     def column_names(self, out:Tensor) -> list[str]:
         n = self.n_classes(out)
-        return [f'{"xy"[i%2]}' + (f' of point {i//2}' if n > 2 else '') for i in range(n)]
+        return ['xy'[i%2] + (f' of point {i//2}' if n > 2 else '') for i in range(n)]

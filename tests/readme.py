@@ -1,6 +1,6 @@
 "Render nbs/index.ipynb, with the outputs it holds, to README.md and nbs/images/."
 from pathlib import Path
-import re, sys
+import re
 import nbformat
 from nbconvert import MarkdownExporter
 

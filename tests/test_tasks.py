@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 import torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MSELossFlat,
@@ -12,7 +11,7 @@ from fastai_cam.interpret import CAMInterpretation
 from fastai_cam.learner import task_of
 from fastai_cam.maps import to_pixels
 from fastai_cam.probe import Probe
-from fastai_cam.targets import Output, Region, Similarity
+from fastai_cam.targets import Output, Predicted, Region, Several, Similarity
 from fastai_cam.tasks import NOT_ASKED
 
 
@@ -172,6 +171,21 @@ def test_segmentation_asks_about_the_largest_class_over_its_region(segmenter):
         assert close(cams.maps[i], by_hand(segmenter, [x[i:i+1]], lambda out: out[0, largest][shown==largest].mean(), segmenter.model.bottleneck))
 
 
+def test_a_target_is_settled_once(segmenter):
+    class Counts(Predicted):
+        n_settled = 0
+        def settled(self, out, y=None):
+            Counts.n_settled += 1
+            return super().settled(out, y)
+    x, _ = segmenter.dls.valid.one_batch()
+    target = Several([Counts().of_task(task_of(segmenter)), Predicted().of_task(task_of(segmenter))])
+    with Probe(segmenter.model) as p:
+        cap = p(x)
+        score = cap.score(target)
+    assert Counts.n_settled==1 and score.requires_grad and torch.equal(score[:, 0], score[:, 1])
+    assert torch.equal(cap.question(score)(cap.out), score)
+
+
 def test_segmentation_over_the_actual_region_and_one_of_ones_own(segmenter):
     x, y = segmenter.dls.valid.one_batch()
     cams = segmenter.get_cams([0, 1], cls=Region(['green', 'red'], 'actual'))
@@ -238,6 +252,15 @@ def test_a_question_about_a_picture(answerer):
     CAMInterpretation.from_learner(answerer).plot_top_losses_cam(2)
     unlabelled = answerer.get_cams(answerer.dls.test_dl([12, 13, 14]))
     assert torch.equal(unlabelled.maps, cams.maps) and unlabelled.texts==cams.texts and unlabelled.targs is None and unlabelled.losses is None
+
+
+def test_questions_are_read_for_the_items_that_are_shown_only(answerer, monkeypatch):
+    read, decode_batch = [], TfmdDL.decode_batch
+    monkeypatch.setattr(TfmdDL, 'decode_batch', lambda self, batch, **kwargs: read.append(len(batch[0])) or decode_batch(self, batch, **kwargs))
+    interp = CAMInterpretation.from_learner(answerer)
+    assert not read
+    cams = interp.top_losses_cams(2)
+    assert read==[2] and cams.texts==[question_of(i) for i in cams.items]
 
 
 class Twins(nn.Module):
@@ -331,6 +354,29 @@ def test_wrapped_models(wrap, multi, tmp_path):
     finally:
         multi.model, model._compiled_call_impl = model, None
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+
+class ColourAndPlace(nn.Module):
+    "Which colour, and how far from the left"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.body, self.colour, self.left = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU()), nn.Linear(8, 2), nn.Linear(8, 1)
+    def forward(self, x):
+        features = self.body(x).mean((2, 3))
+        return self.colour(features), self.left(features)
+
+
+def test_a_score_of_several_labels():
+    "With several targets, a function of output and labels is given all of the labels, also while the layer is looked for"
+    dls = dls_of(ImageBlock, CategoryBlock, RegressionBlock, n_inp=1, getters=[picture, colour_of, left_of])
+    learn = learner(dls, ColourAndPlace(), loss_func=lambda out, colour, left: F.cross_entropy(out[0], colour) + F.mse_loss(out[1][:, 0], left))
+    def score(out, y): return out[0].gather(1, y[0][:, None])[:, 0] - .001*(out[1][:, 0] - y[1])**2
+    cams = learn.get_cams([0, 3], cls=score)
+    for i, number in enumerate((12, 15)):
+        x = dls.test_dl([number]).one_batch()[0]
+        y = torch.tensor([['green', 'red'].index(colour_of(number))]), torch.tensor([left_of(number)])
+        assert close(cams.maps[i], by_hand(learn, [x], lambda out: score(out, y)[0], learn.model.body))
 
 
 def test_exported_learners(multi, segmenter, tmp_path):

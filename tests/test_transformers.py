@@ -141,9 +141,6 @@ def test_the_tail_keeps_the_extra_tokens(case, layer):
         items = torch.tensor([2, 0, 2])
         changed = cap.acts[0][items]*torch.tensor([0., 2., -1.], dtype=torch.double)[:, None, None, None]
         found = cap.tail(changed, items=items)
-    def instead(module, inputs, out):
-        tokens = changed.flatten(2).mT
-        return torch.cat([out[items, :case['n_extra']], tokens], 1)
     expected = []
     for row in range(3): # the whole model, with one item's tokens replaced
         hook = model.get_submodule(layer).register_forward_hook(lambda module, inputs, out, row=row: torch.cat([out[:, :case['n_extra']], changed[row:row+1].flatten(2).mT], 1))

@@ -3,7 +3,6 @@ import pytest
 import timm
 import torch
 import torchvision.models
-from torch import nn
 
 from fastai_cam.layout import Layout
 from fastai_cam.probe import Probe, Survey
