@@ -102,10 +102,15 @@ class CAMCallback(Callback):
         self.found_maps,self.found_classes,self.found_regions = [],[],[]
         needs_grad = any(getattr(m, 'needs_grad', True) for m in self.methods)
         self.wrapped,self.learn.model = (self.learn, self.learn.model),bare(self.learn.model)
-        self.watcher = Probe(self.model, self.layer, needs_grad, image=self.image, asks=self._asks_of_one).attach()
+        self.watcher = Probe(self.model, self._layers(), needs_grad, image=self.image, asks=self._asks_of_one).attach()
 
     @property
     def _y(self): return self.yb[0] if len(self.yb)==1 else self.yb or None # a tuple where there are several targets
+
+    def _layers(self):
+        "The layers asked for; if none are, those that all the methods want"
+        wanted = {getattr(method, 'layers', None) for method in self.methods}
+        return next(iter(wanted)) if self.layer is None and len(wanted)==1 else self.layer
 
     def _asks_of_one(self, out):
         "The question about the first item of the batch"
@@ -375,6 +380,16 @@ def check_learner(
     "`ValueError` if `learn` has no data to take transforms and classes from"
     if getattr(learn, 'dls', None) is None: raise ValueError('this learner has no dls, and its transforms, classes and device are taken from there: set learn.dls')
 
+def _predict(learn, source, callback, **kwargs):
+    "`get_preds` over `source`, watched by a `CAMCallback`, whose errors say what they said; to be called inside `learner_as_found`"
+    for cb in learn.cbs:
+        if isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False # a single batch needs no progress bar
+    try: return learn.get_preds(dl=source.dl, reorder=False, cbs=callback, **kwargs)
+    except Exception as e:
+        if callback.error and callback.error[0] is e: e.args = callback.error[1]
+        raise
+    finally: callback.close()
+
 @patch
 def get_cams(self:Learner,
     item:Any=None, # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
@@ -397,13 +412,7 @@ def get_cams(self:Learner,
     with_loss = source.labelled and _has_item_losses(self)
     callback = CAMCallback(target, method, layer, image)
     with learner_as_found(self):
-        for cb in self.cbs:
-            if isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False # a single batch needs no progress bar
-        try: preds,targs,*losses = self.get_preds(dl=source.dl, with_loss=with_loss, act=_activation(self), reorder=False, cbs=callback)
-        except Exception as e:
-            if callback.error and callback.error[0] is e: e.args = callback.error[1]
-            raise
-        finally: callback.close()
+        preds,targs,*losses = _predict(self, source, callback, with_loss=with_loss, act=_activation(self))
         texts = source.texts()
     cams = callback.cams
     cams.images,cams.items,cams.texts = source.images,source.items,texts
