@@ -1,0 +1,571 @@
+"Measures of maps against naive loops, other libraries and values by hand; nothing here needs a real model."
+import math
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+import fastai_cam.metrics as metrics
+from fastai_cam.methods import METHODS, as_method, enlarge
+from fastai_cam.metrics import *
+from fastai_cam.probe import Probe
+from fastai_cam.targets import ClassIndex, Predicted
+
+pytestmark = pytest.mark.filterwarnings('ignore:__array_wrap__') # pytorch-grad-cam hands tensors to numpy
+
+
+@pytest.fixture
+def net(seeded):
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU())
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))).train()
+    model[0][1].running_mean.uniform_(-.5, .5); model[0][1].running_var.uniform_(.5, 2)
+    return model
+
+
+@pytest.fixture
+def images(seeded): return torch.randn(5, 3, 24, 32)
+
+
+@pytest.fixture
+def maps(seeded): return torch.randn(5, 6, 8)
+
+
+@pytest.fixture
+def masks(seeded):
+    found = torch.zeros(5, 24, 32, dtype=torch.bool)
+    for i, (top, left, height, width) in enumerate([(2, 3, 10, 12), (0, 0, 24, 32), (20, 1, 3, 3), (5, 5, 1, 1)]): found[i, top:top+height, left:left+width] = True
+    return found # the last is empty, the second full
+
+
+def linear(images, items):
+    "A score that depends on the item, the place and the channel, so that no mix-up goes unnoticed"
+    weights = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(8))
+    return 30*(images*weights).mean((1, 2, 3)) + items + 2
+
+
+class Spy:
+    "A rescorer that notes how many images come at once"
+    def __init__(self): self.sizes = []
+    def __call__(self, images, items):
+        assert len(images)==len(items)
+        self.sizes.append(len(images))
+        return linear(images, items)
+
+
+def explain(images, items): return F.avg_pool2d(images[:, 0] - images[:, 1], 4) + items[:, None, None]*.01
+
+
+def arguments(metric, maps, images, masks, rescore=linear): return {name: dict(images=images, masks=masks, rescore=rescore, explain=explain)[name] for name in metric.needs}
+
+
+# -- all of them
+
+@pytest.mark.parametrize('name', list(METRICS))
+def test_every_measure_gives_one_number_an_item_whatever_else_is_in_the_batch(name, maps, images, masks):
+    metric = METRICS[name]
+    together = metric(maps, **arguments(metric, maps, images, masks))
+    assert together.shape==(5,) and together.is_floating_point()
+    for i in range(5):
+        part = slice(i, i+1)
+        def shifted(images, items): return linear(images, items + i)
+        given = arguments(metric, maps[part], images[part], masks[part], shifted)
+        if 'explain' in given: given['explain'] = lambda images, items: explain(images, items + i)
+        assert torch.allclose(metric(maps[part], **given), together[part], atol=2e-5, equal_nan=True), i
+
+
+@pytest.mark.parametrize('name', list(METRICS))
+def test_every_measure_leaves_inputs_and_random_numbers_alone_and_gives_the_same_again(name, maps, images, masks):
+    metric = METRICS[name]
+    given, before, state = arguments(metric, maps, images, masks), [t.clone() for t in (maps, images, masks)], torch.get_rng_state()
+    first = metric(maps, **given)
+    assert torch.equal(first, metric(maps, **given)) or torch.equal(first.isnan(), metric(maps, **given).isnan())
+    assert torch.equal(torch.get_rng_state(), state)
+    for old, new in zip(before, (maps, images, masks)): assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize('name', list(METRICS))
+def test_a_map_that_is_not_finite_measures_nan_and_the_others_what_they_did(name, maps, images, masks):
+    metric = METRICS[name]
+    given = arguments(metric, maps, images, masks)
+    expected = metric(maps, **given)
+    broken = maps.clone(); broken[1, 0, 0] = math.nan
+    found = metric(broken, **given)
+    assert found[1].isnan()
+    others = torch.tensor([0, 2, 3, 4])
+    assert torch.allclose(found[others], expected[others], equal_nan=True)
+
+
+@pytest.mark.parametrize('name', [name for name, metric in METRICS.items() if 'rescore' in metric.needs])
+@pytest.mark.parametrize('bs', [1, 3, 100])
+def test_no_more_than_bs_images_are_made_at_once(name, bs, maps, images, masks):
+    metric, spy = METRICS[name], Spy()
+    found = metric(maps, **arguments(metric, maps, images, masks, spy), bs=bs)
+    assert max(spy.sizes) <= bs and (bs==100 or max(spy.sizes)==bs)
+    assert torch.allclose(found, metric(maps, **arguments(metric, maps, images, masks)), atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize('name', [name for name, metric in METRICS.items() if 'explain' in metric.needs])
+def test_no_more_than_bs_images_are_explained_at_once(name, maps, images, masks):
+    metric, sizes = METRICS[name], []
+    def watched(images, items): sizes.append(len(images)); return explain(images, items)
+    metric(maps, **{**arguments(metric, maps, images, masks), 'explain': watched}, bs=2)
+    assert max(sizes)==2
+
+
+@pytest.mark.parametrize('name', [name for name, metric in METRICS.items() if metric.kind=='faithfulness'])
+def test_faithfulness_depends_on_the_order_of_the_map_and_not_on_its_scale(name, maps, images, masks):
+    metric = METRICS[name]
+    given = arguments(metric, maps, images, masks)
+    assert torch.allclose(metric(maps, **given), metric(maps*1e-12, **given), atol=1e-4, equal_nan=True)
+    if name != 'increase_in_confidence': assert not torch.allclose(metric(maps, **given), metric(maps.flip(1), **given), atol=1e-6, equal_nan=True)
+
+
+def test_half_precision_maps_are_measured_like_others(maps, images, masks):
+    rounded = maps.half()
+    for name in ('insertion', 'energy_in_mask', 'gini'):
+        metric = METRICS[name]
+        assert torch.allclose(metric(rounded, **arguments(metric, maps, images, masks)), metric(rounded.float(), **arguments(metric, maps, images, masks)), equal_nan=True)
+
+
+def test_wrong_shapes_are_told_before_any_work(maps, images, masks):
+    def never(images, items): raise AssertionError('asked')
+    for call, said in [(lambda: insertion(maps[:, None], images, never), 'maps\\[:,k\\]'), (lambda: insertion(maps[:3], images, never), '3 maps do not fit 5 images'),
+                       (lambda: insertion_curve(maps[:3], images, never), '3 maps do not fit 5 images'), (lambda: iou(maps, masks[:4]), '5 maps do not fit 4 masks'),
+                       (lambda: deletion(maps, images[0], never), 'channels, height, width'), (lambda: deletion(maps, images, never, steps=0), 'steps=0'),
+                       (lambda: deletion(maps, images, never, baseline='black'), "'zero'"), (lambda: road(maps, images, never, percentiles=[0, 50]), 'percent'),
+                       (lambda: road(maps, images, never, percentiles=[]), 'percent'), (lambda: iou(maps, masks, threshold=2), 'threshold'), (lambda: pixel_flipping(maps, images, never, share=0), 'share=0')]:
+        with pytest.raises(ValueError, match=said): call()
+    with pytest.raises(TypeError, match='masks > 0'): iou(maps, masks.float())
+    with pytest.raises(TypeError, match='rescore'): insertion(maps, images)
+
+
+def test_names_and_partials_of_measures():
+    assert as_metrics('insertion')==[insertion] and as_metrics(['gini', iou])==[gini, iou]
+    strict, = as_metrics(partial(iou, threshold=.8))
+    assert (strict.__name__, strict.kind, strict.higher, strict.needs)==('iou(threshold=0.8)', 'localisation', True, ('masks',))
+    one = torch.tensor([[[1., .7], [0, 0]]]), torch.tensor([[[True, True], [False, False]]])
+    assert strict(*one)==.5 and iou(*one)==1
+    assert pickle.loads(pickle.dumps(insertion)) is insertion
+    with pytest.raises(ValueError, match="did you mean 'insertion'"): as_metrics(['gini', 'insertoin'])
+    with pytest.raises(ValueError, match='empty'): as_metrics([])
+    with pytest.raises(TypeError, match='@cam_metric'): as_metrics(lambda maps: maps.mean((1, 2)))
+    with pytest.raises(ValueError, match='localisation'): cam_metric('pretty', higher=True)
+
+
+# -- asking the model
+
+def test_rescore_asks_each_item_its_own_question_and_leaves_the_model_as_it_was(net, images):
+    modes = [module.training for module in net.modules()]
+    images = images + torch.linspace(-6, 6, 5)[:, None, None, None] # of which the model says different things
+    with Probe(net) as p:
+        cap = p(images)
+        score = cap.score(Predicted())
+        rescore = Rescore(cap, score, partial(torch.softmax, dim=1), bs=4, n_images=1000)
+        items = torch.tensor([4, 0, 0, 2, 3, 1, 4, 2, 2])
+        others = torch.randn(9, 3, 24, 32)
+        found = rescore(others, items)
+    assert [module.training for module in net.modules()]==modes and not any(p.grad is not None for p in net.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    net.eval()
+    with torch.no_grad(): asked, expected = net(images).argmax(1), net(others).softmax(1)
+    assert asked.unique().numel() > 1
+    assert torch.allclose(found, expected[torch.arange(9), asked[items]], atol=1e-5) and not found.requires_grad
+
+
+def test_rescore_runs_bs_images_at_a_time(net, images, monkeypatch):
+    with Probe(net) as p:
+        cap = p(images)
+        sizes, outputs = [], cap.outputs
+        monkeypatch.setattr(cap, 'outputs', lambda images, items: (sizes.append(len(images)), outputs(images, items))[1])
+        Rescore(cap, cap.score(ClassIndex(1)), bs=4)(torch.randn(9, 3, 24, 32), torch.zeros(9, dtype=torch.long))
+    assert sizes==[4, 4, 1]
+
+
+def test_rescore_of_two_questions_or_of_a_score_by_hand_is_refused(net, images):
+    with Probe(net) as p:
+        cap = p(images)
+        with pytest.raises(ValueError, match='Rescore for each'): Rescore(cap, cap.score(lambda out: out[:, :2]))
+        with pytest.raises(ValueError, match='by hand'): Rescore(cap, cap.out[:, 0])
+
+
+def test_explain_gives_the_maps_that_the_method_gives(net, images):
+    images = images + torch.linspace(-6, 6, 5)[:, None, None, None]
+    with Probe(net) as p:
+        cap = p(images)
+        found = Explain(cap, cap.score(Predicted()), 'gradcam', bs=2)(images.flip(0), torch.arange(4, -1, -1))
+        expected = as_method('gradcam')(cap, cap.score(Predicted()))[:, 0]
+    assert torch.allclose(found.flip(0), expected, atol=1e-6) and expected.abs().max() > 1e-3
+
+
+def test_measures_of_a_learner_model_leave_nothing_behind(net, images):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with Probe(net) as p:
+        cap = p(images)
+        score = cap.score(Predicted())
+        maps = as_method('gradcam')(cap, score)[:, 0]
+        values = arcc(maps, images, Rescore(cap, score, partial(torch.softmax, dim=1)), Explain(cap, score))
+        max_sensitivity(maps, images, Explain(cap, score), n=2)
+    assert values.isfinite().all()
+    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules())
+
+
+# -- faithfulness by naive loops
+
+def enlarged(maps, images): return F.interpolate(maps[:, None], size=images.shape[-2:], mode='bilinear', align_corners=False)[:, 0].numpy()
+
+
+def test_fading_by_loops(maps, images):
+    for i, large in enumerate(enlarged(maps, images)):
+        light = torch.tensor(large.clip(0)/large.max())
+        whole, shown, rest = (linear(image[None], torch.tensor([i])).item() for image in (images[i], images[i]*light, images[i]*(1 - light)))
+        assert average_drop(maps, images, linear)[i].item()==pytest.approx(max(0, whole - shown)/whole, abs=1e-6)
+        assert drop_in_deletion(maps, images, linear)[i].item()==pytest.approx((whole - rest)/whole, abs=1e-6)
+        assert increase_in_confidence(maps, images, linear)[i]==float(shown > whole)
+    assert 0 < increase_in_confidence(maps, images, linear).sum() < 5
+
+
+@pytest.mark.parametrize('steps', [1, 7, 20])
+def test_curves_by_loops(images, steps):
+    maps = torch.randn(5, 24, 32) # as large as the images: enlarging repeats the border, which makes ties
+    base = torch.tensor([.3, -.2, .1])
+    inserted, deleted = insertion_deletion(maps, images, linear, steps=steps, baseline=base, deletion_baseline='mean')
+    for i in range(5):
+        order = np.argsort(-maps[i].numpy().ravel())
+        for k in range(steps + 1):
+            first = order[:round(k*768/steps)]
+            new, kept = images[i].clone().reshape(3, -1), base[:, None].repeat(1, 768)
+            new[:, first], kept[:, first] = images[i].mean((1, 2))[:, None], images[i].reshape(3, -1)[:, first]
+            assert deleted[i, k].item()==pytest.approx(linear(new.view(1, 3, 24, 32), torch.tensor([i])).item(), abs=1e-5)
+            assert inserted[i, k].item()==pytest.approx(linear(kept.view(1, 3, 24, 32), torch.tensor([i])).item(), abs=1e-5)
+    assert torch.allclose(insertion(maps, images, linear, steps=steps, baseline=base), torch.tensor(np.trapezoid(inserted.numpy(), np.linspace(0, 1, steps + 1), axis=1)).float(), atol=1e-5)
+    assert torch.allclose(deletion(maps, images, linear, steps=steps, baseline='mean'), torch.tensor(np.trapezoid(deleted.numpy(), np.linspace(0, 1, steps + 1), axis=1)).float(), atol=1e-5)
+
+
+def test_maps_are_enlarged_as_interpolate_does(maps, images, masks):
+    large = metrics._at_pixels(maps, (24, 32))
+    assert torch.allclose(large, torch.tensor(enlarged(maps, images)), atol=1e-5)
+    for name in ('deletion', 'road', 'average_drop', 'coherency', 'energy_in_mask', 'average_precision'):
+        metric = METRICS[name]
+        assert torch.allclose(metric(maps, **arguments(metric, maps, images, masks)), metric(large, **arguments(metric, maps, images, masks)), atol=1e-6, equal_nan=True), name
+
+
+def test_shared_ends_run_once(maps, images):
+    for options, n in (dict(baseline='zero'), 2*21 - 2), ({}, 2*21 - 1), (dict(steps=1, baseline='zero'), 2):
+        spy = Spy()
+        inserted, deleted = insertion_deletion(maps, images, spy, **options)
+        assert sum(spy.sizes)==5*n
+        steps = options.get('steps', 20)
+        assert torch.allclose(inserted, insertion_curve(maps, images, linear, steps, options.get('baseline', 'blur')), atol=1e-6)
+        assert torch.allclose(deleted, deletion_curve(maps, images, linear, steps), atol=1e-6)
+
+
+def test_the_area_of_a_linear_score_by_hand():
+    "Score: sum of the pixels. Pixels 4, 3, 2, 1 removed in this order leave 10, 6, 3, 1, 0"
+    image = torch.tensor([[[[4., 3.], [2., 1.]]]])
+    def total(images, items): return images.sum((1, 2, 3))
+    assert deletion(image[:, 0], image, total, steps=4).item()==pytest.approx(3.75)
+    assert deletion(-image[:, 0], image, total, steps=4).item()==pytest.approx((5 + 9 + 7 + 4 + 0)/4)
+    assert insertion(image[:, 0], image, total, steps=4, baseline='mean').item()==pytest.approx((5 + 11.5 + 12 + 11.5 + 5)/4)
+
+
+@pytest.mark.parametrize('share', [1., .4])
+def test_pixel_flipping_by_loops(maps, images, share):
+    found = pixel_flipping(maps, images, linear, patch=5, steps=6, share=share, baseline='zero')
+    for i, large in enumerate(enlarged(maps, images)):
+        corners = [(top, left) for top in range(0, 24, 5) for left in range(0, 32, 5)]
+        corners.sort(key=lambda corner: -large[corner[0]:corner[0]+5, corner[1]:corner[1]+5].mean())
+        whole, new, n_done, drops = linear(images[i:i+1], torch.tensor([i])).item(), images[i].clone(), 0, []
+        for k in range(7):
+            while n_done < round(k*round(share*len(corners))/6):
+                top, left = corners[n_done]
+                new[:, top:top+5, left:left+5] = 0
+                n_done += 1
+            drops.append(whole - linear(new[None], torch.tensor([i])).item())
+        assert found[i].item()==pytest.approx(np.mean(drops), abs=1e-5)
+
+
+def test_uniform_maps_favour_no_place(images):
+    "The order of ties is drawn by lot: every quadrant loses as much, and an enlarged map of one third is as flat as a map of ones"
+    pictures, seen = torch.zeros(1, 1, 224, 224), []
+    def where(images, items): seen.append(images.clone()); return images.mean((1, 2, 3))
+    deletion(torch.full((1, 7, 7), 1/3), pictures, where, steps=4, baseline=torch.ones(1))
+    half = torch.cat(seen)[2, 0]
+    for part in (half[:112, :112], half[:112, 112:], half[112:, :112], half[112:, 112:]): assert abs(part.mean() - .5) < .01
+    blocks = F.avg_pool2d(half[None], 16)
+    assert abs(blocks.std().item() - .5/16) < .01 # as independent pixels have it
+
+
+def test_the_order_of_ties_is_the_seed_s():
+    ranks = [metrics._ranks(torch.zeros(2, 1000), seed) for seed in (0, 0, 1)]
+    assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
+    assert torch.equal(ranks[0][0], ranks[0][1]) and torch.equal(ranks[0][0].sort().values, torch.arange(1000))
+
+
+# -- ROAD
+
+def smooth(seed, size, n=1, grid=(5, 7)): return F.interpolate(torch.randn(n, 3, *grid, generator=torch.Generator().manual_seed(seed)), size=size, mode='bicubic')
+
+
+@pytest.mark.parametrize('size', [(40, 56), (33, 47), (7, 9), (3, 4), (1, 12)])
+@pytest.mark.parametrize('share', [.1, .5, .9])
+@pytest.mark.parametrize('grid', [(3, 4), (40, 56)])
+def test_imputation_is_that_of_pytorch_grad_cam(size, share, grid):
+    road_peer = pytest.importorskip('pytorch_grad_cam.metrics.road')
+    image = smooth(0, size, 2) + .1*torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
+    values = enlarge(torch.randn(2, *grid, generator=torch.Generator().manual_seed(1)), size)
+    removed = metrics._ranks(values.flatten(1)).view(2, *size) < max(1, round(share*size[0]*size[1]))
+    found = impute(image, removed, noise=0)
+    for i in range(2):
+        expected = road_peer.NoisyLinearImputer(noise=0)(image[i], 1 - removed[i].float())
+        assert (found[i] - expected).abs().max() <= 1e-4*(image[i].max() - image[i].min())
+    assert torch.equal(found[~removed[:, None].expand_as(found)], image[~removed[:, None].expand_as(found)])
+
+
+def test_an_image_is_imputed_alike_alone_and_beside_a_harder_one():
+    image, removed = smooth(0, (64, 64), 2), torch.zeros(2, 64, 64, dtype=torch.bool)
+    removed[0, 5:9, 5:9] = True
+    removed[1, 2:62, 2:62] = True
+    together, alone = impute(image, removed, noise=0), impute(image[:1], removed[:1], noise=0)
+    assert (together[0] - alone[0]).abs().max() < 1e-7*(image[0].max() - image[0].min())
+
+
+def test_the_equations_hold_in_double_precision_as_exactly_as_asked():
+    image, removed = smooth(0, (64, 64)).double(), torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(2)) < .7
+    removed[0, 10:50, 10:50] = True
+    found = impute(image, removed, noise=0, tol=1e-12)
+    weights = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.double)[None, None]/12
+    ones = torch.ones(1, 1, 64, 64, dtype=torch.double)
+    mean = F.conv2d(found.view(3, 1, 64, 64), weights, padding=1)/F.conv2d(ones, weights, padding=1)
+    assert ((mean - found.view(3, 1, 64, 64))*removed).abs().max() < 1e-10
+
+
+def test_noise_is_the_seed_s_and_only_on_what_was_removed():
+    image, removed = smooth(0, (32, 32), 2), torch.zeros(2, 32, 32, dtype=torch.bool)
+    removed[:, 8:24, 8:24] = True
+    plain, noisy = impute(image, removed, noise=0), impute(image, removed, noise=.2)
+    inside = (noisy - plain)[:, :, 8:24, 8:24]
+    assert torch.equal(noisy, impute(image, removed, noise=.2)) and not torch.equal(noisy, impute(image, removed, noise=.2, seed=1))
+    assert torch.equal(noisy*~removed[:, None], image*~removed[:, None])
+    assert .18 < inside.std() < .22 and torch.allclose(inside[0], inside[1], atol=1e-5)
+    assert not torch.allclose(inside[0, 0], inside[0, 1])
+
+
+def test_road_is_that_of_pytorch_grad_cam(images, net, monkeypatch):
+    peer = pytest.importorskip('pytorch_grad_cam.metrics.road')
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    monkeypatch.setattr(peer.NoisyLinearImputer.__init__, '__defaults__', (0, peer.neighbors_weights))
+    net.eval()
+    maps = torch.randn(5, 24, 32)
+    for ours, theirs in [(road, peer.ROADCombined), (road_morf, peer.ROADMostRelevantFirstAverage), (road_lerf, peer.ROADLeastRelevantFirstAverage)]:
+        expected = theirs(percentiles=[25, 50, 75])(images, maps.numpy(), [ClassifierOutputTarget(2)]*5, net) # 768 pixels in quarters: no rounding
+        with Probe(net) as p:
+            cap = p(images)
+            found = ours(maps, images, Rescore(cap, cap.score(ClassIndex(2))), percentiles=[25, 50, 75], noise=0)
+            assert torch.allclose(found, torch.as_tensor(expected), atol=2e-4*found.abs().max() + 1e-4), ours.__name__
+            assert found.abs().max() > 1e-3
+
+
+def test_road_prefers_the_pixels_that_count(images):
+    weights = torch.rand(1, 24, 32, generator=torch.Generator().manual_seed(5))
+    def score(images, items): return (images[:, 0]*(weights > .8)).abs().sum((1, 2))
+    right = (weights > .8).float().expand(5, -1, -1)
+    assert (road(right, images, score, percentiles=[20]) > 0).all() and (road(-right, images, score, percentiles=[20]) < 0).all()
+
+
+# -- composites
+
+def test_composites_by_scipy_and_by_the_formula(maps, images):
+    from scipy.stats import hmean, pearsonr
+    large = enlarged(maps, images).clip(0)
+    large = large/large.max((1, 2), keepdims=True)
+    again = enlarged(explain(images*torch.tensor(large)[:, None], torch.arange(5)), images).clip(0)
+    expected = np.array([(1 + pearsonr(a.ravel(), b.ravel())[0])/2 for a, b in zip(large, again)])
+    coh, com, ad = coherency(maps, images, explain), complexity(maps), average_drop(maps, images, linear)
+    assert np.allclose(coh.numpy(), expected, atol=1e-5)
+    assert torch.allclose(com, (maps.clamp(min=0)/maps.amax((1, 2), keepdim=True)).mean((1, 2)))
+    assert np.allclose(adcc(maps, images, linear, explain).numpy(), hmean(torch.stack([coh, 1 - com, 1 - ad]).numpy()), atol=1e-5)
+    def steep(images, items): return 3*linear(images, items)
+    removed = (2*road(maps, images, steep)).clamp(0, 1)
+    assert (removed > 0).any()
+    assert np.allclose(arcc(maps, images, steep, explain).numpy(), hmean(torch.stack([coh, 1 - com, removed]).numpy()), atol=1e-5) # 0 if one of them is
+
+
+def test_arcc_is_that_of_pytorch_grad_cam(net, images, monkeypatch):
+    peer = pytest.importorskip('pytorch_grad_cam.metrics.arcc')
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.metrics import road as road_peer
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    monkeypatch.setattr(road_peer.NoisyLinearImputer.__init__, '__defaults__', (0, road_peer.neighbors_weights))
+    net.eval()
+    net[1][2].weight.data[2].abs_() # positive evidence everywhere, so that nothing is cut off and their scaling from minimum to maximum is the one difference
+    with Probe(net) as p:
+        cap = p(images)
+        score = cap.score(ClassIndex(2))
+        maps = as_method('gradcam')(cap, score)[:, 0]
+        large = torch.tensor(enlarged(maps, images))
+        stretched = (large - large.amin((1, 2), keepdim=True))/(large.amax((1, 2), keepdim=True) - large.amin((1, 2), keepdim=True))
+        found = arcc(stretched, images, Rescore(cap, score), Explain(cap, score), percentiles=[25, 50, 75], noise=0)
+    with GradCAM(net, [net[0]]) as method: expected = peer.ARCC(method, [25, 50, 75])(images, stretched.numpy(), [ClassifierOutputTarget(2)]*5, net)
+    assert np.allclose(found.numpy(), expected, atol=5e-3) and (found > 0).any()
+
+
+def test_a_score_that_falls_below_zero_has_dropped_altogether(maps, images):
+    def falls(images, items): return torch.where(images.flatten(1).std(dim=1) < .95, -1., 1.)
+    assert (average_drop(maps, images, falls)==2).all() and (adcc(maps, images, falls, explain)==0).all()
+
+
+def test_maps_that_are_the_same_everywhere_gain_nothing(images):
+    ones = torch.ones(5, 6, 8)
+    assert (adcc(ones, images, linear, lambda images, items: ones[items])==0).all()
+    assert (coherency(ones, images, explain)==.5).all() and (complexity(ones)==1).all()
+    assert (complexity(-ones)==0).all()
+
+
+# -- localisation
+
+def test_localisation_by_loops_and_libraries(masks):
+    from scipy import ndimage
+    from sklearn.metrics import average_precision_score, jaccard_score
+    maps = torch.randn(5, 24, 32)
+    large = maps.numpy()
+    for i in range(4):
+        values, mask = large[i], masks[i].numpy()
+        y, x = np.unravel_index(values.argmax(), values.shape)
+        evidence = values.clip(0)
+        n = mask.sum()
+        strongest = np.argsort(-values.ravel())[:n]
+        expected = dict(pointing_game=float(mask[y, x]), energy_in_mask=evidence[mask].sum()/evidence.sum(), iou=jaccard_score(mask.ravel(), values.ravel() >= values.max()/2),
+                        relevance_rank=mask.ravel()[strongest].mean(), average_precision=average_precision_score(mask.ravel(), values.ravel()))
+        for name, value in expected.items(): assert METRICS[name](maps, masks)[i].item()==pytest.approx(value, abs=1e-4), name
+        ious = [jaccard_score(mask.ravel(), values.ravel() >= level) for level in np.unique(values[values > 0])]
+        assert best_iou(maps, masks)[i].item()==pytest.approx(max(ious), abs=1e-5)
+        near = ndimage.binary_dilation(mask, np.hypot(*np.mgrid[-4:5, -4:5]) <= 4) # a disc
+        assert pointing_game(maps, masks, tolerance=4)[i]==near[y, x]
+        assert iou(maps, masks, threshold='mean')[i].item()==pytest.approx(jaccard_score(mask.ravel(), evidence.ravel() >= evidence.mean()), abs=1e-6)
+    assert all(METRICS[name](maps, masks)[4].isnan() for name in METRICS if METRICS[name].kind=='localisation')
+    assert energy_in_mask(maps, masks)[1]==pytest.approx(1) and relevance_rank(maps, masks)[1]==1
+
+
+def test_ties_by_sklearn_and_by_shuffling(masks):
+    from sklearn.metrics import average_precision_score
+    stepped = torch.randint(0, 4, (5, 24, 32), generator=torch.Generator().manual_seed(4)).float()
+    found, rng, masks = average_precision(stepped, masks), np.random.default_rng(0), masks
+    for i in range(4): assert found[i].item()==pytest.approx(average_precision_score(masks[i].numpy().ravel(), stepped[i].numpy().ravel()), abs=1e-6)
+    for i in (0, 2):
+        values, mask, shares = stepped[i].numpy().ravel(), masks[i].numpy().ravel(), []
+        for _ in range(3000):
+            order = np.lexsort((rng.random(768), -values))
+            shares.append(mask[order[:mask.sum()]].mean())
+        assert relevance_rank(stepped, masks)[i].item()==pytest.approx(np.mean(shares), abs=4*np.std(shares)/3000**.5)
+    peaks = (stepped[0]==3)
+    assert pointing_game(stepped, masks)[0].item()==pytest.approx((masks[0] & peaks).sum().item()/peaks.sum().item())
+
+
+@pytest.mark.parametrize('name', [name for name in METRICS if METRICS[name].kind=='localisation'])
+def test_the_uniform_map_scores_the_area(name, masks):
+    area = masks.float().mean((1, 2))
+    for value in (1., 1/3, 7e-5): assert torch.allclose(METRICS[name](torch.full((5, 7, 7), value), masks)[:4], area[:4], atol=1e-6), value
+
+
+@pytest.mark.parametrize('name', [name for name in METRICS if METRICS[name].kind=='localisation'])
+def test_the_mask_itself_is_a_perfect_map(name, masks):
+    assert torch.allclose(METRICS[name](masks.float(), masks)[:4], torch.ones(4))
+
+
+def test_a_map_without_positive_evidence_has_failed(maps, masks):
+    for empty in (torch.zeros(5, 6, 8), -maps.abs() - .1):
+        for name in ('pointing_game', 'energy_in_mask', 'iou', 'best_iou'): assert (METRICS[name](empty, masks)[:4]==0).all(), name
+    assert torch.allclose(relevance_rank(torch.zeros(5, 6, 8), masks)[:4], masks.float().mean((1, 2))[:4])
+    assert relevance_rank(masks.float() - 2, masks)[0]==1 # the order counts, not the sign
+
+
+def test_levels_and_distances_by_hand():
+    "A pixel at the threshold counts, also at the mean of equal values; the tolerance is a disc"
+    one_map, upper = torch.tensor([[[4., 1.], [2., 0.]]]), torch.tensor([[[True, True], [False, False]]])
+    assert iou(one_map, upper).item()==pytest.approx(1/3) and iou(one_map, upper, threshold=.51)==.5
+    thirds = torch.full((1, 7, 7), 1/3)
+    assert iou(thirds, torch.ones(1, 30, 30, dtype=torch.bool), threshold='mean')==1
+    place = torch.zeros(1, 20, 20, dtype=torch.bool); place[0, 10, 10] = True
+    for y, x, hit in [(10, 14, 1), (10, 15, 0), (13, 13, 0), (12, 13, 1)]:
+        peak = torch.zeros(1, 20, 20); peak[0, y, x] = 1
+        assert pointing_game(peak, place, tolerance=4)==hit and pointing_game(peak, place)==0
+
+
+def test_boxes_and_points():
+    boxes = [[(2, 1, 5, 3), (0, 0, 1, 1)], (1.5, .5, 3.5, 2.4), [], [[0, 0, 99, 99]]]
+    found = boxes_to_masks(boxes, (4, 6))
+    expected = torch.zeros(4, 4, 6, dtype=torch.bool)
+    expected[0, 1:3, 2:5] = expected[0, 0, 0] = True
+    expected[1, 0:2, 1:3] = True # middles at 1.5 and 2.5, and at .5 and 1.5
+    expected[3] = True
+    assert torch.equal(found, expected)
+    assert torch.equal(boxes_to_masks(torch.tensor([[2, 1, 5, 3], [0, 0, 1, 1]]), (4, 6)).sum((1, 2)), torch.tensor([6, 1]))
+    discs = points_to_masks([(3, 2), [(0, 0), (5, 3)]], (4, 6), radius=1.5)
+    for i, points in enumerate([[(3, 2)], [(0, 0), (5, 3)]]):
+        for y in range(4):
+            for x in range(6): assert discs[i, y, x].item()==any(math.hypot(x - px, y - py) <= 1.5 for px, py in points)
+
+
+# -- the map by itself
+
+def test_gini_and_entropy_by_loops(maps):
+    for i in range(5):
+        c = np.sort(maps[i].clamp(min=0).numpy().ravel())
+        n = len(c)
+        assert gini(maps)[i].item()==pytest.approx(1 - 2*sum(c[k-1]/c.sum()*(n - k + .5)/n for k in range(1, n + 1)), abs=1e-5)
+        p = c[c > 0]/c.sum()
+        assert entropy(maps)[i].item()==pytest.approx(-(p*np.log(p)).sum()/np.log(n), abs=1e-5)
+    one = torch.zeros(1, 6, 8); one[0, 2, 2] = 3
+    assert gini(one).item()==pytest.approx(1 - 1/48) and entropy(one)==0
+    assert gini(torch.zeros(1, 2, 2)).isnan() and entropy(-torch.ones(1, 2, 2)).isnan()
+
+
+def test_sensitivity_by_a_loop(maps, images):
+    maps, worst, random = explain(images, torch.arange(5)), torch.zeros(5), torch.Generator().manual_seed(3)
+    for _ in range(4):
+        noise = torch.rand(3, 24, 32, generator=random)*2 - 1
+        for i in range(5):
+            moved = explain(images[i:i+1] + .1*(images[i].max() - images[i].min())*noise, torch.tensor([i]))
+            worst[i] = max(worst[i], (moved[0] - maps[i]).norm()/maps[i].norm())
+    assert torch.allclose(max_sensitivity(maps, images, explain, radius=.1, n=4, seed=3), worst, atol=1e-6) and (worst > .01).all()
+    assert max_sensitivity(torch.zeros(5, 6, 8), images, explain, n=1).isnan().all()
+
+
+# -- baselines
+
+def test_blur_is_a_truncated_gaussian():
+    from scipy import ndimage
+    image = torch.randn(1, 2, 224, 260, generator=torch.Generator().manual_seed(0))
+    expected = ndimage.gaussian_filter(image.double().numpy(), 5, mode='mirror', radius=5, axes=(2, 3))
+    assert np.allclose(baseline_images(image, 'blur').numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_maps_depend_on_nothing_but_the_image(name, net, images):
+    def made(x, model, target):
+        with Probe(model, grad=False) as p:
+            cap = p(x)
+            return METHODS[name](cap, cap.score(target))
+    found = made(images, net, Predicted())
+    assert found.shape[:2]==(5, 1) and found.isfinite().all() and (found >= 0).all()
+    other = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, stride=4)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
+    assert torch.allclose(made(images, other, ClassIndex(1)), found)
+    assert made(images, net, lambda out: out[:, :3]).shape[:2]==(5, 3)
+    assert (name in ('edge_map', 'random_map'))==(not torch.allclose(found[0], found[1]))
+
+
+def test_edges_by_skimage(net, images):
+    filters = pytest.importorskip('skimage.filters')
+    with Probe(net, grad=False) as p:
+        cap = p(images)
+        found = METHODS['edge_map'](cap, cap.score(ClassIndex(0)))[:, 0]
+    assert found.shape==(5, 6, 8)
+    for i in range(5):
+        grey = images[i].mean(0).numpy()
+        expected = np.hypot(filters.sobel_h(grey), filters.sobel_v(grey))[4:20, 4:28].reshape(4, 4, 6, 4).mean((1, 3)) # theirs leaves the border out
+        assert np.allclose(found[i, 1:5, 1:7].numpy()/expected, found[i, 1, 1].item()/expected[0, 0], rtol=1e-4)
