@@ -8,7 +8,7 @@ Docs: https://fastai-cam.example/docs/all.html.md"""
 __all__ = []
 
 # %% ../nbs/all.ipynb #b42b5bdb
-from . import interpret, layout, learner, maps, methods, probe, targets, tasks
+from . import audit, compare, interpret, layout, learner, maps, methods, metrics, probe, shortcuts, targets, tasks
 from .layout import *
 from .probe import *
 from .tasks import *
@@ -17,5 +17,9 @@ from .methods import *
 from .maps import *
 from .learner import *
 from .interpret import *
+from .metrics import *
+from .audit import *
+from .compare import *
+from .shortcuts import *
 
-__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, learner, interpret) for name in room.__all__]
+__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, learner, interpret, metrics, audit, compare, shortcuts) for name in room.__all__]

@@ -4,7 +4,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-EXTRAS = ['bench']
+EXTRAS = ['bench', 'audit']
 
 
 def write(folder: Path) -> None:

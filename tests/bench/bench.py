@@ -10,7 +10,9 @@ import platform
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,6 +25,7 @@ from torchvision.models import resnet18, resnet50
 import fastai_cam.learner # adds get_cams to Learner
 from fastai_cam.maps import normalize, upsample
 from fastai_cam.methods import METHODS, ablationcam, as_method, eigencam, fullgrad, gradcam, scorecam, tta
+from fastai_cam.metrics import Rescore, baseline_images, insertion_deletion, road
 from fastai_cam.probe import Probe, as_found
 from fastai_cam.targets import AllClasses, ClassIndex, Predicted
 
@@ -99,6 +102,31 @@ def captum_lib(model, x):
     from captum.attr import LayerGradCam
     maps = LayerGradCam(model, model[0]).attribute(x, target=3).detach()[:, 0]
     return upsample(normalize(maps), x.shape[-2:])
+
+
+def quantus_curves(model, x, base, maps, steps):
+    "Scores of class 3 while the pixels of `x` are replaced by those of `base`, most relevant first, from the first step on"
+    import quantus
+    x, base, maps = x.numpy(), base.numpy(), maps[:, None].numpy()
+    def replace(arr, indices, **kwargs):
+        arr = arr.copy()
+        np.put_along_axis(arr, indices, np.take_along_axis(base.reshape(len(x), -1), indices, 1), 1)
+        return arr
+    metric = quantus.PixelFlipping(features_in_step=x[0].size//steps, perturb_func=replace, normalise=False, abs=False, disable_warnings=True)
+    return torch.tensor(metric(model=model, x_batch=x, y_batch=np.full(len(x), 3), a_batch=maps, softmax=True, device='cpu', batch_size=len(x)))
+
+
+def by_hand(model, x, base, maps, steps):
+    "The same in the loop that papers' code has"
+    order, curve = maps.flatten(1).argsort(dim=1, descending=True), []
+    now, n = x.flatten(2).clone(), maps[0].numel()
+    with torch.no_grad():
+        for k in range(steps + 1):
+            if k: # the pixels of this step
+                places = order[:, n*(k-1)//steps:n*k//steps][:, None].expand(-1, 3, -1)
+                now.scatter_(2, places, base.flatten(2).gather(2, places))
+            curve.append(model(now.view_as(x)).softmax(1)[:, 3])
+    return torch.stack(curve, 1)
 
 
 def correlation(a, b):
@@ -259,6 +287,46 @@ def case_tta():
     same = agree(ours(model, x, as_method(tta(as_theirs))), grad_cam_lib(model, x, aug_smooth=True))
     times = in_turns({'theirs': lambda: grad_cam_lib(model, x, aug_smooth=True), 'ours': lambda: ours(model, x, method), 'forward': lambda: plain(model, x)}, 7)
     row('pytorch-grad-cam ÷ `gradcam+tta`, resnet18, batch 8', 'fastai_cam', 3, ratios(times, 'theirs', 'ours'), same, higher=True)
+
+
+def case_insertion_deletion():
+    "Insertion and deletion curves of 16 images in 21 steps"
+    # Quantus takes divisors of 3 × 224² only. It is no requirement, as it brings an OpenCV that overwrites grad-cam's: `pip install --no-deps quantus cachetools`
+    model, x, steps = body_head(resnet18), images(16), 21
+    blurred, black, maps = baseline_images(x, 'blur').contiguous(), torch.zeros_like(x), torch.rand(16, 224, 224, generator=torch.Generator().manual_seed(2))
+    def mine():
+        with Probe(model, grad=False) as p:
+            cap = p(x)
+            return insertion_deletion(maps, x, Rescore(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1), n_images=16*2*steps), steps)
+    ways = {'ours': mine, 'a loop by hand': lambda: (by_hand(model, blurred, x, maps, steps), by_hand(model, x, black, maps, steps))}
+    if find_spec('quantus'): ways['Quantus'] = lambda: (quantus_curves(model, blurred, x, maps, steps), quantus_curves(model, x, black, maps, steps))
+    reference = mine()
+    same = {}
+    for name in list(ways)[1:]:
+        found = ways[name]()
+        same[name] = agree(torch.cat([curve[:, 1:] for curve in reference]), torch.cat([curve[:, -steps:] for curve in found]), .99)
+    times = in_turns(ways, 2, warm_up=0) # all of them have run once
+    for name in same:
+        row(f'{name} ÷ `insertion_deletion`, resnet18, batch 16, 21 steps', 'fastai_cam', 2 if name=='Quantus' else None, ratios(times, name, 'ours'), same[name], higher=True)
+
+
+def case_road():
+    "ROAD of 16 images, 20 to 80 percent of the pixels removed"
+    from pytorch_grad_cam.metrics.road import ROADCombined
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+    model = body_head(resnet18)
+    x = upsample(torch.randn(16, 3, 28, 28, generator=torch.Generator().manual_seed(1)), (224, 224)) + .1*images(16) # as smooth as photos are
+    maps = torch.rand(16, 7, 7, generator=torch.Generator().manual_seed(2))
+    large = upsample(maps, (224, 224)).numpy()
+    def mine():
+        with Probe(model, grad=False) as p:
+            cap = p(x)
+            return road(maps, x, Rescore(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1)))
+    def theirs(): return ROADCombined(percentiles=[20, 40, 60, 80])(x, large, [ClassifierOutputSoftmaxTarget(3)]*16, model)
+    torch.manual_seed(0)
+    same = f'{float(np.corrcoef(mine(), theirs())[0, 1]):.5f}'
+    times = in_turns({'theirs': theirs, 'ours': mine}, 1, warm_up=0) # half a minute for theirs
+    row('pytorch-grad-cam ÷ `road`, resnet18, batch 16', 'fastai_cam', 5, ratios(times, 'theirs', 'ours'), same, higher=True)
 
 
 MEMORY = """

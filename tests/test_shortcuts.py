@@ -1,0 +1,207 @@
+"The shortcut finder: what raises a suspicion, by hand, and what is found, left alone and left as it was"
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import IndexSplitter, Normalize
+from fastai.learner import Learner
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
+
+from fastai_cam.interpret import CAMInterpretation
+from fastai_cam import shortcuts
+from fastai_cam.shortcuts import _cells, _corners, _found_again, _keeps_the_middle, _Known, _log_odds, _of_a_place, _places, _same_colours, _same_pixels, _similar_at, _stuck_on, _telling, _tiled
+
+
+# -- pieces, by hand
+
+def test_places_are_where_their_names_say():
+    places = _places(24, 48)
+    assert {name: int(mask.sum()) for name, mask in places.items()} == {
+        'top left corner': 72, 'top right corner': 72, 'bottom left corner': 72, 'bottom right corner': 72,
+        'top edge': 4*48, 'bottom edge': 4*48, 'left edge': 24*8, 'right edge': 24*8, 'border': 24*48 - 20*40}
+    assert places['top right corner'][:6, 36:].all() and places['bottom left corner'][18:, :12].all()
+    assert places['right edge'][:, 40:].all() and places['bottom edge'][20:].all()
+
+def test_log_odds():
+    found = _log_odds(torch.tensor([.5, .75, 1., 0.]))
+    assert torch.allclose(found[:2], torch.tensor([0., float(np.log(3))]), atol=1e-6) and found[2] == -found[3] and found[2] > 15
+
+def test_cells_tell_colour_contrast_and_edges():
+    images = torch.zeros(2, 3, 8, 8)
+    images[1, 0, :, 4:] = 1.
+    features = _cells(images, 2)
+    assert features.shape == (2, 12 + 4 + 4) # 3 colours, contrast, edges in 2×2 cells
+    assert features[1, :4].tolist() == [0, 1, 0, 1] and (features[0, :12] == 0).all()
+
+def test_a_telling_feature_is_told_from_noise():
+    rng = np.random.default_rng(0)
+    is_class = np.arange(90) % 3 == 0
+    told, p = _telling(np.c_[is_class + .1*rng.normal(size=90), rng.normal(size=(90, 3))], is_class)
+    assert told > .99 and (p[is_class] > .5).all() and (p[~is_class] < .5).all()
+    assert abs(_telling(rng.normal(size=(90, 4)), is_class)[0] - .5) < .2
+    assert _telling(rng.normal(size=(90, 4)), np.arange(90) < 2)[0] == .5 # too few to tell
+
+def test_the_same_piece_is_found_again_where_it_is():
+    generator = torch.Generator().manual_seed(0)
+    images, piece = torch.rand(4, 3, 20, 30, generator=generator), torch.rand(1, 3, 5, 5, generator=generator)
+    images[2, :, 7:12, 20:25] = piece[0]
+    similar, places = _similar_at(images, piece)
+    assert similar.shape == (1, 4) and similar[0].argmax() == 2 and similar[0, 2] > .999 and (similar[0, [0, 1, 3]] < .7).all()
+    assert divmod(int(places[0, 2]), 30 - 5 + 1) == (7, 20)
+
+def test_similarity_is_the_naive_formula():
+    generator = torch.Generator().manual_seed(1)
+    image, piece = torch.rand(1, 2, 6, 6, generator=generator), torch.rand(1, 2, 3, 3, generator=generator)
+    best = max((1 - ((window - piece[0])**2).sum()/(((window - window.mean())**2).sum() + ((piece - piece.mean())**2).sum() + 18*(.03*(image.max() - image.min()))**2)).item()
+               for i in range(4) for j in range(4) for window in [image[0, :, i:i+3, j:j+3]])
+    assert abs(_similar_at(image, piece)[0].item() - best) < 1e-5
+
+def test_a_sticker_is_found_again_and_where():
+    rng = np.random.default_rng(0)
+    images, maps = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(30, 8, 8)
+    sticker, places = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)), {}
+    for i in range(12):
+        top, left = (int(v) for v in rng.integers(0, 25, 2))
+        images[i, :, top:top+8, left:left+8], places[i] = sticker, (top, left)
+        maps[i, min((top + 4)//4, 7), min((left + 4)//4, 7)] = 1.
+    known = _Known(images, torch.rand(30, 2), torch.zeros(30, 2).bool(), torch.zeros(30, 2).bool(), maps, torch.rand(30, 4, generator=torch.Generator().manual_seed(2)))
+    match = _found_again(known, torch.arange(12), torch.arange(12, 30), 1/5)
+    assert match.inside > .9 and match.outside == 0 and len(match.items) == 11 # all but the one it was cut from
+    offsets = {(match.corners[k][0] - places[i][0], match.corners[k][1] - places[i][1]) for k, i in enumerate(match.items)}
+    assert len(offsets) == 1 # the same part of the sticker, wherever the sticker is
+    (down, right), = offsets
+    assert torch.allclose(match.crop, sticker[:, down:down+6, right:right+6], atol=1e-5)
+
+def test_ways_to_put_something_elsewhere():
+    images, donors, rest = torch.zeros(2, 3, 8, 8), torch.ones(5, 3, 8, 8), torch.zeros(4, 3, 8, 8)
+    mask = _places(8, 8)['top left corner']
+    for way in _of_a_place(mask).values():
+        found = way(images, donors, rest, torch.Generator().manual_seed(0))
+        assert (found[:, :, mask] == 1).all() and (found[:, :, ~mask] == 0).all()
+    assert (_same_pixels(images, donors, rest, None) == 1).all()
+    stuck = _stuck_on(torch.full((3, 2, 2), 5.))(images, None, None, torch.Generator().manual_seed(0))
+    assert (stuck == 5).sum(dim=(1, 2, 3)).tolist() == [12, 12] and (images == 0).all() # a copy
+
+def test_colours_are_moved_to_those_of_the_donors():
+    generator = torch.Generator().manual_seed(0)
+    rest, images = torch.rand(6, 3, 8, 8, generator=generator), torch.rand(6, 3, 8, 8, generator=generator)
+    donors = rest*.5 + torch.tensor([.4, .2, 0.])[:, None, None]
+    moved = _same_colours(images, donors, rest, None)
+    assert torch.allclose(moved.std((2, 3)), images.std((2, 3))*.5, atol=1e-6)
+    expected = images.mean((2, 3)) + (donors.mean((0, 2, 3)) - rest.mean((0, 2, 3)))
+    assert torch.allclose(moved.mean((2, 3)), expected, atol=1e-6)
+
+def test_tiles_and_the_middle():
+    corner = torch.arange(4.).view(1, 2, 2)
+    assert _tiled(corner, 4, 5)[0].tolist() == [[0, 1, 1, 0, 0], [2, 3, 3, 2, 2], [2, 3, 3, 2, 2], [0, 1, 1, 0, 0]]
+    middle = _keeps_the_middle(21, 21)
+    assert middle[10, 10] == 1 and middle[0, 0] == 0 and middle[0, 20] == 0
+    assert [tuple(c.shape) for c in _corners(torch.zeros(2, 3, 16, 24))] == [(2, 3, 4, 6)]*4
+
+
+# -- whole learners
+
+KINDS = ('stripes', 'dots')
+
+def picture(rng, kind, mark=None):
+    "Stripes or dots of random colour, size and place on a blotchy ground: objects that differ from picture to picture"
+    ground = np.asarray(Image.fromarray(rng.integers(60, 160, (5, 5, 3)).astype(np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)).astype(float)
+    side, colour = int(rng.integers(16, 26)), rng.integers(0, 255, 3)
+    rows, columns = np.indices((side, side))/side*rng.uniform(3, 5)
+    inside = np.sin(2*np.pi*rows) > 0 if kind == 'stripes' else (np.sin(2*np.pi*rows) > .2) & (np.sin(2*np.pi*columns) > .2)
+    top, left = rng.integers(0, 48 - side, 2)
+    ground[top:top+side, left:left+side][inside] = colour
+    if mark is not None and kind == 'dots' and rng.random() < .9: mark(ground, rng)
+    return PILImage.create(ground.clip(0, 255).astype(np.uint8))
+
+def corner_mark(ground, rng): ground[-8:-1, -12:-1] = (255, 220, 0)
+def tint(ground, rng): ground *= (1., .6, .4)
+
+def learner(mark=None, seed=0, n=320):
+    rng = np.random.default_rng(seed)
+    pictures = [picture(rng, KINDS[i % 2], mark) for i in range(n)]
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: pictures[i], get_y=lambda i: KINDS[i % 2], splitter=IndexSplitter(range(n - 100, n)), batch_tfms=Normalize.from_stats([.4]*3, [.25]*3))
+    dls = block.dataloaders(range(n), bs=32, num_workers=0)
+    torch.manual_seed(seed)
+    stage = lambda n_in, n_out: nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+    model = nn.Sequential(nn.Sequential(stage(3, 16), stage(16, 32), stage(32, 48)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 2)))
+    learn = Learner(dls, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    x = torch.cat([torch.Tensor(b[0]).as_subclass(torch.Tensor) for b in dls.train.new(shuffle=False, drop_last=False)])
+    y = torch.cat([torch.Tensor(b[1]).as_subclass(torch.Tensor).long() for b in dls.train.new(shuffle=False, drop_last=False)])
+    for _ in range(6):
+        for some in torch.randperm(len(x)).split(32):
+            loss = nn.functional.cross_entropy(model(x[some]), y[some])
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+    optimizer.zero_grad()
+    return learn
+
+def interpretation(learn):
+    with learn.no_bar(): return CAMInterpretation.from_learner(learn)
+
+@pytest.fixture(scope='module')
+def planted(): return interpretation(learner(corner_mark))
+
+@pytest.fixture(scope='module')
+def found(planted):
+    with planted.learn.no_bar(): return planted.find_shortcuts()
+
+def test_a_planted_corner_is_found(found, planted):
+    assert {shortcut.kind for shortcut in found} == {'place'} # of two classes, one has it and the other lacks it: both may be reported
+    assert {shortcut.where for shortcut in found} <= {'bottom right corner', 'bottom edge', 'right edge'}
+    first = next(shortcut for shortcut in found if shortcut.cls == 'dots')
+    assert first.after - first.before > .1 and first.effect > .2 and first.interval[0] <= first.effect <= first.interval[1] and first.removed[1] > .1
+    marked = {i for i in range(100) if np.asarray(planted.learn.dls.valid_ds[i][0])[-4, -4].tolist() == [255, 220, 0]}
+    assert len(marked & set(first.items)) > .8*len(first.items) # those that have it
+
+def test_the_table_and_the_words_say_the_same(found):
+    rows = found.table.to_dict('records')
+    assert [row['class'] for row in rows] == [shortcut.cls for shortcut in found] and rows[0]['effect_low'] == max(row['effect_low'] for row in rows)
+    row = rows[0]
+    assert row['class'] == found[0].cls and row['items'] == len(found[0].items) and row['effect'] == found[0].effect and row['examples'] == found[0].items[:5]
+    assert f'in {row["items"]} of {row["of"]} pictures' in repr(found) and found[0].where in found._repr_html_()
+
+def test_the_figure_has_a_row_a_finding(found, tmp_path):
+    fig = found.plot(n=2, save=tmp_path/'found.png')
+    assert (tmp_path/'found.png').exists() and len(fig.axes) == len(found)*4
+    without, with_it = (ax.images[0].get_array() for ax in fig.axes[2:4])
+    assert not np.array_equal(without[-6:, -8:], with_it[-6:, -8:]) and np.abs(np.asarray(without[:20, :20], dtype=float) - np.asarray(with_it[:20, :20], dtype=float)).max() < 1e-3
+
+def test_a_clean_learner_has_none():
+    interp = interpretation(learner())
+    with interp.learn.no_bar(): clean = interp.find_shortcuts()
+    assert len(clean) == 0 and repr(clean).startswith('No shortcut was found (100 pictures of 2 classes') and clean.plot() is None and len(clean.table) == 0
+
+def test_a_tint_is_found_in_the_surroundings():
+    interp = interpretation(learner(tint, seed=1))
+    with interp.learn.no_bar(): tinted = interp.find_shortcuts()
+    assert 'dots' in {shortcut.cls for shortcut in tinted} and all(shortcut.kind == 'surroundings' and shortcut.detail == 'colours' and shortcut.after - shortcut.before > .5 for shortcut in tinted)
+
+def test_the_same_again(found, planted):
+    with planted.learn.no_bar(): again = planted.find_shortcuts()
+    assert [(s.items, s.effect, s.removed) for s in again] == [(s.items, s.effect, s.removed) for s in found]
+
+def test_the_learner_is_left_as_it_was(planted, monkeypatch):
+    learn = planted.learn
+    def state(): return ([module.training for module in learn.model.modules()], [p.requires_grad for p in learn.model.parameters()], [p.grad for p in learn.model.parameters()],
+                         sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in learn.model.modules()), list(learn.cbs), torch.get_rng_state().tolist())
+    def interrupt(*args): raise KeyboardInterrupt
+    with learn.no_bar():
+        before = state()
+        planted.find_shortcuts(n=60)
+        assert state() == before
+        monkeypatch.setattr(shortcuts, '_suspects', interrupt)
+        with pytest.raises(KeyboardInterrupt): planted.find_shortcuts(n=60)
+        assert state() == before
+
+@pytest.mark.parametrize('wrong, message', [(dict(n=3), 'too few'), (dict(min_items=2), 'too few'), (dict(method='gradcm'), 'gradcam'), (dict(layer='nowhere'), 'no layer named')])
+def test_wrong_input_is_refused(planted, wrong, message):
+    with pytest.raises(ValueError, match=message): planted.find_shortcuts(**wrong)
+
+def test_too_few_pictures_are_said(planted):
+    with planted.learn.no_bar(): nothing = planted.find_shortcuts(n=50, min_items=25)
+    assert 'Nothing could be looked for' in repr(nothing)
