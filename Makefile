@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test bench zoo config notebooks readme clean
+.PHONY: setup demo test bench zoo shortcuts config notebooks readme clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ bench: $(STAMP)          ## time and memory beside other libraries (about half a
 
 zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/zoo.ipynb
 	$(BIN)/python -W ignore tests/zoo/zoo.py all
+
+shortcuts: $(STAMP)      ## are planted shortcuts found, and none where there are none? (about an hour; no downloads): nbs/shortcut_experiment.ipynb
+	$(BIN)/python -W ignore tests/shortcuts/planted.py
 
 config: $(STAMP)         ## settings.ini -> pyproject.toml
 	$(BIN)/python tests/config.py

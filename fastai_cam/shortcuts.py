@@ -317,7 +317,8 @@ def _suspects(known, cls, group, seed):
         match = _found_again(known, group, others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))][:40], share, seed=seed)
         if match is not None and match.inside - match.outside >= LIMITS['found again']:
             found.append(_Suspect(cls, 'thing', 'anywhere', group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop)), match.inside - match.outside, match=match))
-    return found + _lit_places(known, cls, group, others, places, seed)
+    known_places = {suspect.where for suspect in found}
+    return found + [suspect for suspect in _lit_places(known, cls, group, others, places, seed) if suspect.where not in known_places]
 
 def _lit_places(known, cls, group, others, places, seed):
     "Places at the edge that the maps of a cluster of items agree on"
@@ -339,7 +340,7 @@ LIMITS:dict[str,float] = {
     'telling': .8, # area under the ROC curve from which a place or the surroundings are suspect: of no use are .5, and chance reaches .75 on two dozen pictures of a class
     'found again': .25, # how many more of a class's pictures than of others must have a thing
     'removed': .03, # share of the way that pictures must lose without it, lower end of the 95% interval: a scrap of an object is missed by nobody
-    'place': .1, 'surroundings': .1, 'thing': .1, 'lit place': .3} # share of the way that putting it into others must go, lower end of the 95% interval; of a thing, times the share of pictures that have it
+    'place': .1, 'surroundings': .1, 'thing': .15, 'lit place': .3} # share of the way that putting it into others must go, lower end of the 95% interval; of a thing, times the share of pictures that have it
 
 class _Tester:
     "Puts suspects into pictures of other classes"
@@ -502,9 +503,9 @@ def _is_the_same(one, other):
     "Are two findings about the same evidence?"
     a,b = (found['suspect'] for found in (one, other))
     if a.cls != b.cls: return False
+    if a.mask is not None and b.mask is not None: return bool((a.mask & b.mask).any())
     common = len(set(a.carriers.tolist()) & set(b.carriers.tolist()))
-    if common < .5*min(len(a.carriers), len(b.carriers)): return False
-    return a.mask is None or b.mask is None or bool((a.mask & b.mask).any())
+    return common >= .5*min(len(a.carriers), len(b.carriers))
 
 def _as_shortcut(tester, found, name, decode):
     suspect,known = found['suspect'],tester.known
