@@ -560,10 +560,11 @@ def find_shortcuts(self:CAMInterpretation,
         tester = _Tester(known, predict, seed)
         for c,group in (progress_bar(list(groups.items()), leave=False) if _has_bar(learn) else groups.items()):
             found += [result for result in map(tester.test, _suspects(known, c, group, seed)) if result is not None]
-        found.sort(key=lambda result: -result['low'])
+        found.sort(key=lambda result: (result['way'] in ('overlay', 'pattern'), -result['low'])) # where the same pixels are says more than that there are some
         kept = []
         for result in found:
             if not any(_is_the_same(result, other) for other in kept): kept.append(result)
+        kept.sort(key=lambda result: -result['low'])
         decode = lambda images: _decode(source.dl, (to_device(images, learn.dls.device),))
         shortcuts = [_as_shortcut(tester, result, name(result['suspect'].cls), decode) for result in kept]
     return Shortcuts(shortcuts, {name(c): len(group) for c,group in groups.items()}, source.images, known.maps)
