@@ -23,8 +23,9 @@ $(STAMP): | $(PYSTAMP)
 demo: $(STAMP)           ## explain the mistakes of a real ImageNet model on real photos: demo/*.png
 	$(BIN)/python -m fastai_cam.demo demo
 
+# Two at a time with one thread each: small networks gain nothing from a second thread.
 test: $(STAMP)           ## every test, and every notebook as a test
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
