@@ -24,17 +24,15 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch, store_attr
-from fastprogress.fastprogress import progress_bar
-from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from .probe import Capture, Pass, Probe, Question, _each_tensor, bare, check_layers, resolve_layers
+from .probe import Capture, Pass, Probe, _each_tensor, _without_hooks, bare, check_layers, resolve_layers
 from .tasks import Values
 from .targets import Target
 from .methods import as_methods, enlarge, method_name
 from .maps import CAMMap, Images, _save, check_style, normalize
-from .learner import _dl_source, _n_inp, _source, _target, check_learner, learner_as_found, task_of
-from .interpret import CAMInterpretation
+from .learner import _dl_source, _n_inp, _source, _target, _with_bar, check_learner, learner_as_found, task_of
+from .interpret import CAMInterpretation, _evenly
 
 # %% ../nbs/09_audit.ipynb #62f16cb6
 def _label(
@@ -96,11 +94,6 @@ def _copies(model, steps, how, seed, args, kwargs):
             following = [current.get_submodule(name) for name in order[min(map(order.index, names)):]]
             _settle([module for module in following if isinstance(module, _BatchNorm) and module.running_mean is not None], current, args, kwargs)
         yield step,current
-
-def _without_hooks(model):
-    "A copy of `model` that nobody watches"
-    hooks = [getattr(module, kind) for module in model.modules() for kind in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')]
-    return deepcopy(model, {id(found): type(found)() for found in hooks})
 
 def _reset(module, name, seed):
     "New values for the parameters and buffers that are a module's own"
@@ -368,8 +361,7 @@ def _check(learn, source, methods, layer, how, n_steps, seed):
         found,names = [_joined(maps)],cap.names
         steps = randomization_steps(model, n_steps=n_steps)
         copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=batches[0])
-        if any(isinstance(cb, ProgressCallback) for cb in learn.cbs): copies = progress_bar(copies, total=len(steps), leave=False)
-        for step,copy in copies: found.append(_maps_of_copy(copy, step, names, methods, batches, questions, **options))
+        for step,copy in _with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, questions, **options))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
     by_method = {method_name(method): torch.stack(maps) for method,maps in zip(methods, zip(*found))}
@@ -402,8 +394,7 @@ def sanity_check(self:CAMInterpretation,
     "Do the maps change when the model's weights are replaced by random ones? The learner is left as it was"
     layer = self.layer if layer is None else layer
     methods = _check_asked(self.learn, self.method if method is None else method, layer, n, how, n_steps)
-    chosen = np.linspace(0, len(self.losses) - 1, min(n, len(self.losses))).round().astype(int).tolist()
-    with learner_as_found(self.learn): source = _dl_source(self.learn, self.dl, chosen)
+    with learner_as_found(self.learn): source = _dl_source(self.learn, self.dl, _evenly(len(self.losses), n))
     return _check(self.learn, source, methods, layer, how, n_steps, seed)
 
 # %% ../nbs/09_audit.ipynb #b8fd3af1

@@ -17,16 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
-from fastprogress.fastprogress import progress_bar
 from fastai.callback.core import GatherPredsCallback
-from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets, TfmdDL
 from fastai.learner import Learner
 from fastai.torch_core import TensorMask, to_detach
@@ -37,9 +34,9 @@ from .targets import AllClasses, Contrast, Score, Several
 from .methods import as_method, as_methods, method_name
 from .maps import CAMMap, _save, check_style
 from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxes_to_masks, curve_area, impute, insertion_deletion
-from .audit import randomization_similarity
-from .learner import CAMCallback, _dl_source, _predict, _source, _target, check_learner, class_names, learner_as_found
-from .interpret import CAMInterpretation
+from .audit import _with_interval, randomization_similarity
+from .learner import CAMCallback, _dl_source, _predict, _source, _target, _with_bar, check_learner, class_names, learner_as_found
+from .interpret import CAMInterpretation, _evenly
 
 # %% ../nbs/10_compare.ipynb #c6d5dd30
 class _Measuring(CAMCallback):
@@ -74,8 +71,6 @@ def _one_question(learn, cls):
     if isinstance(target, (Several, AllClasses)): raise ValueError('one question at a time can be measured: pass one class, and ask for each by itself')
     return target
 
-def _has_bar(learn): return any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
-
 # %% ../nbs/10_compare.ipynb #1cc71402
 def _softmax(out): return out.softmax(1) if out.dim() > 1 else out
 
@@ -91,26 +86,20 @@ def _as_probability(target, cap, question, bs, n_images):
     return lambda images, items: logit(images, items).sigmoid()
 
 # %% ../nbs/10_compare.ipynb #5e57ad2e
-def _boxes_as_mask(boxes, size):
-    "A mask image of boxes in pixels"
-    return Image.fromarray(boxes_to_masks([[tuple(box) for box in np.asarray(boxes, dtype=float).reshape(-1, 4)]], size)[0].numpy().astype(np.uint8)*255)
-
 def _as_mask_image(found, image_size):
-    "What a function of an item returned, as a mask image: an image, a file, an array `[H, W]`, or boxes `[[left, top, right, bottom], …]`"
+    "What a function of an item returned, as a mask image: an image, a file, an array `[H, W]`, or boxes `[[left, top, right, bottom], …]` in an image whose height and width the function `image_size` tells"
     if isinstance(found, (str, Path)): found = Image.open(found)
-    if isinstance(found, Image.Image): return PILMask.create(Image.fromarray((np.asarray(found.convert('L')) > 0).astype(np.uint8)))
+    if isinstance(found, Image.Image): found = np.asarray(found.convert('L')) > 0
     values = found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
-    if values.ndim==2 and values.shape[1] != 4 or values.dtype==bool: return PILMask.create(Image.fromarray((values > 0).astype(np.uint8)))
-    if values.size==0 or values.shape[-1:]==(4,): return PILMask.create(Image.fromarray((np.asarray(_boxes_as_mask(values, image_size)) > 0).astype(np.uint8)))
-    raise ValueError(f'masks must give a mask [H, W], an image or file, or boxes [[left, top, right, bottom], …] for an item, not {f"an array of shape {list(values.shape)}" if values.ndim else type(found).__name__}: [] where it has none')
+    if values.ndim==2 and values.shape[1] != 4 or values.dtype==bool: mask = values > 0
+    elif values.size==0 or values.shape[-1:]==(4,): mask = boxes_to_masks([[tuple(box) for box in np.asarray(values, dtype=float).reshape(-1, 4)]], image_size())[0].numpy()
+    else: raise ValueError(f'masks must give a mask [H, W], an image or file, or boxes [[left, top, right, bottom], …] for an item, not {f"an array of shape {list(values.shape)}" if values.ndim else type(found).__name__}: [] where it has none')
+    return PILMask.create(Image.fromarray(mask.astype(np.uint8)))
 
 def _masks_of_items(learn, source, get_mask):
     "Masks of the items through the transforms of the learner's images, batch by batch"
-    images = source.dl.dataset
-    def mask_of(i):
-        found = get_mask(source.items[i])
-        size = images[source.dl.get_idxs()[i]][0].size[::-1] if not isinstance(found, (str, Path, Image.Image)) else None
-        return _as_mask_image(found, size)
+    positions = source.dl.get_idxs()
+    def mask_of(i): return _as_mask_image(get_mask(source.items[i]), lambda: source.dl.dataset[positions[i]][0].size[::-1])
     masks = Datasets(range(len(source.items)), [[mask_of]], split_idx=1, do_setup=False) # of the validation set, where crops are in the middle
     dl = TfmdDL(masks, bs=source.dl.bs, after_item=source.dl.after_item, after_batch=source.dl.after_batch, num_workers=0, do_setup=False) # to set transforms up again would take them from the learner
     return [batch[0].as_subclass(Tensor) > 0 for batch in dl]
@@ -134,10 +123,7 @@ def _masks_in_labels(labels, classes, size):
 # %% ../nbs/10_compare.ipynb #951e2030
 def _interval(values, n_resamples=1000):
     "Mean of the values that are known, and the ends of its 95% bootstrap interval"
-    known = values[~np.isnan(values)]
-    if not len(known): return (np.nan,)*3
-    means = known[np.random.default_rng(0).integers(len(known), size=(n_resamples, len(known)))].mean(1)
-    return known.mean(), *np.percentile(means, [2.5, 97.5])
+    return _with_interval(lambda values: values.mean(-1), values[~np.isnan(values)], n_resamples=n_resamples)
 
 class CAMTable(pd.DataFrame):
     "Measures of methods, one row each: a `DataFrame` that shows itself with intervals and plots itself. `.per_item` has the numbers of each item"
@@ -191,7 +177,7 @@ def _measure(metric, maps, masks, cap, rescore, explain):
     needs = dict(images=cap.image, masks=masks, rescore=rescore, explain=explain)
     return metric(maps, **{name: needs[name] for name in metric.needs}).double().cpu()
 
-def _work(methods, metrics, masks, has_bar):
+def _work(methods, metrics, masks):
     "Measures every method on a batch; `masks` are those of the batches, or `None` if the labels hold them"
     needs = {name for metric in metrics for name in metric.needs}
     def measure(cap, question, callback):
@@ -203,7 +189,7 @@ def _work(methods, metrics, masks, has_bar):
             if of_batch is None: raise ValueError(f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
         rescore = _as_probability(callback.target, cap, question, 16, 64) if 'rescore' in needs else None
         rows = []
-        for method in progress_bar(methods, leave=False) if has_bar else methods:
+        for method in _with_bar(callback.learn, methods):
             start = perf_counter()
             score = cap.score(question) # asked anew, so that each method pays for its own gradients
             maps = method(cap, score)[:,0].detach()
@@ -247,7 +233,7 @@ def compare_cams(self:CAMInterpretation,
     if not layers: raise ValueError('the list of layers is empty: name at least one, or leave layers=None')
     for layer in layers: check_layers(learn.model, layer)
     target = _one_question(learn, cls)
-    chosen = np.unique(np.linspace(0, len(self.losses) - 1, min(n or len(self.losses), len(self.losses))).round().astype(int)).tolist()
+    chosen = _evenly(len(self.losses), n)
     with learner_as_found(learn): source = _dl_source(learn, self.dl, chosen)
     if metrics is None:
         metrics = ['insertion', 'deletion', 'average_drop']
@@ -258,7 +244,7 @@ def compare_cams(self:CAMInterpretation,
     rows,per_item = [],{}
     for position,layer in enumerate(layers):
         asked = methods + (as_methods([name for name in BASELINES if name not in map(method_name, methods)]) if baselines and position==0 else [])
-        batches = _measured(learn, source, _work(asked, metrics, masks, _has_bar(learn)), target, layer, asked)
+        batches = _measured(learn, source, _work(asked, metrics, masks), target, layer, asked)
         for k,method in enumerate(asked):
             row,values = _row(batches, metrics, k)
             name,layer_name = method_name(method),'–' if method_name(method) in BASELINES else _layer_name(learn.model, layer)
@@ -357,7 +343,7 @@ def _trust_work(method, share, n_random, steps, seed):
             return curve_area(inserted) - curve_area(deleted)
         generator,whole = torch.Generator().manual_seed(seed),rescore(images, items)
         drop = whole - rescore(_without_lit(maps, images, share), items)
-        elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in (progress_bar(range(n_random), leave=False) if _has_bar(callback.learn) else range(n_random))])
+        elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in _with_bar(callback.learn, range(n_random))])
         own,others = faithfulness(maps),{name: faithfulness(as_method(name)(cap, score)[:,0]) for name in BASELINES}
         similar = randomization_similarity(cap, score, method, seed, share=.5)[:,0] # guided backpropagation is found out by half, not by all
         beaten = (elsewhere < drop).sum(0)

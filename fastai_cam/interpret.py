@@ -11,6 +11,7 @@ __all__ = ['CAMInterpretation']
 from numbers import Integral
 from typing import Any, Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 from fastcore.xtras import is_listy
 from fastai.data.load import DataLoader
@@ -24,6 +25,10 @@ from .learner import _dl_source, check_learner, class_names, learner_as_found, t
 from .maps import CAMs, check_style
 
 # %% ../nbs/05_interpret.ipynb #b859df07
+def _evenly(n_items, n):
+    "Indices of `n` of the items, or of all where `n` is `None` or more than there are, as far apart as can be"
+    return np.linspace(0, n_items - 1, min(n or n_items, n_items)).round().astype(int).tolist()
+
 class CAMInterpretation(ClassificationInterpretation):
     "`ClassificationInterpretation` that can also show where the model looked; other tasks than classification have those of its plots that need no classes"
     def __init__(self,

@@ -79,6 +79,9 @@ def _target(learn, cls):
     "The target that `cls` means for this learner; `ValueError` where the task has no such thing"
     return as_target(cls, class_names(learn.dls), getattr(learn.dls, 'c', None), task_of(learn))
 
+def _has_bar(learn): return any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
+def _with_bar(learn, steps, **kwargs): return progress_bar(steps, leave=False, **kwargs) if _has_bar(learn) else steps
+
 def _bar_of_long_work(steps):
     "Methods that run the model many times for one batch show how far they are"
     return progress_bar(steps, leave=False) if len(steps) > 8 else steps
@@ -135,7 +138,7 @@ class CAMCallback(Callback):
         self.learn.pred = to_detach(self.learn.pred, cpu=False, gather=False)
         y = self._y
         score = cap.score(self.target, y)
-        if any(isinstance(cb, ProgressCallback) for cb in self.learn.cbs): cap.bar = _bar_of_long_work
+        if _has_bar(self.learn): cap.bar = _bar_of_long_work
         maps = [method(cap, score).detach().cpu() for method in self.methods]
         finest = max((m.shape[2:] for m in maps), key=lambda size: size.numel())
         self.found_maps.append(torch.cat([enlarge(m, finest) for m in maps], dim=1)) # fullgrad beside gradcam: maps of one size

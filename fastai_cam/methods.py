@@ -709,12 +709,12 @@ def likenesscam(
     r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place, of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer,
     where HiResCAM of the last one is positive. Where the object is, with its outline, rather than what of it was needed. Costs 1.2 to 1.4 forward passes through `get_cams`"""
     staged = cap if len(cap.layers) > 1 else cap.again(layers=LAST_TWO_STAGES)
-    fine,last = staged.acts[0] if len(staged.acts)==1 else staged.acts[-2],staged.acts[-1]
-    maps = []
+    finer,maps = -2 if len(staged.layers) > 1 else -1,[] # a network of one resolution has one layer for both
+    fine,last = staged.acts[finer],staged.acts[-1]
     for piece in staged.chunks(score if staged is cap else staged.score(cap.question(score))):
         grads = staged.grads(piece)
         speaks_for = enlarge(weighted_sum(last, grads[-1]), fine.shape[2:]) > 0
-        seeds = weighted_sum(_wide(fine).abs(), grads[max(0, len(grads) - 2)].abs())*speaks_for
+        seeds = weighted_sum(_wide(fine).abs(), grads[finer].abs())*speaks_for
         maps.append(_fused(staged, [_likeness(act, seeds) for act in (fine, last)]))
     return torch.cat(maps, dim=1)
 

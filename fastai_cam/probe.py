@@ -114,6 +114,11 @@ def resolve_layers(
 
 EVERY_STAGE,LAST_TWO_STAGES = 'every stage','last two stages' # names of layers that a pass finds
 
+def _without_hooks(model):
+    "A copy of `model` that nobody watches"
+    hooks = [getattr(module, kind) for module in model.modules() for kind in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')]
+    return deepcopy(model, {id(found): type(found)() for found in hooks})
+
 def _found_by_a_pass(layers): return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
 
 def check_layers(
@@ -510,13 +515,11 @@ class Pass:
         """Make `outputs` faster before many are asked: a copy of the model with its batch norms folded into the convolutions and its weights channels-last,
         if that can be made and gives the same output for the batch (to 1e-4 of its range); the model itself is not touched"""
         if n_images < 64 or self._runs is not self.model or self._autocast['enabled']: return
-        hooks = [getattr(module, kind) for module in self.model.modules() for kind in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')]
         with self._aside(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             expected = self.model(*self.args, **self.kwargs)
             try: # a model that cannot be traced runs as it is
-                twin = deepcopy(self.model, {id(found):type(found)() for found in hooks}) # without anybody's hooks
-                twin = fold_batch_norm(twin, inplace=True).to(memory_format=torch.channels_last)
+                twin = fold_batch_norm(_without_hooks(self.model), inplace=True).to(memory_format=torch.channels_last)
                 if (twin(*self.args, **self.kwargs) - expected).abs().max() <= 1e-4*expected.abs().max(): self._runs = twin
             except Exception: pass
 

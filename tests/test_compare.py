@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, L, Learner, MaskBlock, MSELossFlat,
-                               MultiCategoryBlock, Normalize, PILImage, PILMask, RandomResizedCrop, RegressionBlock, Resize, ResizeMethod, TensorBBox, TfmdDL, imagenet_stats)
+from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, L, Learner, MaskBlock, MSELossFlat,
+                               MultiCategoryBlock, Normalize, PILImage, PILMask, RandomResizedCrop, RegressionBlock, Resize, imagenet_stats)
 
 from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Contrast, Explain, Output, Probe, Rescore, baseline_images, impute, upsample
 from fastai_cam.audit import randomization_similarity

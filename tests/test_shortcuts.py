@@ -13,7 +13,7 @@ from fastai.vision.data import ImageBlock
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam import shortcuts
-from fastai_cam.shortcuts import _cells, _corners, _found_again, _keeps_the_middle, _Known, _log_odds, _of_a_place, _places, _same_colours, _same_pixels, _similar_at, _stuck_on, _telling, _tiled
+from fastai_cam.shortcuts import _agreeing, _asked, _cells, _corners, _found_again, _keeps_the_middle, _Known, _log_odds, _of_a_place, _places, _same_colours, _same_details, _same_pixels, _similar_at, _stuck_on, _Suspect, _telling, _Tester, _tiled
 
 
 # -- pieces, by hand
@@ -44,6 +44,8 @@ def test_a_telling_feature_is_told_from_noise():
     assert told > .99 and (p[is_class] > .5).all() and (p[~is_class] < .5).all()
     assert abs(_telling(rng.normal(size=(90, 4)), is_class)[0] - .5) < .2
     assert _telling(rng.normal(size=(90, 4)), np.arange(90) < 2)[0] == .5 # too few to tell
+    few = np.arange(90) < 6
+    assert abs(_telling(few[:, None] + .01*rng.normal(size=(90, 1)), few)[0] - (.5 + .5*.065/np.sqrt(91/(12*6*84)))) < 1e-9 # told without error, but they are few
 
 def test_the_same_piece_is_found_again_where_it_is():
     generator = torch.Generator().manual_seed(0)
@@ -60,6 +62,23 @@ def test_similarity_is_the_naive_formula():
                for i in range(4) for j in range(4) for window in [image[0, :, i:i+3, j:j+3]])
     assert abs(_similar_at(image, piece)[0].item() - best) < 1e-5
 
+def test_only_the_pixels_that_count_are_compared():
+    generator = torch.Generator().manual_seed(2)
+    images, piece = torch.rand(3, 3, 20, 30, generator=generator), torch.rand(2, 3, 5, 5, generator=generator)
+    counts = torch.stack([torch.ones(5, 5), (torch.arange(25).view(5, 5) % 2).float()])
+    images[1, :, 7:12, 20:25] = torch.where(counts[1] > 0, piece[1], torch.rand(3, 5, 5, generator=generator))
+    similar, places = _similar_at(images, piece, counts)
+    assert similar[1, 1] > .999 and divmod(int(places[1, 1]), 30 - 5 + 1) == (7, 20)
+    assert _similar_at(images, piece[1:])[0][0, 1] < .9 # the other pixels differ
+    assert torch.allclose(similar[0], _similar_at(images, piece[:1])[0][0], atol=1e-5)
+
+def test_what_is_the_same_in_pieces_laid_over_each_other():
+    stack = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    stack[:, :, :2] = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(4))
+    middle, same = _agreeing(stack, 1.)
+    assert same.tolist() == [[1.]*4]*2 + [[0.]*4]*2 and torch.equal(middle[:, :2], stack[0, :, :2])
+    assert _agreeing(torch.rand(9, 3, 4, 4), 1.)[1].sum() == 3 # a fifth at least: 3.2
+
 def test_a_sticker_is_found_again_and_where():
     rng = np.random.default_rng(0)
     images, maps = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(30, 8, 8)
@@ -71,6 +90,7 @@ def test_a_sticker_is_found_again_and_where():
     known = _Known(images, torch.rand(30, 2), torch.zeros(30, 2).bool(), torch.zeros(30, 2).bool(), maps, torch.rand(30, 4, generator=torch.Generator().manual_seed(2)))
     match = _found_again(known, torch.arange(12), torch.arange(12, 30), 1/5)
     assert match.inside > .9 and match.outside == 0 and len(match.items) == 11 # all but the one it was cut from
+    assert match.same.shape == (6, 6) and match.same.sum() >= 30 # all of it, but for what another piece of noise may cover
     offsets = {(match.corners[k][0] - places[i][0], match.corners[k][1] - places[i][1]) for k, i in enumerate(match.items)}
     assert len(offsets) == 1 # the same part of the sticker, wherever the sticker is
     (down, right), = offsets
@@ -82,9 +102,14 @@ def test_ways_to_put_something_elsewhere():
     for way in _of_a_place(mask).values():
         found = way(images, donors, rest, torch.Generator().manual_seed(0))
         assert (found[:, :, mask] == 1).all() and (found[:, :, ~mask] == 0).all()
-    assert (_same_pixels(images, donors, rest, None) == 1).all()
-    stuck = _stuck_on(torch.full((3, 2, 2), 5.))(images, None, None, torch.Generator().manual_seed(0))
-    assert (stuck == 5).sum(dim=(1, 2, 3)).tolist() == [12, 12] and (images == 0).all() # a copy
+    added = _same_pixels(images, donors, rest, None)
+    assert (added[:, :, 0] == 1).all() and (added[:, :, 3:5, 3:5] == 0).all() # nothing where the objects are
+    speck = torch.zeros(5, 3, 96, 96)
+    speck[:, :, 2, 50] = 1.
+    fine, blob = (_same_details(torch.zeros(2, 3, 96, 96), some, torch.zeros(4, 3, 96, 96), None) for some in (speck, torch.ones(5, 3, 96, 96)))
+    assert (fine[:, :, 2, 50] > .95).all() and fine[:, :, 20:].abs().max() < 1e-6 and blob[:, :, :8, :8].abs().max() < .1
+    stuck = _stuck_on(torch.full((3, 2, 2), 5.), torch.tensor([[1., 1.], [0., 1.]]))(images, None, None, torch.Generator().manual_seed(0))
+    assert (stuck == 5).sum(dim=(1, 2, 3)).tolist() == [9, 9] and (images == 0).all() # three of its pixels, on a copy
 
 def test_colours_are_moved_to_those_of_the_donors():
     generator = torch.Generator().manual_seed(0)
@@ -102,6 +127,41 @@ def test_tiles_and_the_middle():
     assert middle[10, 10] == 1 and middle[0, 0] == 0 and middle[0, 20] == 0
     assert [tuple(c.shape) for c in _corners(torch.zeros(2, 3, 16, 24))] == [(2, 3, 4, 6)]*4
 
+
+# -- the test of a suspect, by hand
+
+def corner_reader(slope, n=24):
+    "Pictures of class 0 have a bright corner; the log-odds of class 0 are `slope`·corner + 4·middle − 2, and its middle makes up for what the corner does not say"
+    images = torch.zeros(n, 1, 8, 8)
+    mine = torch.arange(n) < n//2
+    images[mine, :, :2, :2] = 1.
+    images[mine, :, 4, 4] = (4 - slope)/4
+    def predict(some):
+        p = (slope*some[:, 0, :2, :2].mean((1, 2)) + 4*some[:, 0, 4, 4] - 2).sigmoid()
+        return torch.stack([p, 1 - p], 1)
+    one_hot = torch.stack([mine, ~mine], 1)
+    return _Tester(_Known(images, predict(images), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3)), predict, 0)
+
+def suspect_corner(tester, asked=.1):
+    mask = _places(8, 8)['top left corner']
+    mine = tester.known.predicted[:, 0].nonzero()[:, 0]
+    return _Suspect(0, 'place', 'top left corner', mine, mine, _of_a_place(mask), asked, mask)
+
+def test_effects_are_shares_of_the_way():
+    tester = corner_reader(4.)
+    assert abs(tester.way_to_go(0) - 4) < 1e-5 # from -2 to 2
+    found = tester.test(suspect_corner(tester))
+    assert all(abs(found[name] - 1) < 1e-5 for name in ('effect', 'low', 'high')) and all(abs(value - 1) < 1e-5 for value in found['removed'])
+    assert abs(found['before'] - 1/(1 + np.exp(2))) < 1e-6 and abs(found['after'] - 1/(1 + np.exp(-2))) < 1e-6
+
+def test_it_must_go_as_far_as_is_asked():
+    tester = corner_reader(1.) # a quarter of the way
+    assert abs(tester.test(suspect_corner(tester, .2))['effect'] - .25) < 1e-5
+    assert tester.test(suspect_corner(tester, .3)) is None
+    assert corner_reader(0.).test(suspect_corner(tester)) is None # the model does not look at it
+
+def test_the_better_it_tells_the_less_is_asked():
+    assert np.allclose([_asked(area) for area in (.6, .68, .7, .72, .82, .95)], [.3, .3, .18, .06, .045, .03])
 
 # -- whole learners
 
