@@ -566,7 +566,7 @@ def _as_shortcut(tester, found, name, decode):
 def _findings(tester, looks, cls, group):
     "What the tests leave of the suspects of a class, each evidence once"
     tested = [tester.test(suspect) for suspect in _suspects(tester.known, looks, cls, group, tester.seed)]
-    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), -result['low'])) # where the same pixels are says more than that there are some
+    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), -len(result['suspect'].donors), -result['low'])) # where the same pixels are says more than that there are some, and of all of a class's pictures more than of a cluster
     kept = []
     for result in found:
         if not any(_is_the_same(result, other) for other in kept): kept.append(result)
