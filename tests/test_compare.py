@@ -10,9 +10,9 @@ from torch import nn
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, L, Learner, MaskBlock, MSELossFlat,
                                MultiCategoryBlock, Normalize, PILImage, PILMask, RandomResizedCrop, RegressionBlock, Resize, imagenet_stats)
 
-from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Contrast, Explain, Output, Probe, Rescore, baseline_images, impute, upsample
+from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Contrast, Explain, Output, Probe, Rescore, baseline_images, boxes_to_masks, impute, upsample
 from fastai_cam.audit import randomization_similarity
-from fastai_cam.compare import _boxes_as_mask, _elsewhere, _interval, _masks_of_items
+from fastai_cam.compare import _elsewhere, _interval, _masks_of_items
 from fastai_cam.learner import _dl_source
 from fastai_cam.metrics import _pixel_ranks
 from test_learner import learner_state, same
@@ -310,7 +310,7 @@ def test_boxes_in_the_labels():
     assert 'iou' in interp.compare_cams('gradcam', n=2, baselines=False).metrics
 
 
-def _as_tensor(boxes): return torch.from_numpy(np.asarray(_boxes_as_mask(boxes, (48, 48))) > 0)[None]
+def _as_tensor(boxes): return boxes_to_masks([boxes], (48, 48))
 
 
 # --- wrong input, and what is left behind
