@@ -637,6 +637,11 @@ def average_precision(
     return _where_there_is_a_mask((found*precision).sum(1)/hits[:,-1].clamp(min=1), masks)
 
 # %% ../nbs/08_metrics.ipynb #dd78cc46
+def _as_several(of_item):
+    "The boxes or points of an item, as a list also where one was given by itself"
+    single = len(of_item) > 0 and not is_listy(of_item[0]) and not (isinstance(of_item[0], Tensor) and of_item[0].dim())
+    return [of_item] if single else of_item
+
 def boxes_to_masks(
     boxes:Sequence, # For each item one box (left, top, right, bottom in pixels, right and bottom not in it), or a list of them
     size:tuple[int,int] # Height and width
@@ -645,8 +650,7 @@ def boxes_to_masks(
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     rows,columns = (torch.arange(n) + .5 for n in size)
     for mask,of_item in zip(masks, boxes):
-        single = len(of_item) > 0 and not is_listy(of_item[0]) and not (isinstance(of_item[0], Tensor) and of_item[0].dim())
-        for left,top,right,bottom,*_ in [of_item] if single else of_item:
+        for left,top,right,bottom,*_ in _as_several(of_item):
             mask |= ((rows >= top) & (rows < bottom))[:,None] & ((columns >= left) & (columns < right))
     return masks
 
@@ -659,8 +663,7 @@ def points_to_masks(
     masks = torch.zeros(len(points), *size, dtype=torch.bool)
     rows,columns = (torch.arange(n) for n in size)
     for mask,of_item in zip(masks, points):
-        single = len(of_item) > 0 and not is_listy(of_item[0]) and not (isinstance(of_item[0], Tensor) and of_item[0].dim())
-        for x,y,*_ in [of_item] if single else of_item: mask |= (rows - y)[:,None]**2 + (columns - x)**2 <= radius**2
+        for x,y,*_ in _as_several(of_item): mask |= (rows - y)[:,None]**2 + (columns - x)**2 <= radius**2
     return masks
 
 # %% ../nbs/08_metrics.ipynb #821bfb51

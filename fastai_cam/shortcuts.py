@@ -48,6 +48,14 @@ class _Known(NamedTuple):
     maps:Tensor # `[n, h, w]`, of the predicted class
     features:Tensor # `[n, channels]`, the last layer weighed by the map
 
+    def strangers(self, cls:int) -> Tensor:
+        "Pictures of other classes that are not taken for this one either"
+        return (~self.predicted[:,cls] & ~self.labelled[:,cls]).nonzero()[:,0]
+
+    def group(self, cls:int) -> Tensor:
+        "Pictures that are taken for this class, rightly or wrongly"
+        return self.predicted[:,cls].nonzero()[:,0]
+
 def _log_odds(probabilities):
     p = probabilities.double().clamp(1e-7, 1 - 1e-7)
     return (p.log() - torch.log1p(-p)).float()
@@ -340,7 +348,7 @@ class _Suspect(NamedTuple):
 
 def _groups(known, min_items):
     "The pictures that are predicted to be of each class, right or wrong"
-    found = {c: known.predicted[:,c].nonzero()[:,0] for c in range(known.predicted.shape[1])}
+    found = {c: known.group(c) for c in range(known.predicted.shape[1])}
     return {c: group for c,group in found.items() if min_items <= len(group) <= len(known.images) - min_items}
 
 def _asked(area):
@@ -350,7 +358,7 @@ def _asked(area):
 def _suspects(known, looks, cls, group, seed):
     "What gives the class away without its object"
     predicted,labelled = known.predicted[:,cls].numpy(),known.labelled[:,cls].numpy()
-    others = (~known.predicted[:,cls] & ~known.labelled[:,cls]).nonzero()[:,0]
+    others = known.strangers(cls)
     if len(others) < 6: return []
     found,places = [],_places(*known.images.shape[-2:])
     for name,features in looks.items():
@@ -359,12 +367,13 @@ def _suspects(known, looks, cls, group, seed):
         area = max(min(area, _telling(features, labelled, seed)[0]), area - LIMITS['not of the label']) # what a weak network goes by may be told from the surroundings where the label is not
         carriers = group[torch.as_tensor(p[group.numpy()] > .5)]
         if len(carriers) < LIMITS['carriers']*len(group): continue
-        if name==_ALL_AROUND and area >= LIMITS['surroundings']: found.append(_Suspect(cls, 'surroundings', name, group, carriers, _OF_THE_WHOLE, _asked(area)))
-        if name==_ALL_AROUND or area < LIMITS['place']: continue
-        ways = _of_a_place(places[name]) if area >= LIMITS['own'] else dict(mean=_pasted_mean(places[name]))
-        found.append(_Suspect(cls, 'place', name, group, carriers, ways, _asked(area), places[name]))
-    for share in (1/8, 1/5):
-        match = _found_again(known, group, others, share, seed)
+        if name==_ALL_AROUND:
+            if area >= LIMITS['surroundings']: found.append(_Suspect(cls, 'surroundings', name, group, carriers, _OF_THE_WHOLE, _asked(area)))
+        elif area >= LIMITS['place']:
+            ways = _of_a_place(places[name]) if area >= LIMITS['own'] else dict(mean=_pasted_mean(places[name]))
+            found.append(_Suspect(cls, 'place', name, group, carriers, ways, _asked(area), places[name]))
+    for size in (1/8, 1/5): # as a share of the picture's side
+        match = _found_again(known, group, others, size, seed)
         share = 0 if match is None else match.inside - match.outside
         if share >= LIMITS['found again']: found.append(_Suspect(cls, 'thing', 'anywhere', group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop, match.same)), LIMITS['thing']/share, match=match))
     return found + _lit_places(known, cls, group, others, places, seed)
@@ -402,13 +411,7 @@ class _Tester:
         self.limits,self.odds = (known.images.min(), known.images.max()),_log_odds(known.probabilities)
     def way_to_go(self, cls:int) -> float:
         "How far apart the log-odds of the class are on its own pictures and on others"
-        return max(1., (self.odds[self.known.predicted[:,cls],cls].median() - self.odds[self.strangers(cls),cls].median()).item())
-
-    def strangers(self, cls:int) -> Tensor:
-        "Pictures of other classes that are not taken for this one either"
-        return (~self.known.predicted[:,cls] & ~self.known.labelled[:,cls]).nonzero()[:,0]
-
-    def recipients(self, suspect:_Suspect) -> Tensor: return _shuffled(self.strangers(suspect.cls), None, self.seed)
+        return max(1., (self.odds[self.known.predicted[:,cls],cls].median() - self.odds[self.known.strangers(cls),cls].median()).item())
 
     def put(self, suspect:_Suspect, way:str, images:Tensor, rest:Tensor, seed:int) -> Tensor:
         "Images with the suspect in them"
@@ -434,7 +437,7 @@ class _Tester:
         n_confirm:int=32 # On how many others it is measured
     ) -> dict|None:
         "The finding that a suspect is, or `None`"
-        recipients = self.recipients(suspect)
+        recipients = _shuffled(self.known.strangers(suspect.cls), None, self.seed)
         n_choose = min(n_choose, len(recipients)//3)
         choose,confirm = recipients[:n_choose],recipients[n_choose:n_choose + n_confirm]
         if len(confirm) < 4: return None
@@ -579,8 +582,8 @@ def _is_a_lack(tester, looks, result, stronger):
     if not theirs: return False
     left = ~(known.predicted | known.labelled)[:,theirs].any(1) | known.predicted[:,suspect.cls]
     rest = _Tester(_Known(*[part[left] for part in known]), tester.predict, tester.seed)
-    if len(rest.strangers(suspect.cls)) < 6: return False # of two classes, which has it and which lacks it cannot be told
-    again = _findings(rest, {name: features[left.numpy()] for name,features in looks.items()}, suspect.cls, rest.known.predicted[:,suspect.cls].nonzero()[:,0])
+    if len(rest.known.strangers(suspect.cls)) < 6: return False # of two classes, which has it and which lacks it cannot be told
+    again = _findings(rest, {name: features[left.numpy()] for name,features in looks.items()}, suspect.cls, rest.known.group(suspect.cls))
     return not any(one['suspect'].kind==suspect.kind for one in again)
 
 def _found_by(tester, groups, learn):
