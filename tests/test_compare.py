@@ -132,6 +132,13 @@ def test_the_interval_is_a_bootstrap_of_what_is_known():
     assert np.isnan(_interval(np.array([np.nan]))).all() and _interval(np.array([.3]))==(.3, .3, .3)
 
 
+def test_lower_precision_changes_areas_a_little(interp, learn):
+    exact, low = (interp.compare_cams('gradcam', metrics=['insertion', 'iou'], masks=array_of, n=None, cls='b', baselines=False, dtype=dtype).per_item['gradcam', 'default'] for dtype in (None, torch.bfloat16))
+    assert 0 < (exact['insertion'] - low['insertion']).abs().max() < 5e-3 and exact['iou'].equals(low['iou']) # the maps are those of the learner
+    for wrong in (torch.float32, torch.int8, 'bf16'):
+        with pytest.raises(ValueError, match='torch.bfloat16'): interp.compare_cams('gradcam', dtype=wrong)
+
+
 def test_values_are_measured_as_they_are():
     learn = learner_of(ImageBlock, RegressionBlock, get_y=lambda i: float(i), n_out=1, loss_func=MSELossFlat())
     expected = measured(learn, 'gradcam', ['insertion', 'deletion'], lambda out: lambda out: out[:, 0])

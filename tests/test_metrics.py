@@ -185,6 +185,45 @@ def test_rescore_runs_bs_images_at_a_time(net, images, monkeypatch):
     assert sizes==[4, 4, 1]
 
 
+def test_as_many_images_at_once_as_run_fast():
+    assert [(piece.start, piece.stop) for piece in metrics._pieces(19, None, torch.device('cpu'))]==[(0, 8), (8, 16), (16, 19)]
+    assert [(piece.start, piece.stop) for piece in metrics._pieces(65, None, torch.device('cuda'))]==[(0, 64), (64, 65)]
+    assert [(piece.start, piece.stop) for piece in metrics._pieces(5, 2, torch.device('cuda'))]==[(0, 2), (2, 4), (4, 5)]
+
+
+class Opaque(nn.Module):
+    "Cannot be traced: what it does depends on its input"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x): return self.net(x) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize('traced', [True, False])
+def test_rescore_in_lower_precision_is_close_and_comes_back_wide(net, images, traced):
+    model, others, whose = net if traced else nn.Sequential(Opaque(net[0]), net[1]), torch.randn(9, 3, 24, 32), torch.arange(9)%5
+    with Probe(model, '0') as p:
+        cap = p(images)
+        exact, low = (Rescore(cap, cap.score(ClassIndex(1)), n_images=n, dtype=dtype)(others, whose) for n, dtype in ((0, None), (64, torch.bfloat16)))
+        assert cap.outputs(others, whose).dtype==torch.float32 # softmax is not taken in bfloat16
+    assert 0 < (low - exact).abs().max() < .03*exact.abs().max()
+    with Probe(model, '0') as p:
+        cap = p(images)
+        assert torch.equal(Rescore(cap, cap.score(ClassIndex(1)), n_images=63, dtype=torch.bfloat16)(others, whose), exact) # a few images are run as they are
+
+
+def test_a_model_that_lower_precision_breaks_runs_as_it_is(images):
+    body, head = nn.Conv2d(3, 2, 1, bias=False), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        body.weight.copy_(torch.tensor([[1., 0, 0], [1., .001, 0]])[..., None, None])
+        head.weight.copy_(torch.tensor([[-1000., 1000.], [0., 1.]])) # of two nearly equal channels the difference: the mean of the second colour
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
+    with Probe(model) as p:
+        cap = p(images)
+        found = Rescore(cap, cap.score(ClassIndex(0)), n_images=100, dtype=torch.bfloat16)(images, torch.arange(5))
+    assert torch.allclose(found, images[:, 1].mean((1, 2)), atol=1e-3)
+
+
 def test_rescore_of_two_questions_or_of_a_score_by_hand_is_refused(net, images):
     with Probe(net) as p:
         cap = p(images)
@@ -227,6 +266,17 @@ def test_fading_by_loops(maps, images):
         assert drop_in_deletion(maps, images, linear)[i].item()==pytest.approx((whole - rest)/whole, abs=1e-6)
         assert increase_in_confidence(maps, images, linear)[i]==float(shown > whole)
     assert 0 < increase_in_confidence(maps, images, linear).sum() < 5
+
+
+def test_every_pixel_shown_is_one_of_the_two_images(images):
+    base, seen = 1e3*torch.randn(3, 24, 32), []
+    def watch(some, items):
+        is_own, is_base = some==images[items], some==base
+        seen.append(is_own.float().mean((1, 2, 3)))
+        assert (is_own | is_base).all() # to the last bit
+        return some.sum((1, 2, 3))
+    insertion_curve(torch.randn(5, 24, 32), images, watch, steps=6, baseline=base)
+    assert torch.allclose(torch.cat(seen).view(5, 7), torch.linspace(0, 1, 7).expand(5, 7))
 
 
 @pytest.mark.parametrize('steps', [1, 7, 20])

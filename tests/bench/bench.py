@@ -25,7 +25,7 @@ from torchvision.models import resnet18, resnet50
 import fastai_cam.learner # adds get_cams to Learner
 from fastai_cam.maps import normalize, upsample
 from fastai_cam.methods import METHODS, ablationcam, as_method, eigencam, fullgrad, gradcam, scorecam, tta
-from fastai_cam.metrics import Rescore, baseline_images, insertion_deletion, road
+from fastai_cam.metrics import Rescore, baseline_images, curve_area, insertion_deletion, road
 from fastai_cam.probe import Probe, as_found
 from fastai_cam.targets import AllClasses, ClassIndex, Predicted
 
@@ -104,7 +104,7 @@ def captum_lib(model, x):
     return upsample(normalize(maps), x.shape[-2:])
 
 
-def quantus_curves(model, x, base, maps, steps):
+def quantus_curves(model, x, base, maps, steps, bs=16):
     "Scores of class 3 while the pixels of `x` are replaced by those of `base`, most relevant first, from the first step on"
     import quantus
     x, base, maps = x.numpy(), base.numpy(), maps[:, None].numpy()
@@ -113,7 +113,7 @@ def quantus_curves(model, x, base, maps, steps):
         np.put_along_axis(arr, indices, np.take_along_axis(base.reshape(len(x), -1), indices, 1), 1)
         return arr
     metric = quantus.PixelFlipping(features_in_step=x[0].size//steps, perturb_func=replace, normalise=False, abs=False, disable_warnings=True)
-    return torch.tensor(metric(model=model, x_batch=x, y_batch=np.full(len(x), 3), a_batch=maps, softmax=True, device='cpu', batch_size=len(x)))
+    return torch.tensor(metric(model=model, x_batch=x, y_batch=np.full(len(x), 3), a_batch=maps, softmax=True, device='cpu', batch_size=bs))
 
 
 def by_hand(model, x, base, maps, steps):
@@ -294,26 +294,25 @@ def case_insertion_deletion():
     # Quantus takes divisors of 3 × 224² only. It is no requirement, as it brings an OpenCV that overwrites grad-cam's: `pip install --no-deps quantus cachetools`
     model, x, steps = body_head(resnet18), images(16), 21
     blurred, black, maps = baseline_images(x, 'blur').contiguous(), torch.zeros_like(x), torch.rand(16, 224, 224, generator=torch.Generator().manual_seed(2))
-    def mine():
+    def mine(dtype=None):
         with Probe(model, grad=False) as p:
             cap = p(x)
-            return insertion_deletion(maps, x, Rescore(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1), n_images=16*2*steps), steps)
+            return insertion_deletion(maps, x, Rescore(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1), n_images=16*2*steps, dtype=dtype), steps)
     def passes():
         with Probe(model, grad=False) as p:
             cap = p(x)
             cap.prepare(16*2*steps)
-            for _ in range(2*steps): cap.outputs(x)
-    ways = {'ours': mine, 'a loop by hand': lambda: (by_hand(model, blurred, x, maps, steps), by_hand(model, x, black, maps, steps))}
-    if find_spec('quantus'): ways['Quantus'] = lambda: (quantus_curves(model, blurred, x, maps, steps), quantus_curves(model, x, black, maps, steps))
-    reference = mine()
-    same = {}
-    for name in list(ways)[1:]:
-        found = ways[name]()
-        same[name] = agree(torch.cat([curve[:, 1:] for curve in reference]), torch.cat([curve[:, -steps:] for curve in found]), .99)
-    times = in_turns({**ways, 'passes': passes}, 3, warm_up=0) # all of them have run once
+            for _ in range(4*steps): cap.outputs(x[:8])
+    def both(curves, **kwargs): return lambda: (curves(model, blurred, x, maps, steps, **kwargs), curves(model, x, black, maps, steps, **kwargs))
+    peers = {'a loop by hand': both(by_hand)}
+    if find_spec('quantus'): peers.update({'Quantus': both(quantus_curves), 'Quantus, 8 images at a time,': both(quantus_curves, bs=8)})
+    reference, low = torch.cat(mine()), torch.cat(mine(torch.bfloat16))
+    same = {name: agree(reference[:, 1:], torch.cat([curve[:, -steps:] for curve in peer()]), .99) for name, peer in peers.items()}
+    times = in_turns({'ours': mine, 'ours in bfloat16': lambda: mine(torch.bfloat16), **peers, 'passes': passes}, 5, warm_up=0) # all of them have run once
     row('`insertion_deletion` ÷ its forward passes alone, resnet18, batch 16, 21 steps', 'fastai_cam', None, ratios(times, 'ours', 'passes'), '')
-    for name in same:
-        row(f'{name} ÷ `insertion_deletion`, resnet18, batch 16, 21 steps', 'fastai_cam', 2 if name=='Quantus' else None, ratios(times, name, 'ours'), same[name], higher=True)
+    for name in peers: row(f'{name} ÷ `insertion_deletion`, resnet18, batch 16, 21 steps', 'fastai_cam', 2 if name=='Quantus' else None, ratios(times, name, 'ours'), same[name], higher=True)
+    apart = (curve_area(low) - curve_area(reference)).abs().max()
+    for name in peers: row(f'{name} ÷ `insertion_deletion` with `dtype=torch.bfloat16`', 'fastai_cam', 2, ratios(times, name, 'ours in bfloat16'), f'areas apart by {apart:.5f} at most', higher=True)
 
 
 def case_road():
