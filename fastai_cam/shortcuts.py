@@ -31,7 +31,7 @@ from fastcore.basics import patch, store_attr
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
 from .probe import Probe, bare, check_layers
-from .tasks import BinaryLabel, MultiLabel, Segmentation, Values
+from .tasks import MultiLabel, Segmentation, Values
 from .methods import as_method, enlarge
 from .maps import CAMMap, _save, check_style, normalize, to_pixels
 from .learner import _dl_source, _decode, _n_inp, _with_bar, check_learner, class_names, learner_as_found, task_of
@@ -47,6 +47,7 @@ class _Known(NamedTuple):
     labelled:Tensor # `[n, n_classes]`, bool
     maps:Tensor # `[n, h, w]`, of the predicted class
     features:Tensor # `[n, channels]`, the last layer weighed by the map
+    alone:Tensor|None=None # `[n, n_classes]`, log-odds that the model gives to the surroundings alone
 
     def strangers(self, cls:int) -> Tensor:
         "Pictures of other classes that are not taken for this one either"
@@ -60,12 +61,6 @@ def _log_odds(probabilities):
     p = probabilities.double().clamp(1e-7, 1 - 1e-7)
     return (p.log() - torch.log1p(-p)).float()
 
-def _as_probabilities(task, out):
-    if isinstance(task, BinaryLabel):
-        positive = out.reshape(-1, 1).sigmoid()
-        return torch.cat([1 - positive, positive], dim=1)
-    return out.sigmoid() if isinstance(task, MultiLabel) else out.softmax(1)
-
 def _class_rows(task, probabilities, y):
     "Which classes each item is predicted to have, and which its label names, `[n, n_classes]` each"
     n = probabilities.shape[1]
@@ -77,7 +72,7 @@ def _look_over(method):
     def look(cap, question, callback):
         task = callback.target.parts[0].task.of(cap.out)
         if isinstance(task, (Values, Segmentation)) or not isinstance(cap.out, Tensor): raise ValueError('shortcuts are looked for in what classes of pictures have in common, and this learner does not classify pictures')
-        probabilities = _as_probabilities(task, cap.out.detach().float())
+        probabilities = task.probabilities(cap.out.detach().float())
         maps = method(cap, cap.score(question))[:,0].detach()
         weights = normalize(F.adaptive_avg_pool2d(maps[:,None], cap.acts[-1].shape[2:]))
         features = (cap.acts[-1].float()*weights).mean((2,3))
@@ -139,6 +134,25 @@ def _looks(images):
 
 _ALL_AROUND = 'all around'
 
+def _least_lit_corners(images, maps, share=3/8, n=2):
+    "Of each picture the corners where the map has least, the least first, `n` × `[B, C, s, t]`: the object is seldom there"
+    height,width = images.shape[-2:]
+    rows,columns = ((slice(round(side*share)),slice(side - round(side*share), None)) for side in (height, width))
+    corners = [(high,wide) for high in rows for wide in columns]
+    lit = enlarge(maps.clamp(min=0), (height, width))
+    order = torch.stack([lit[:,high,wide].sum((1,2)) for high,wide in corners], dim=1).argsort(dim=1)
+    pieces = torch.stack([images[...,high,wide] for high,wide in corners])
+    return [pieces[order[:,k],torch.arange(len(images))] for k in range(n)]
+
+def _surroundings_alone(images, maps, predict):
+    "Log-odds of the classes for pictures that are nothing but surroundings: tiles of corners without the object, mean of two corners"
+    return torch.stack([_log_odds(predict(_tiled(corner, *images.shape[-2:]))) for corner in _least_lit_corners(images, maps)]).mean(0)
+
+def _area(is_class, values):
+    "Area under the ROC curve, nearer to .5 where there are few pictures: they reach more by chance"
+    by_chance = np.sqrt((len(values) + 1)/(12*is_class.sum()*(~is_class).sum())) # standard deviation of the area where nothing is told, Hanley & McNeil 1982
+    return .5 + (roc_auc_score(is_class, values) - .5)*min(1, .065/by_chance) # the limits were found with two dozen pictures of a class among six, where it is .065
+
 def _telling(features, is_class, seed=0):
     "How well the features alone tell a class (area under the ROC curve, cross-validated; nearer to .5 where there are few pictures), and for each item the probability it is given"
     n_folds = int(min(5, is_class.sum(), (~is_class).sum()))
@@ -146,8 +160,7 @@ def _telling(features, is_class, seed=0):
     steps = [StandardScaler()] + ([PCA(10, random_state=seed)] if features.shape[1] > 20 else [])
     model = make_pipeline(*steps, LogisticRegression(C=.1 if features.shape[1] > 20 else .3, class_weight='balanced'))
     p = cross_val_predict(model, features, is_class, cv=StratifiedKFold(n_folds, shuffle=True, random_state=seed), method='predict_proba')[:,1]
-    area,by_chance = roc_auc_score(is_class, p),np.sqrt((len(p) + 1)/(12*is_class.sum()*(~is_class).sum())) # standard deviation of the area where nothing is told, Hanley & McNeil 1982
-    return .5 + (area - .5)*min(1, .065/by_chance), p # the limits were found with two dozen pictures of a class among six, where it is .065: fewer reach more by chance
+    return _area(is_class, p), p
 
 # %% ../nbs/11_shortcuts.ipynb #f7302fcf
 def _smooth(images, share=1/24):
@@ -345,6 +358,7 @@ class _Suspect(NamedTuple):
     asked:float # Share of the way that putting it into others must go, lower end of the 95% interval
     mask:Tensor|None=None # Where it is, `[H, W]`, if that is the same place in all pictures
     match:_Match|None=None # The piece, if it is one
+    n_places:int=1 # How many places it is made of
 
 def _groups(known, min_items):
     "The pictures that are predicted to be of each class, right or wrong"
@@ -360,23 +374,46 @@ def _suspects(known, looks, cls, group, seed):
     predicted,labelled = known.predicted[:,cls].numpy(),known.labelled[:,cls].numpy()
     others = known.strangers(cls)
     if len(others) < 6: return []
-    found,places = [],_places(*known.images.shape[-2:])
+    found,telling,places = [],{},_places(*known.images.shape[-2:])
     for name,features in looks.items():
         area,p = _telling(features, predicted, seed)
         if area < LIMITS['place']: continue
         area = max(min(area, _telling(features, labelled, seed)[0]), area - LIMITS['not of the label']) # what a weak network goes by may be told from the surroundings where the label is not
         carriers = group[torch.as_tensor(p[group.numpy()] > .5)]
         if len(carriers) < LIMITS['carriers']*len(group): continue
+        if area >= LIMITS['own']: telling[name] = area,p
         if name==_ALL_AROUND:
             if area >= LIMITS['surroundings']: found.append(_Suspect(cls, 'surroundings', name, group, carriers, _OF_THE_WHOLE, _asked(area)))
         elif area >= LIMITS['place']:
             ways = _of_a_place(places[name]) if area >= LIMITS['own'] else dict(mean=_pasted_mean(places[name]))
             found.append(_Suspect(cls, 'place', name, group, carriers, ways, _asked(area), places[name]))
+    if _ALL_AROUND not in telling: found += _said_by_surroundings(known, cls, group, others)
+    found += _places_together(cls, group, {name: told for name,told in telling.items() if name != _ALL_AROUND}, places)
     for size in (1/8, 1/5): # as a share of the picture's side
         match = _found_again(known, group, others, size, seed)
         share = 0 if match is None else match.inside - match.outside
         if share >= LIMITS['found again']: found.append(_Suspect(cls, 'thing', 'anywhere', group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop, match.same)), LIMITS['thing']/share, match=match))
     return found + _lit_places(known, cls, group, others, places, seed)
+
+def _said_by_surroundings(known, cls, group, others):
+    "The surroundings, if the model itself tells the class from them alone: it may have learned to see what is too faint, or too rare, for a few dozen pictures to tell"
+    if known.alone is None or known.labelled[:,cls].sum() < 5: return []
+    values = known.alone[:,cls]
+    area = _area(known.labelled[:,cls].numpy(), values.numpy())
+    if area < LIMITS['alone']: return []
+    carriers = group[values[group] > values[others].quantile(.75)]
+    if len(carriers) < LIMITS['carriers']*len(group): return []
+    return [_Suspect(cls, 'surroundings', _ALL_AROUND, group, carriers, _OF_THE_WHOLE, _asked(area + LIMITS['surroundings'] - LIMITS['alone']))]
+
+def _places_together(cls, group, telling, places):
+    "All places that tell the class: of what crosses the picture, each shows a part, and a part may move little"
+    if len(telling) < 2: return []
+    mask = torch.stack([places[name] for name in telling]).any(0)
+    p = np.mean([p for _,p in telling.values()], axis=0)
+    carriers = group[torch.as_tensor(p[group.numpy()] > .5)]
+    if len(carriers) < LIMITS['carriers']*len(group): return []
+    where = ' and '.join(telling) if len(telling)==2 else 'edges'
+    return [_Suspect(cls, 'place', where, group, carriers, _of_a_place(mask), _asked(max(area for area,_ in telling.values())), mask, n_places=len(telling))]
 
 def _lit_places(known, cls, group, others, places, seed):
     "Places at the edge that the maps of a cluster of items agree on"
@@ -396,10 +433,12 @@ def _lit_places(known, cls, group, others, places, seed):
 # %% ../nbs/11_shortcuts.ipynb #8f617864
 LIMITS:dict[str,float] = {
     'place': .6, 'own': .72, 'surroundings': .72, # area under the ROC curve from which these are suspect: of no use are .5, and clean learners seldom reach .7 with two dozen pictures of a class. What is put elsewhere is the mean of a place, and from 'own' on also that of single pictures
+    'alone': .66, # the same, where the model tells the class from the surroundings alone
     'not of the label': .12, # how much larger the area must be where only the predictions are told, and not the labels
     'carriers': .4, # share of a class's pictures that must be told by it
     'found again': .25, # how many more of a class's pictures than of others must have a thing
-    'removed': .03, # share of the way that pictures must lose without it, lower end of the 95% interval: a scrap of an object is missed by nobody
+    'removed': .01, # share of the way that pictures must lose without it, lower end of the 95% interval
+    'thing removed': .03, # the same for a thing, which is replaced by what others have there: a scrap of an object is missed by nobody
     'lit place': .3, # share of the way that putting it into others must go, lower end of the 95% interval
     'thing': .05} # the same, times the share of pictures that have the thing: a scrap that a few have explains little of the class
 EFFECTS:dict[float,float] = {.68: .3, .72: .06, .92: .03} # the same for places and surroundings, by the area under the ROC curve; between these in proportion
@@ -451,26 +490,30 @@ class _Tester:
         if low < suspect.asked: return None
         after,before = (torch.stack(found).mean().item() for found in zip(*twice))
         removed = self.without(suspect, way)
-        if not removed[1] >= LIMITS['removed']: return None
+        if not removed[1] >= LIMITS['removed' if suspect.match is None else 'thing removed']: return None
         return dict(suspect=suspect, way=way, effect=mean, low=low, high=high, before=before, after=after, removed=removed, recipients=confirm)
 
     def without(self,
         suspect:_Suspect, # What is replaced
         way:str # How it was put into others
     ) -> tuple[float,float,float]:
-        "Share of the way that its items lose when the suspect is replaced by what pictures of other classes have there: mean, and 95% interval"
-        known,items,generator = self.known,suspect.carriers,torch.Generator().manual_seed(self.seed + 9)
+        "Share of the way that its items lose when the suspect is replaced by what pictures of other classes have there, instead of by what others of its items have there: mean, and 95% interval"
+        known,items = self.known,suspect.carriers
         if not len(items): return (np.nan,)*3
-        images,others = known.images[items],known.images[~known.predicted[:,suspect.cls]]
+        images,own,others = known.images[items],known.images[items],known.images[~known.predicted[:,suspect.cls]]
+        def odds_with(donors):
+            "Of the items with what donors have there; a tiled corner varies much, so mean over several"
+            generator = torch.Generator().manual_seed(self.seed + 9)
+            put,n_times = (_own_background,4) if suspect.mask is None else (_pasted_own(suspect.mask),1)
+            return torch.stack([_log_odds(self.predict(put(images, donors, None, generator))[:,suspect.cls]) for _ in range(n_times)]).mean(0)
         if suspect.match is not None:
-            changed,size = images.clone(),suspect.match.crop.shape[-1]
+            changed,size,generator = images.clone(),suspect.match.crop.shape[-1],torch.Generator().manual_seed(self.seed + 9)
             for image,other,(top,left) in zip(changed, _draw(others, len(images), generator), suspect.match.corners):
                 rows,columns = slice(top, top + size),slice(left, left + size)
                 image[:,rows,columns] = other[:,rows,columns]
-        elif suspect.mask is not None: changed = _pasted_own(suspect.mask)(images, others, None, generator)
-        elif way=='colours': changed = _same_colours(images, others, known.images[suspect.donors], generator).clamp(*self.limits)
-        else: changed = _own_background(images, others, None, generator)
-        lost = self.odds[items,suspect.cls] - _log_odds(self.predict(changed)[:,suspect.cls])
+            lost = self.odds[items,suspect.cls] - _log_odds(self.predict(changed)[:,suspect.cls])
+        elif way=='colours': lost = self.odds[items,suspect.cls] - _log_odds(self.predict(_same_colours(images, others, known.images[suspect.donors], None).clamp(*self.limits))[:,suspect.cls])
+        else: lost = odds_with(own) - odds_with(others)
         return tuple(float(value) for value in _interval((lost/self.way_to_go(suspect.cls)).numpy()))
 
 # %% ../nbs/11_shortcuts.ipynb #5dd0c3e2
@@ -569,7 +612,7 @@ def _as_shortcut(tester, found, name, decode):
 def _findings(tester, looks, cls, group):
     "What the tests leave of the suspects of a class, each evidence once"
     tested = [tester.test(suspect) for suspect in _suspects(tester.known, looks, cls, group, tester.seed)]
-    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), -len(result['suspect'].donors), -result['low'])) # where the same pixels are says more than that there are some, and of all of a class's pictures more than of a cluster
+    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), result['suspect'].n_places, -len(result['suspect'].donors), -result['low'])) # where the same pixels are says more than that there are some, and of all of a class's pictures more than of a cluster
     kept = []
     for result in found:
         if not any(_is_the_same(result, other) for other in kept): kept.append(result)
@@ -627,8 +670,9 @@ def find_shortcuts(self:CAMInterpretation,
         cap = probe(known.images[:2].to(learn.dls.device))
         cap.prepare(1000)
         def predict(images):
-            outs = [cap.outputs(some.to(learn.dls.device)) for some in images.split(16)]
-            return torch.cat([_as_probabilities(task.of(out), out.float()).cpu().as_subclass(Tensor) for out in outs])
+            outs = [cap.outputs(some.to(learn.dls.device)) for some in images.split(8)] # larger batches take longer on a CPU, see `metrics`
+            return torch.cat([task.of(out).probabilities(out.float()).cpu().as_subclass(Tensor) for out in outs])
+        known = known._replace(alone=_surroundings_alone(known.images, known.maps, predict))
         tester = _Tester(known, predict, seed)
         decode = lambda images: _decode(source.dl, (to_device(images, learn.dls.device),))
         shortcuts = [_as_shortcut(tester, result, name(result['suspect'].cls), decode) for result in _found_by(tester, groups, learn)]

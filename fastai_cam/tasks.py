@@ -73,6 +73,12 @@ class Task:
         "The score of each class"
         return torch.where(classes >= 0, as_logits(out).gather(1, classes.clamp(min=0)), 0)
 
+    def probabilities(self,
+        out:Any # Output of the model
+    ) -> Tensor: # `[B, n_classes]`
+        "The probability of each class; `ValueError` where the items have no class"
+        raise ValueError('the probability of a class is asked of a learner that puts its items into classes or gives them labels, and this one does not')
+
     def regions(self,
         out:Any, # Output of the model
         y:Any, # Labels of the batch
@@ -104,6 +110,7 @@ class SingleLabel(Task):
     ): store_attr()
     def of(self, out:Any) -> Task: return Segmentation(self.vocab) if isinstance(out, Tensor) and out.dim() > 3 else self
     def predicted(self, out:Any) -> Tensor: return as_logits(out).detach().argmax(1, keepdim=True)
+    def probabilities(self, out:Any) -> Tensor: return as_logits(out).softmax(1)
     def actual(self, out:Any, y:Any) -> Tensor: return _check_labels(y, 'one class index per item', lambda y: y.dim()==1 and not y.is_floating_point()).to(out.device)[:,None]
 
 class MultiLabel(Task):
@@ -128,6 +135,8 @@ class MultiLabel(Task):
         y = _check_labels(y, 'a row of zeros and ones per item', lambda y: y.shape==as_logits(out).shape)
         return self._first(y.to(out.device) > .5, out.detach())
 
+    def probabilities(self, out:Any) -> Tensor: return as_logits(out).sigmoid()
+
     def _first(self, chosen, logits):
         "The chosen labels, most probable first, padded with `NOT_ASKED`: as many columns for every batch"
         order = torch.where(chosen, logits.double(), -torch.inf).argsort(1, descending=True)[:,:self.most]
@@ -141,6 +150,7 @@ class BinaryLabel(Task):
     def n_classes(self, out:Any) -> int: return 2
     def predicted(self, out:Any) -> Tensor: return (out.detach().reshape(-1, 1) > 0).long()
     def actual(self, out:Any, y:Any) -> Tensor: return (_check_labels(y, 'one zero or one per item', lambda y: y.numel()==len(y)).reshape(-1, 1) > .5).long().to(out.device)
+    def probabilities(self, out:Any) -> Tensor: return _no_and_yes(out.reshape(-1, 1)).sigmoid()
     def scores(self, out:Any, classes:Tensor, regions:Tensor|None=None) -> Tensor:
         return super().scores(_no_and_yes(out.reshape(-1, 1)), classes)
 

@@ -13,7 +13,7 @@ from fastai.vision.data import ImageBlock
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam import shortcuts
-from fastai_cam.shortcuts import _agreeing, _asked, _cells, _corners, _found_again, _keeps_the_middle, _Known, _log_odds, _of_a_place, _places, _same_colours, _same_details, _same_pixels, _similar_at, _stuck_on, _Suspect, _telling, _Tester, _tiled
+from fastai_cam.shortcuts import _agreeing, _area, _asked, _cells, _corners, _found_again, _keeps_the_middle, _Known, _least_lit_corners, LIMITS, _log_odds, _of_a_place, _places, _places_together, _said_by_surroundings, _same_colours, _same_details, _same_pixels, _similar_at, _stuck_on, _surroundings_alone, _Suspect, _telling, _Tester, _tiled
 
 
 # -- pieces, by hand
@@ -127,6 +127,57 @@ def test_tiles_and_the_middle():
     assert middle[10, 10] == 1 and middle[0, 0] == 0 and middle[0, 20] == 0
     assert [tuple(c.shape) for c in _corners(torch.zeros(2, 3, 16, 24))] == [(2, 3, 4, 6)]*4
 
+def test_few_pictures_prove_less():
+    is_class = np.arange(288) % 6 == 0
+    assert _area(is_class, is_class + 0.) == 1 and abs(_area(is_class, -(is_class + 0.))) < 1e-9 and _area(is_class, np.ones(288)) == .5 # 48 of 288: chance is .046, less than .065
+    few = np.arange(40) < 6
+    assert abs(_area(few, few + 0.) - (.5 + .5*.065/np.sqrt(41/(12*6*34)))) < 1e-9
+
+def test_corners_without_the_object_come_first():
+    images = torch.zeros(2, 1, 16, 16)
+    for value, place in zip((1., 2., 3., 4.), (np.s_[:6, :6], np.s_[:6, 10:], np.s_[10:, :6], np.s_[10:, 10:])): images[(slice(None), 0, *place)] = value
+    maps = torch.tensor([[[3., 2.], [-5., 0.]], [[0., 4.], [5., 1.]]]) # what speaks against the class is as good as nothing
+    first, second = _least_lit_corners(images, maps)
+    assert first.shape == (2, 1, 6, 6) and first.flatten(1).unique(dim=1).tolist() == [[4], [1]] and second.flatten(1).unique(dim=1).tolist() == [[3], [4]] # the top left one reaches further down than the top right one
+
+def test_what_the_model_says_to_the_surroundings_alone():
+    images = torch.zeros(2, 1, 16, 16)
+    images[0, 0, :6, :6], images[1, 0, 10:, 10:] = .5, .25
+    images[:, :, 6:10, 6:10] = 100. # the object: never seen
+    maps = torch.tensor([[[0., 1.], [1., 1.]], [[1., 1.], [1., 0.]]])
+    def predict(some):
+        assert some.max() < 1
+        p = some.mean((1, 2, 3))/2 + .25 # a corner of .5 gives 1/2, of .25 gives 3/8, of nothing 1/4
+        return torch.stack([p, 1 - p], 1)
+    odds = lambda p: np.log(p/(1 - p))
+    found = _surroundings_alone(images, maps, predict)
+    assert np.allclose(found[:, 0], [(odds(.5) + odds(.25))/2, (odds(.375) + odds(.25))/2], atol=1e-5) and torch.allclose(found[:, 0], -found[:, 1], atol=1e-5)
+
+def known_by_surroundings(share, n=60):
+    "Class 0 is half of the pictures; the model says it to the surroundings of `share` of them"
+    mine, rng = torch.arange(n) < n//2, np.random.default_rng(0)
+    alone = torch.as_tensor(rng.normal(size=(n, 2))).float()
+    alone[:round(share*n/2), 0] += 6
+    one_hot = torch.stack([mine, ~mine], 1)
+    return _Known(torch.zeros(n, 1, 8, 8), one_hot.float(), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3), alone)
+
+def test_surroundings_are_suspect_where_the_model_says_the_class_to_them():
+    group, others = torch.arange(30), torch.arange(30, 60)
+    [suspect] = _said_by_surroundings(known_by_surroundings(.7), 0, group, others)
+    assert suspect.kind == 'surroundings' and set(range(21)) <= set(suspect.carriers.tolist()) and suspect.asked <= _asked(LIMITS['surroundings'])
+    rare = known_by_surroundings(0.)
+    rare.alone[:, 0] = torch.cat([torch.linspace(0, .4, 16), torch.linspace(.76, .9, 14), torch.linspace(0, 1, 30)]) # many above most others, and as many below
+    assert _said_by_surroundings(rare, 0, group, others) == []
+    assert _said_by_surroundings(known_by_surroundings(0.), 0, group, others) == [] == _said_by_surroundings(known_by_surroundings(.7)._replace(alone=None), 0, group, others)
+
+def test_places_that_tell_are_tried_together_too():
+    places, group, p = _places(12, 12), torch.arange(4), np.array([.9, .8, .6, .1, 0, 0])
+    [both] = _places_together(0, group, {'left edge': (.8, p), 'right edge': (.9, p[[0, 1, 3, 3, 4, 5]])}, places)
+    assert torch.equal(both.mask, places['left edge'] | places['right edge']) and both.where == 'left edge and right edge' and both.n_places == 2
+    assert both.carriers.tolist() == [0, 1] and both.asked == _asked(.9)
+    assert _places_together(0, group, {'left edge': (.8, p)}, places) == []
+    assert _places_together(0, group, {name: (.8, p) for name in ('left edge', 'border', 'top edge')}, places)[0].where == 'edges'
+
 
 # -- the test of a suspect, by hand
 
@@ -159,6 +210,36 @@ def test_it_must_go_as_far_as_is_asked():
     assert abs(tester.test(suspect_corner(tester, .2))['effect'] - .25) < 1e-5
     assert tester.test(suspect_corner(tester, .3)) is None
     assert corner_reader(0.).test(suspect_corner(tester)) is None # the model does not look at it
+
+def test_what_is_lost_is_measured_against_others_of_the_class():
+    tester = corner_reader(4.)
+    images, mine = tester.known.images.clone(), tester.known.predicted[:, 0]
+    images[mine, :, 3, 3] = 1.
+    def predict(some):
+        p = (4*some[:, 0, :2, :2].mean((1, 2)) - 8*(some[:, 0, 3, 3] == 0).float() + 4*some[:, 0, 4, 4] - 2).sigmoid()
+        return torch.stack([p, 1 - p], 1)
+    tester = _Tester(_Known(images, predict(images), *tester.known[2:]), predict, 0)
+    whole = _places(8, 8)['top left corner'] | (torch.arange(64).view(8, 8) == 27) # and the place (3, 3)
+    suspect = suspect_corner(tester)
+    assert abs(tester.without(suspect._replace(ways=_of_a_place(whole), mask=whole), 'mean')[0] - 12/tester.way_to_go(0)) < 1e-4
+    assert abs(tester.without(suspect, 'mean')[0] - 4/tester.way_to_go(0)) < 1e-4
+    speckled = images + torch.rand(images.shape, generator=torch.Generator().manual_seed(0))*(torch.arange(8) > 5)
+    unread = _Tester(_Known(speckled, predict(speckled), *tester.known[2:]), predict, 0)
+    right = _places(8, 8)['right edge']
+    assert unread.without(suspect._replace(ways=_of_a_place(right), mask=right), 'mean') == (0., 0., 0.) # the model does not look there
+
+def test_damage_is_no_loss():
+    codes, mine = torch.linspace(0, 1, 24), torch.arange(24) < 12
+    images = torch.zeros(24, 1, 8, 8)
+    images[:, 0, :2, :2] = codes[torch.randperm(24, generator=torch.Generator().manual_seed(0))][:, None, None] # as of an object that reaches into the corner
+    images[:, 0, 4, 4], images[:, 0, 5, 5] = images[:, 0, 0, 0], mine.float()
+    def predict(some):
+        p = (4*some[:, 0, 5, 5] - 2 - 8*(some[:, 0, 0, 0] != some[:, 0, 4, 4]).float()).sigmoid() # everything falls apart where the corner is not the picture's own
+        return torch.stack([p, 1 - p], 1)
+    one_hot = torch.stack([mine, ~mine], 1)
+    tester = _Tester(_Known(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
+    lost, low, high = tester.without(suspect_corner(tester), 'mean')
+    assert abs(lost) < .4 # of a way of 4; 8 are lost by the damage. Some get their own corner back by chance
 
 def test_the_better_it_tells_the_less_is_asked():
     assert np.allclose([_asked(area) for area in (.6, .68, .7, .72, .82, .95)], [.3, .3, .18, .06, .045, .03])

@@ -12,7 +12,7 @@ from fastai_cam.learner import task_of
 from fastai_cam.maps import to_pixels
 from fastai_cam.probe import Probe
 from fastai_cam.targets import Output, Predicted, Region, Several, Similarity
-from fastai_cam.tasks import NOT_ASKED
+from fastai_cam.tasks import NOT_ASKED, BinaryLabel, MultiLabel, SingleLabel, Task, Values
 
 
 def square_of(i):
@@ -77,6 +77,15 @@ def close(a, b): return b.abs().max() > 1e-7 and torch.allclose(a, b, atol=1e-5*
 
 @pytest.fixture(scope='module')
 def multi(): return learner(dls_of(ImageBlock, MultiCategoryBlock(vocab=['red', 'green', 'square']), get_y=colour_and_square), net(3))
+
+
+def test_probabilities_by_hand():
+    logits = torch.tensor([[1., 3., 4.], [1., 1., 1.]]).log()
+    assert torch.allclose(SingleLabel().probabilities(logits), torch.tensor([[1/8, 3/8, 4/8], [1/3]*3]))
+    assert torch.allclose(MultiLabel().probabilities(logits), torch.tensor([[1/2, 3/4, 4/5], [1/2]*3]))
+    for one in (logits[0], logits[0][:, None]): assert torch.allclose(BinaryLabel().probabilities(one), torch.tensor([[1/2, 1/2], [1/4, 3/4], [1/5, 4/5]]))
+    for task in (Task(), Values()):
+        with pytest.raises(ValueError, match='probability of a class'): task.probabilities(logits)
 
 
 def test_multi_label_asks_about_each_predicted_label(multi):

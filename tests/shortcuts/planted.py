@@ -231,17 +231,13 @@ def main(words):
     if wrong: sys.exit(f'{", ".join(sorted(wrong))}: not known. {__doc__}')
     known = known_rows() if '--missing' in options else {}
     cases = [case for case in CASES if case not in known and (not kinds or case[0] in kinds)]
-    with ProcessPoolExecutor(min(os.cpu_count(), 8), multiprocessing.get_context('spawn'), alone) as pool:
+    os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1') # one thread for each process: small networks, and the small problems of scikit-learn, gain nothing from more
+    os.environ.update(MALLOC_MMAP_THRESHOLD_='1000000000', MALLOC_TRIM_THRESHOLD_='2000000000') # buffers are kept instead of asked of the system anew each time
+    with ProcessPoolExecutor(min(os.cpu_count(), 8), multiprocessing.get_context('spawn'), warnings.simplefilter, ('ignore',)) as pool:
         for done in as_completed([pool.submit(timed, case) for case in cases]):
             row, seconds = done.result()
             print(f'{row} | {seconds:.0f} s', flush=True)
             write(row)
-
-
-def alone():
-    "One thread for each process: small networks gain nothing from more"
-    warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
 
 
 def timed(case):
