@@ -23,9 +23,10 @@ $(STAMP): | $(PYSTAMP)
 demo: $(STAMP)           ## explain the mistakes of a real ImageNet model on real photos: demo/*.png
 	$(BIN)/python -m fastai_cam.demo demo
 
-# Two at a time with one thread each: small networks gain nothing from a second thread.
+# Two at a time with one thread each: small networks gain nothing from a second thread, nor do scikit-learn's small problems.
+# Buffers are kept (glibc would ask the system for those of 32 MB and more anew each time, which takes as long as the convolutions).
 test: $(STAMP)           ## every test, and every notebook as a test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -107,13 +107,14 @@ def captum_lib(model, x):
 def quantus_curves(model, x, base, maps, steps, bs=16):
     "Scores of class 3 while the pixels of `x` are replaced by those of `base`, most relevant first, from the first step on"
     import quantus
+    if len(x) > bs: return torch.cat([quantus_curves(model, *part, steps, bs) for part in zip(x.split(bs), base.split(bs), maps.split(bs))])
     x, base, maps = x.numpy(), base.numpy(), maps[:, None].numpy()
     def replace(arr, indices, **kwargs):
         arr = arr.copy()
         np.put_along_axis(arr, indices, np.take_along_axis(base.reshape(len(x), -1), indices, 1), 1)
         return arr
     metric = quantus.PixelFlipping(features_in_step=x[0].size//steps, perturb_func=replace, normalise=False, abs=False, disable_warnings=True)
-    return torch.tensor(metric(model=model, x_batch=x, y_batch=np.full(len(x), 3), a_batch=maps, softmax=True, device='cpu', batch_size=bs))
+    return torch.tensor(metric(model=model, x_batch=x, y_batch=np.full(len(x), 3), a_batch=maps, softmax=True, device='cpu', batch_size=len(x)))
 
 
 def by_hand(model, x, base, maps, steps):
