@@ -501,8 +501,7 @@ class _Tester:
         known,items = self.known,suspect.carriers
         if not len(items): return (np.nan,)*3
         images,own,others = known.images[items],known.images[items],known.images[~known.predicted[:,suspect.cls]]
-        def odds_with(donors):
-            "Of the items with what donors have there; a tiled corner varies much, so mean over several"
+        def odds_with(donors): # of the items with what donors have there; a tiled corner varies much, so mean over several
             generator = torch.Generator().manual_seed(self.seed + 9)
             put,n_times = (_own_background,4) if suspect.mask is None else (_pasted_own(suspect.mask),1)
             return torch.stack([_log_odds(self.predict(put(images, donors, None, generator))[:,suspect.cls]) for _ in range(n_times)]).mean(0)
