@@ -36,6 +36,7 @@ from .methods import as_method, enlarge
 from .maps import CAMMap, _save, check_style, normalize, to_pixels
 from .learner import _dl_source, _decode, _n_inp, _with_bar, check_learner, class_names, learner_as_found, task_of
 from .interpret import CAMInterpretation, _evenly
+from .metrics import _pieces
 from .compare import _interval, _measured
 
 # %% ../nbs/11_shortcuts.ipynb #b6229586
@@ -384,7 +385,7 @@ def _suspects(known, looks, cls, group, seed):
         if area >= LIMITS['own']: telling[name] = area,p
         if name==_ALL_AROUND:
             if area >= LIMITS['surroundings']: found.append(_Suspect(cls, 'surroundings', name, group, carriers, _OF_THE_WHOLE, _asked(area)))
-        elif area >= LIMITS['place']:
+        else:
             ways = _of_a_place(places[name]) if area >= LIMITS['own'] else dict(mean=_pasted_mean(places[name]))
             found.append(_Suspect(cls, 'place', name, group, carriers, ways, _asked(area), places[name]))
     if _ALL_AROUND not in telling: found += _said_by_surroundings(known, cls, group, others)
@@ -500,7 +501,7 @@ class _Tester:
         "Share of the way that its items lose when the suspect is replaced by what pictures of other classes have there, instead of by what others of its items have there: mean, and 95% interval"
         known,items = self.known,suspect.carriers
         if not len(items): return (np.nan,)*3
-        images,own,others = known.images[items],known.images[items],known.images[~known.predicted[:,suspect.cls]]
+        images,others = known.images[items],known.images[~known.predicted[:,suspect.cls]]
         def odds_with(donors): # of the items with what donors have there; a tiled corner varies much, so mean over several
             generator = torch.Generator().manual_seed(self.seed + 9)
             put,n_times = (_own_background,4) if suspect.mask is None else (_pasted_own(suspect.mask),1)
@@ -512,7 +513,7 @@ class _Tester:
                 image[:,rows,columns] = other[:,rows,columns]
             lost = self.odds[items,suspect.cls] - _log_odds(self.predict(changed)[:,suspect.cls])
         elif way=='colours': lost = self.odds[items,suspect.cls] - _log_odds(self.predict(_same_colours(images, others, known.images[suspect.donors], None).clamp(*self.limits))[:,suspect.cls])
-        else: lost = odds_with(own) - odds_with(others)
+        else: lost = odds_with(images) - odds_with(others)
         return tuple(float(value) for value in _interval((lost/self.way_to_go(suspect.cls)).numpy()))
 
 # %% ../nbs/11_shortcuts.ipynb #5dd0c3e2
@@ -669,7 +670,7 @@ def find_shortcuts(self:CAMInterpretation,
         cap = probe(known.images[:2].to(learn.dls.device))
         cap.prepare(1000)
         def predict(images):
-            outs = [cap.outputs(some.to(learn.dls.device)) for some in images.split(8)] # larger batches take longer on a CPU, see `metrics`
+            outs = [cap.outputs(images[piece].to(learn.dls.device)) for piece in _pieces(len(images), None, cap.image.device)]
             return torch.cat([task.of(out).probabilities(out.float()).cpu().as_subclass(Tensor) for out in outs])
         known = known._replace(alone=_surroundings_alone(known.images, known.maps, predict))
         tester = _Tester(known, predict, seed)
