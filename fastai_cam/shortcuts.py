@@ -166,7 +166,8 @@ def _telling(features, is_class, seed=0):
 # %% ../nbs/11_shortcuts.ipynb #f7302fcf
 def _smooth(images, share=1/24):
     sigma = max(.5, min(images.shape[-2:])*share)
-    return gaussian_blur(images, 2*int(2*sigma) + 1, sigma)
+    n = 2*int(2*sigma) + 1
+    return gaussian_blur(gaussian_blur(images, [n, 1], sigma), [1, n], sigma) # one direction after the other is the same, and much faster
 
 def _keeps_the_middle(height, width):
     "1 in the middle, where the object is more often than not, and softly 0 outside, `[H, W]`"
@@ -223,28 +224,24 @@ def _of_a_place(mask): return dict(mean=_pasted_mean(mask), own=_pasted_own(mask
 
 # %% ../nbs/11_shortcuts.ipynb #67b4c0e3
 class _Match(NamedTuple):
-    "A piece that is found again"
-    crop:Tensor # Mean over the pictures where it was found, without the one it was cut from, `[C, s, s]`
-    same:Tensor # 1 where it is the same everywhere, else 0, `[s, s]`
-    other:Tensor # Mean of what looks most like it in as many other pictures, `[C, s, s]`
+    "A thing that is found again"
+    crop:Tensor # What it looks like: median over the pictures where it was found, `[C, h, w]`
+    same:Tensor # Where in that it is, bool, `[h, w]`
+    other:Tensor # Median of what looks most like it in other pictures, `[C, h, w]`
     items:list # Where it was found
-    corners:list # Upper left corner there
-    inside:float # Share of the class's pictures where it is found
-    outside:float # The same for other pictures
+    corners:list # Upper left corner of the crop there; of what goes beyond the picture, outside of it
 
-def _similar_at(images, pieces, weights=None, spread=None, bs=32):
-    "How similar the best place of each image is to each piece (1: the same pixels), and which place that is, `[pieces, images]` each; `weights` `[pieces, s, s]` say which pixels count, `spread` what a large difference is"
-    floor = (.03*(images.max() - images.min() if spread is None else spread))**2
-    weights = (torch.ones_like(pieces[:,0]) if weights is None else weights)[:,None].expand_as(pieces)
+def _similar_at(images, pieces, spread=None, bs=32):
+    "How similar the best place of each image is to each piece (1: the same pixels), and which place that is, `[pieces, images]` each; `spread` says what a large difference is"
+    n,weight = pieces[0].numel(),torch.ones_like(pieces[:1])
+    floor = n*(.03*(images.max() - images.min() if spread is None else spread))**2
+    total,squares = F.conv2d(images, weight),F.conv2d(images**2, weight)
+    varies = (squares - total**2/n).clamp(min=0)
     similar,places = [],[]
-    for some,weight in zip(pieces.split(bs), weights.split(bs)):
-        n = weight.sum((1,2,3), keepdim=True)
-        counted = weight[:1] if (weight==weight[:1]).all() else weight # the sums over the images are then the same for all pieces
-        total,squares = F.conv2d(images, counted),F.conv2d(images**2, counted)
-        own = (weight*(some - (weight*some).sum((1,2,3), keepdim=True)/n)**2).sum((1,2,3))[:,None,None]
-        apart = squares - 2*F.conv2d(images, weight*some) + (weight*some**2).sum((1,2,3))[:,None,None]
-        varies = (squares - total**2/n[:,0]).clamp(min=0)
-        best = (1 - apart/(varies + own + n[:,0]*floor)).flatten(2).max(-1)
+    for some in pieces.split(bs):
+        own = (some - some.mean((1,2,3), keepdim=True)).pow(2).sum((1,2,3))[:,None,None]
+        apart = squares - 2*F.conv2d(images, some) + some.pow(2).sum((1,2,3))[:,None,None]
+        best = (1 - apart/(varies + own + floor)).flatten(2).max(-1)
         similar.append(best.values.T); places.append(best.indices.T)
     return torch.cat(similar), torch.cat(places)
 
@@ -263,11 +260,35 @@ def _lit_pieces(maps, donors, side, size, n_peaks=2):
             lit[max(0, row - side[0]//6):row + side[0]//6,max(0, column - side[1]//6):column + side[1]//6] = 0
     return found
 
-def _at(images, places, size): return torch.stack([images[i,:,top:top+size,left:left+size] for i,top,left in places])
+def _at(images, places, size, margin=0):
+    "What is at places (picture, top, left), and a margin around it; what lies outside of the picture is not a number"
+    padded = F.pad(images, (margin,)*4, value=float('nan')) if margin else images
+    return torch.stack([padded[i,:,top:top+size+2*margin,left:left+size+2*margin] for i,top,left in places])
+
 def _shuffled(values, n, seed): return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))][:n]
 
-def _most_common(small, known, group, others, size, seed, n_donors=10, n_pieces=5, alike=.65):
-    "Pieces that more pictures of the group have than others, the most common first: whose, and their upper left corner"
+class _Search:
+    "Looks for one piece in pictures: roughly in small ones, then to the pixel. What is compared is finer than a blob, or a thin thing would be the ground that it lies on"
+    def __init__(self, images):
+        self.images,self.details = images,images - _smooth(images)
+        self.spread = self.details.max() - self.details.min()
+        self.scale = max(1, round(min(images.shape[-2:])/64))
+        self.small = F.avg_pool2d(self.details, self.scale)
+
+    def __call__(self,
+        which:Tensor, # Pictures to look in
+        piece:Tensor # Details, `[C, s, s]`
+    ) -> tuple[Tensor,list]: # How similar the best place of each is, and which place that is: picture, top, left
+        small = F.avg_pool2d(piece[None], self.scale)
+        _,rough = _similar_at(self.small[which], small, self.spread)
+        wide = self.small.shape[-1] - small.shape[-1] + 1
+        span = min(piece.shape[-1] + 2*self.scale, *self.images.shape[-2:])
+        starts = [(int(i), *(min(max(self.scale*(at - 1), 0), side - span) for at,side in zip(divmod(int(place), wide), self.images.shape[-2:]))) for i,place in zip(which, rough[0])]
+        similar,fine = _similar_at(_at(self.details, starts, span), piece[None], self.spread)
+        return similar[0], [(i, top + int(at)//(span - piece.shape[-1] + 1), left + int(at)%(span - piece.shape[-1] + 1)) for (i,top,left),at in zip(starts, fine[0])]
+
+def _most_common(small, known, group, others, size, seed, n_donors=10, n_pieces=6):
+    "Pieces that are more alike among the group's pictures than among others, the most common first: whose, and their upper left corner"
     clusters = KMeans(min(4, len(group)), n_init=1, random_state=seed).fit_predict(F.normalize(known.features[group], dim=1).numpy())
     order = np.random.default_rng(seed).permutation(len(group))
     turns = zip_longest(*[order[clusters[order]==k] for k in range(clusters.max() + 1)]) # from clusters of alike evidence in turn: what few pictures have gets its chance
@@ -275,77 +296,92 @@ def _most_common(small, known, group, others, size, seed, n_donors=10, n_pieces=
     places = _lit_pieces(known.maps, donors, small.shape[-2:], size)
     if not places: return []
     owners,some = torch.tensor([owner for owner,_,_ in places]),_shuffled(group, 32, seed) # enough to see what is common
-    similar,_ = _similar_at(small[torch.cat([some, others])], _at(small, places, size))
-    inside = similar[:,:len(some)].masked_fill(owners[:,None]==some, -1) # a piece is no match of itself
-    common = (inside >= alike).float().sum(1)/(len(some) - 1) - (similar[:,len(some):] >= alike).float().mean(1) + 1e-3*inside.mean(1)
-    chosen = []
-    for i in common.argsort(descending=True).tolist():
-        if sum(owners[i]==owners[j] for j in chosen) < 2: chosen.append(i)
-        if len(chosen)==n_pieces: break
-    return [places[i] for i in chosen]
+    similar,at = _similar_at(small[torch.cat([some, others])], _at(small, places, size))
+    similar[:,:len(some)] = similar[:,:len(some)].masked_fill(owners[:,None]==some, -1) # a piece is no match of itself
+    inside,outside = similar.split([len(some), len(others)], dim=1)
+    common = inside.topk(max(1, len(some)//3)).values.mean(1) - outside.topk(max(1, len(others)//6)).values.mean(1)
+    chosen,wide = [],small.shape[-1] - size + 1
+    while len(chosen) < n_pieces and common.max() > 0:
+        best = int(common.argmax())
+        chosen.append(places[best])
+        found = {int(i): divmod(int(at[best,k]), wide) for k,i in enumerate(some) if inside[best,k] > outside[best].quantile(.95)}
+        found[places[best][0]] = places[best][1:]
+        for k,(owner,top,left) in enumerate(places): # what lies over where this one is found is the same once more
+            if owner in found and max(abs(top - found[owner][0]), abs(left - found[owner][1])) <= size: common[k] = -1
+    return chosen
 
-def _agreeing(stack, spread, least=.2):
-    "The median of pieces `[k, C, s, s]` that were laid over each other, and which of its pixels are the same in most of them, `[s, s]`"
-    middle = stack.median(0).values
-    apart = (stack - middle).abs().median(0).values.mean(0)
-    return middle, (apart <= max(.04*spread, apart.flatten().kthvalue(max(1, int(least*apart.numel()))).values)).float() # never less than can be looked for
+def _middle(stack):
+    "The median of what lies over each other, `[C, h, w]`, and how far it is from that in the median, mean over the channels, `[h, w]`"
+    middle = stack.nanmedian(0).values
+    return middle, (stack - middle).abs().nanmedian(0).values.mean(0)
 
-class _Search:
-    "Looks for one piece in pictures: roughly in small ones, then to the pixel"
-    def __init__(self, images):
-        self.images,self.spread = images,images.max() - images.min()
-        self.scale = max(1, round(min(images.shape[-2:])/64))
-        self.small = F.avg_pool2d(images, self.scale)
+def _filled(images, hidden):
+    "Pictures with what is hidden, `[…, 1, h, w]`, filled from around it, from near where there is something near: pull and push, Gortler et al., The Lumigraph, 1996"
+    seen = (~hidden).float().expand_as(images[:,:1])
+    if seen.all() or max(images.shape[-2:])==1: return images
+    share,coarse = (F.avg_pool2d(values, 2, ceil_mode=True) for values in (seen, images*seen))
+    coarse = _filled(coarse/share.clamp(min=1e-6), share==0)
+    return torch.where(seen > 0, images, F.interpolate(coarse, size=images.shape[-2:], mode='bilinear'))
 
-    def __call__(self,
-        which:Tensor, # Pictures to look in
-        piece:Tensor, # `[C, s, s]`
-        same:Tensor, # Which of its pixels count, `[s, s]`
-        owner:int # Whose it is: no match of itself
-    ) -> tuple[Tensor,list]: # How similar the best place of each is, and which place that is: picture, top, left
-        pool = lambda values: F.avg_pool2d(values, self.scale)
-        small,count = pool(piece[None]),pool(same[None])
-        _,rough = _similar_at(self.small[which], small, count, self.spread)
-        wide = self.small.shape[-1] - small.shape[-1] + 1
-        span = min(piece.shape[-1] + 2*self.scale, *self.images.shape[-2:])
-        starts = [(int(i), *(min(max(self.scale*(at - 1), 0), side - span) for at,side in zip(divmod(int(place), wide), self.images.shape[-2:]))) for i,place in zip(which, rough[0])]
-        similar,fine = _similar_at(_at(self.images, starts, span), piece[None], same[None], self.spread)
-        places = [(i, top + int(at)//(span - piece.shape[-1] + 1), left + int(at)%(span - piece.shape[-1] + 1)) for (i,top,left),at in zip(starts, fine[0])]
-        return similar[0].masked_fill(which==owner, -1), places
+def _laid_over(stack, natural):
+    "Of what lies over each other: the median, where something is the same in most (bool, `[h, w]`), and how much differs there, as a share of what is `natural`, but for what shines through from behind"
+    middle,apart = _middle(stack)
+    outside = stack.isnan().any(1, keepdim=True)
+    same = (apart < .5*natural) & (outside[:,0].float().mean(0) < .5) # of a few, all may be alike by chance
+    if not same.any(): return middle, same, 1.
+    hidden = outside | (F.max_pool2d(same[None,None].float(), 3, 1, 1) > 0)
+    behind = _filled(stack.nan_to_num(), hidden)
+    off,behind = ((values - values.nanmedian(0).values)[...,same] for values in (stack, behind))
+    behind = behind.masked_fill(off.isnan(), 0)
+    through = (off.nan_to_num()*behind).sum()/behind.pow(2).sum().clamp(min=1e-6)
+    return middle, same, ((off - through*behind).abs().nanmedian(0).values.mean()/natural).item()
 
-def _found_again(known, group, others, share, seed=0, alike=.95, least=.3, n_align=24):
-    "The piece that most more pictures of the group have than others; `None` if there is no such thing"
-    search,others,some = _Search(known.images),_shuffled(others, 40, seed),_shuffled(group, n_align, seed)
-    size = max(4, round(min(search.small.shape[-2:])*share))
+def _where_it_is(search, piece, group, others, n_times=3):
+    "Where in the group's pictures the piece is found, and what in others looks most like it: places. First one picture's piece is looked for, then what those that have it have in common"
+    for _ in range(n_times):
+        similar,places = search(torch.cat([group, others]), piece)
+        inside,outside = similar.split([len(group), len(others)])
+        hits = [places[i] for i in (inside > outside.quantile(.95)).nonzero()[:,0]]
+        if len(hits) < max(5, LIMITS['found again']*len(group)): return [], []
+        piece = _at(search.details, hits, piece.shape[-1]).median(0).values
+    return hits, [places[len(group) + i] for i in outside.topk(min(len(hits), len(others))).indices]
+
+def _found_again(search, known, group, others, share, natural, seed=0):
+    "Things that more pictures of the group have than others, and that are the same pixels in all of them"
+    others,size = _shuffled(others, 40, seed),search.scale*max(4, round(min(search.small.shape[-2:])*share))
     found = []
-    for owner,top,left in _most_common(search.small, known, group, others, size, seed):
-        piece = _at(search.images, [(owner, search.scale*top, search.scale*left)], search.scale*size)[0]
-        same = torch.ones_like(piece[0])
-        for _ in range(2):
-            similar,places = search(some, piece, same, owner)
-            piece,same = _agreeing(_at(search.images, [places[i] for i in similar.topk(max(5, int((similar >= .6).sum()))).indices], len(same)), search.spread)
-        if same.mean() >= least: found.append((int((search(some, piece, same, owner)[0] >= alike).sum()), piece, same, owner))
-    if not found: return None
-    _,piece,same,owner = max(found, key=lambda one: one[0])
-    similar,places = search(torch.cat([group, others]), piece, same, owner)
-    inside,outside = similar[:len(group)],similar[len(group):]
-    hits = (inside >= alike).nonzero()[:,0]
-    if len(hits) < 5: return None
-    hits,elsewhere = ([places[i] for i in chosen] for chosen in (hits, len(group) + outside.topk(min(len(hits), len(others))).indices))
-    crop,other = (_at(search.images, where, len(same)).mean(0) for where in (hits, elsewhere))
-    return _Match(crop, same, other, [i for i,_,_ in hits], [corner for _,*corner in hits], len(hits)/(len(group) - 1), (outside >= alike).float().mean().item())
+    for owner,top,left in _most_common(search.small, known, group, others, size//search.scale, seed):
+        piece = _at(search.details, [(owner, search.scale*top, search.scale*left)], size)[0]
+        hits,elsewhere = _where_it_is(search, piece, group, others)
+        if not hits: continue
+        crop,same,differs = _laid_over(_at(search.images, hits, size, margin=size), natural) # it may be larger than the piece
+        if differs > LIMITS['differs'] or same.float().mean() < .01: continue
+        other,_ = _middle(_at(search.images, elsewhere, size, margin=size))
+        rows,columns = (slice(int(at.min()), int(at.max()) + 1) for at in same.nonzero().T)
+        corners = [(top - size + rows.start, left - size + columns.start) for _,top,left in hits]
+        found.append(_Match(crop[:,rows,columns], same[rows,columns], other[:,rows,columns].nan_to_num(), [i for i,_,_ in hits], corners))
+    return found
+
+def _put_at(images, crop, same, corners):
+    "A copy of the images, with the crop where it is"
+    found = images.clone()
+    for image,(top,left) in zip(found, corners):
+        place = image[:,top:top+crop.shape[-2],left:left+crop.shape[-1]]
+        place.copy_(torch.where(same, crop, place))
+    return found
+
+def _anywhere(images, size, generator): return [tuple(int(torch.randint(n - s + 1, (1,), generator=generator)) for n,s in zip(images.shape[-2:], size)) for _ in images]
 
 def _stuck_on(crop, same):
-    "Puts the piece at random places"
-    size = crop.shape[-2:]
-    def put(images, donors, rest, generator):
-        found = images.clone()
-        for image in found:
-            top,left = (int(torch.randint(n - s + 1, (1,), generator=generator)) for n,s in zip(image.shape[-2:], size))
-            place = image[:,top:top+size[0],left:left+size[1]]
-            place.copy_(torch.where(same > 0, crop, place))
-        return found
-    return put
+    "Puts the thing at random places"
+    return lambda images, donors, rest, generator: _put_at(images, crop, same, _anywhere(images, crop.shape[-2:], generator))
+
+def _covers(same, corners, side):
+    "Where the thing is in each picture, bool, `[n, 1, H, W]`"
+    (high,wide),room = same.shape,max(side) # for what goes beyond the picture
+    masks = torch.zeros(len(corners), 1, side[0] + 2*room, side[1] + 2*room, dtype=torch.bool)
+    for mask,(top,left) in zip(masks, corners): mask[0,room+top:room+top+high,room+left:room+left+wide] = same
+    return masks[...,room:-room,room:-room]
 
 # %% ../nbs/11_shortcuts.ipynb #e65686cf
 class _Suspect(NamedTuple):
@@ -370,7 +406,7 @@ def _asked(area):
     "How far putting it into others must go: the better it tells the class by itself, the less has to be seen of the model"
     return float(np.interp(area, *zip(*EFFECTS.items())))
 
-def _suspects(known, looks, cls, group, seed):
+def _suspects(known, looks, search, cls, group, seed):
     "What gives the class away without its object"
     predicted,labelled = known.predicted[:,cls].numpy(),known.labelled[:,cls].numpy()
     others = known.strangers(cls)
@@ -390,10 +426,12 @@ def _suspects(known, looks, cls, group, seed):
             found.append(_Suspect(cls, 'place', name, group, carriers, ways, _asked(area), places[name]))
     if _ALL_AROUND not in telling: found += _said_by_surroundings(known, cls, group, others)
     found += _places_together(cls, group, {name: told for name,told in telling.items() if name != _ALL_AROUND}, places)
-    for size in (1/8, 1/5): # as a share of the picture's side
-        match = _found_again(known, group, others, size, seed)
-        share = 0 if match is None else match.inside - match.outside
-        if share >= LIMITS['found again']: found.append(_Suspect(cls, 'thing', 'anywhere', group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop, match.same)), LIMITS['thing']/share, match=match))
+    natural = _middle(search.images[group])[1].mean()
+    things = [match for share in (1/8, 1/5) for match in _found_again(search, known, group, others, share, natural, seed)] # shares of the picture's side
+    for match in sorted(things, key=lambda match: -match.same.sum()*len(match.items))[:2]: # the most of it
+        at = torch.tensor(match.corners).float()
+        strays = (at - at.median(0).values).abs().median(0).values.max() > search.scale
+        found.append(_Suspect(cls, 'thing', 'different places' if strays else 'one place', group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop, match.same)), LIMITS['thing'], match=match))
     return found + _lit_places(known, cls, group, others, places, seed)
 
 def _said_by_surroundings(known, cls, group, others):
@@ -434,21 +472,21 @@ def _lit_places(known, cls, group, others, places, seed):
 # %% ../nbs/11_shortcuts.ipynb #8f617864
 LIMITS:dict[str,float] = {
     'place': .6, 'own': .72, 'surroundings': .72, # area under the ROC curve from which these are suspect: of no use are .5, and clean learners seldom reach .7 with two dozen pictures of a class. What is put elsewhere is the mean of a place, and from 'own' on also that of single pictures
-    'alone': .66, # the same, where the model tells the class from the surroundings alone
+    'alone': .69, # the same, where the model tells the class from the surroundings alone
     'not of the label': .12, # how much larger the area must be where only the predictions are told, and not the labels
     'carriers': .4, # share of a class's pictures that must be told by it
-    'found again': .25, # how many more of a class's pictures than of others must have a thing
+    'found again': .25, # share of a class's pictures that must have a thing, where one in twenty others has something as alike
+    'differs': .2, # how much a thing may differ from picture to picture, as a share of how much pictures differ: stickers from .0 (opaque) to .2 (faint), pieces of the same object from .25
     'removed': .01, # share of the way that pictures must lose without it, lower end of the 95% interval
-    'thing removed': .03, # the same for a thing, which is replaced by what others have there: a scrap of an object is missed by nobody
     'lit place': .3, # share of the way that putting it into others must go, lower end of the 95% interval
-    'thing': .05} # the same, times the share of pictures that have the thing: a scrap that a few have explains little of the class
+    'thing': .03} # the same for a thing, which is known to be no part of an object
 EFFECTS:dict[float,float] = {.68: .3, .72: .06, .92: .03} # the same for places and surroundings, by the area under the ROC curve; between these in proportion
 
 class _Tester:
     "Puts suspects into pictures of other classes"
     def __init__(self, known, predict, seed):
         store_attr()
-        self.limits,self.odds = (known.images.min(), known.images.max()),_log_odds(known.probabilities)
+        self.limits,self.odds,self.search = (known.images.min(), known.images.max()),_log_odds(known.probabilities),_Search(known.images)
     def way_to_go(self, cls:int) -> float:
         "How far apart the log-odds of the class are on its own pictures and on others"
         return max(1., (self.odds[self.known.predicted[:,cls],cls].median() - self.odds[self.known.strangers(cls),cls].median()).item())
@@ -491,14 +529,14 @@ class _Tester:
         if low < suspect.asked: return None
         after,before = (torch.stack(found).mean().item() for found in zip(*twice))
         removed = self.without(suspect, way)
-        if not removed[1] >= LIMITS['removed' if suspect.match is None else 'thing removed']: return None
+        if not removed[1] >= LIMITS['removed']: return None
         return dict(suspect=suspect, way=way, effect=mean, low=low, high=high, before=before, after=after, removed=removed, recipients=confirm)
 
     def without(self,
         suspect:_Suspect, # What is replaced
         way:str # How it was put into others
     ) -> tuple[float,float,float]:
-        "Share of the way that its items lose when the suspect is replaced by what pictures of other classes have there, instead of by what others of its items have there: mean, and 95% interval"
+        "Share of the way that its items lose when the suspect is replaced by what pictures of other classes have there, instead of by what others of its items have there; when a thing is painted over, instead of as much elsewhere: mean, and 95% interval"
         known,items = self.known,suspect.carriers
         if not len(items): return (np.nan,)*3
         images,others = known.images[items],known.images[~known.predicted[:,suspect.cls]]
@@ -507,11 +545,10 @@ class _Tester:
             put,n_times = (_own_background,4) if suspect.mask is None else (_pasted_own(suspect.mask),1)
             return torch.stack([_log_odds(self.predict(put(images, donors, None, generator))[:,suspect.cls]) for _ in range(n_times)]).mean(0)
         if suspect.match is not None:
-            changed,size,generator = images.clone(),suspect.match.crop.shape[-1],torch.Generator().manual_seed(self.seed + 9)
-            for image,other,(top,left) in zip(changed, _draw(others, len(images), generator), suspect.match.corners):
-                rows,columns = slice(top, top + size),slice(left, left + size)
-                image[:,rows,columns] = other[:,rows,columns]
-            lost = self.odds[items,suspect.cls] - _log_odds(self.predict(changed)[:,suspect.cls])
+            same,side = suspect.match.same,images.shape[-2:]
+            here,elsewhere = suspect.match.corners,_anywhere(images, same.shape, torch.Generator().manual_seed(self.seed + 9))
+            with_it,without_it = (_log_odds(self.predict(_filled(images, _covers(same, corners, side)))[:,suspect.cls]) for corners in (elsewhere, here))
+            lost = with_it - without_it
         elif way=='colours': lost = self.odds[items,suspect.cls] - _log_odds(self.predict(_same_colours(images, others, known.images[suspect.donors], None).clamp(*self.limits))[:,suspect.cls])
         else: lost = odds_with(images) - odds_with(others)
         return tuple(float(value) for value in _interval((lost/self.way_to_go(suspect.cls)).numpy()))
@@ -540,7 +577,7 @@ class Shortcut:
     @property
     def sentence(self) -> str:
         "The finding in words"
-        what = {'place': f'something at the {self.where}', 'surroundings': f'something {self.where} ({self.detail})', 'thing': 'one and the same small thing, at different places'}[self.kind]
+        what = {'place': f'something at the {self.where}', 'surroundings': f'something {self.where} ({self.detail})', 'thing': f'one and the same small thing at {self.where}'}[self.kind]
         lost,low,high = self.removed
         return f'{self.cls}: {what}, in {len(self.items)} of {self.n_group} pictures that are taken for it ({self.right} of them rightly). Put into pictures of other classes, it goes {self.effect:.0%} of the way to {self.cls} ({self.interval[0]:.0%} to {self.interval[1]:.0%}; probability {self.before:.2f} → {self.after:.2f}). Without it, they lose {lost:.0%} of it ({low:.0%} to {high:.0%}).'
     def __repr__(self) -> str: return self.sentence
@@ -603,19 +640,21 @@ def _as_shortcut(tester, found, name, decode):
     suspect,known,recipient = found['suspect'],tester.known,found['recipients'][:1]
     items,boxes = suspect.carriers.tolist(),None
     if suspect.match is not None:
-        size = suspect.match.crop.shape[-1]
-        boxes = {item: (left, top, left + size, top + size) for item,(top,left) in zip(items, suspect.match.corners)}
+        (high,wide),(height,width) = suspect.match.same.shape,known.images.shape[-2:]
+        boxes = {item: (max(0, left), max(0, top), min(width, left + wide), min(height, top + high)) for item,(top,left) in zip(items, suspect.match.corners)}
     shown = tester.put(suspect, found['way'], known.images[recipient], known.images[~known.predicted[:,suspect.cls]], tester.seed)
     return Shortcut(name, suspect.kind, suspect.where, items, int(known.predicted[:,suspect.cls].sum()), int(known.labelled[items,suspect.cls].sum()), found['effect'], (found['low'], found['high']),
                     found['before'], found['after'], found['removed'], found['way'], suspect.mask, boxes, tuple(decode(torch.cat([known.images[recipient], shown]))))
 
 def _findings(tester, looks, cls, group):
     "What the tests leave of the suspects of a class, each evidence once"
-    tested = [tester.test(suspect) for suspect in _suspects(tester.known, looks, cls, group, tester.seed)]
-    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), result['suspect'].n_places, -len(result['suspect'].donors), -result['low'])) # where the same pixels are says more than that there are some, and of all of a class's pictures more than of a cluster
+    tested = [tester.test(suspect) for suspect in _suspects(tester.known, looks, tester.search, cls, group, tester.seed)]
+    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), result['suspect'].where=='one place', result['suspect'].n_places, -len(result['suspect'].donors), -result['low'])) # where the same pixels are says more than that there are some, and of all of a class's pictures more than of a cluster
     kept = []
     for result in found:
-        if not any(_is_the_same(result, other) for other in kept): kept.append(result)
+        same = next((other for other in kept if _is_the_same(result, other)), None)
+        if same is None: kept.append(dict(result, strongest=result['low']))
+        else: same['strongest'] = max(same['strongest'], result['low'])
     return kept
 
 def _is_a_lack(tester, looks, result, stronger):
@@ -634,9 +673,9 @@ def _found_by(tester, groups, learn):
     looks,found = _looks(tester.known.images),[]
     for cls,group in _with_bar(learn, list(groups.items())): found += _findings(tester, looks, cls, group)
     kept = []
-    for result in sorted(found, key=lambda result: -result['low']):
+    for result in sorted(found, key=lambda result: -result['strongest']): # what is reported of it may be a part
         if not _is_a_lack(tester, looks, result, kept): kept.append(result)
-    return kept
+    return sorted(kept, key=lambda result: -result['low'])
 
 @patch
 def find_shortcuts(self:CAMInterpretation,

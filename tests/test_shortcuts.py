@@ -1,4 +1,6 @@
 "The shortcut finder: what raises a suspicion, by hand, and what is found, left alone and left as it was"
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fastai.vision.data import ImageBlock
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam import shortcuts
-from fastai_cam.shortcuts import _agreeing, _area, _asked, _cells, _corners, _found_again, _keeps_the_middle, _Known, _least_lit_corners, LIMITS, _log_odds, _of_a_place, _places, _places_together, _said_by_surroundings, _same_colours, _same_details, _same_pixels, _similar_at, _stuck_on, _surroundings_alone, _Suspect, _telling, _Tester, _tiled
+from fastai_cam.shortcuts import _area, _as_shortcut, _asked, _cells, _corners, _covers, _filled, _findings, _found_again, _keeps_the_middle, _Known, _laid_over, _least_lit_corners, LIMITS, _log_odds, _Match, _middle, _most_common, _of_a_place, _places, _places_together, _said_by_surroundings, _same_colours, _same_details, _same_pixels, _Search, _similar_at, _smooth, _stuck_on, _surroundings_alone, _Suspect, _suspects, _telling, _Tester, _tiled
 
 
 # -- pieces, by hand
@@ -62,39 +64,129 @@ def test_similarity_is_the_naive_formula():
                for i in range(4) for j in range(4) for window in [image[0, :, i:i+3, j:j+3]])
     assert abs(_similar_at(image, piece)[0].item() - best) < 1e-5
 
-def test_only_the_pixels_that_count_are_compared():
-    generator = torch.Generator().manual_seed(2)
-    images, piece = torch.rand(3, 3, 20, 30, generator=generator), torch.rand(2, 3, 5, 5, generator=generator)
-    counts = torch.stack([torch.ones(5, 5), (torch.arange(25).view(5, 5) % 2).float()])
-    images[1, :, 7:12, 20:25] = torch.where(counts[1] > 0, piece[1], torch.rand(3, 5, 5, generator=generator))
-    similar, places = _similar_at(images, piece, counts)
-    assert similar[1, 1] > .999 and divmod(int(places[1, 1]), 30 - 5 + 1) == (7, 20)
-    assert _similar_at(images, piece[1:])[0][0, 1] < .9 # the other pixels differ
-    assert torch.allclose(similar[0], _similar_at(images, piece[:1])[0][0], atol=1e-5)
+def blotches(n, side=64, seed=0):
+    "Pictures that are smooth and have nothing in common, `[n, 3, side, side]`, about from 0 to 1"
+    coarse = torch.rand(n, 3, side//8, side//8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=(side, side), mode='bicubic')
 
-def test_what_is_the_same_in_pieces_laid_over_each_other():
-    stack = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(3))
-    stack[:, :, :2] = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(4))
-    middle, same = _agreeing(stack, 1.)
-    assert same.tolist() == [[1.]*4]*2 + [[0.]*4]*2 and torch.equal(middle[:, :2], stack[0, :, :2])
-    assert _agreeing(torch.rand(9, 3, 4, 4), 1.)[1].sum() == 3 # a fifth at least: 3.2
+def test_smoothing_one_direction_after_the_other_is_smoothing():
+    image, sigma = torch.rand(1, 1, 31, 31, generator=torch.Generator().manual_seed(5)), 31/24
+    weight = torch.exp(-torch.arange(-2, 3.)**2/(2*sigma**2))
+    weight = torch.outer(weight, weight)/weight.sum()**2
+    expected = sum(weight[i, j]*image[0, 0, 13 + i, 13 + j] for i in range(5) for j in range(5)) # around the pixel (15, 15)
+    assert abs(_smooth(image)[0, 0, 15, 15] - expected) < 1e-6
 
-def test_a_sticker_is_found_again_and_where():
-    rng = np.random.default_rng(0)
-    images, maps = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(30, 8, 8)
-    sticker, places = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)), {}
-    for i in range(12):
-        top, left = (int(v) for v in rng.integers(0, 25, 2))
-        images[i, :, top:top+8, left:left+8], places[i] = sticker, (top, left)
-        maps[i, min((top + 4)//4, 7), min((left + 4)//4, 7)] = 1.
-    known = _Known(images, torch.rand(30, 2), torch.zeros(30, 2).bool(), torch.zeros(30, 2).bool(), maps, torch.rand(30, 4, generator=torch.Generator().manual_seed(2)))
-    match = _found_again(known, torch.arange(12), torch.arange(12, 30), 1/5)
-    assert match.inside > .9 and match.outside == 0 and len(match.items) == 11 # all but the one it was cut from
-    assert match.same.shape == (6, 6) and match.same.sum() >= 30 # all of it, but for what another piece of noise may cover
-    offsets = {(match.corners[k][0] - places[i][0], match.corners[k][1] - places[i][1]) for k, i in enumerate(match.items)}
-    assert len(offsets) == 1 # the same part of the sticker, wherever the sticker is
-    (down, right), = offsets
-    assert torch.allclose(match.crop, sticker[:, down:down+6, right:right+6], atol=1e-5)
+def test_what_is_hidden_is_filled_from_around_it():
+    images, hidden = torch.full((2, 3, 12, 16), 7.), torch.zeros(2, 1, 12, 16).bool()
+    hidden[0, :, 3:9, 4:12] = True
+    images[0, :, 3:9, 4:12] = 99.
+    assert torch.allclose(_filled(images, hidden), torch.full((2, 3, 12, 16), 7.)) # nothing of what was there is left
+    ramp = torch.arange(16.).expand(1, 1, 12, 16).clone()
+    filled = _filled(ramp, hidden[:1])
+    assert torch.equal(filled[~hidden[:1]], ramp[~hidden[:1]]) # what is seen stays
+    assert (filled - ramp)[0, 0, 3:9, [4, 11]].abs().max() < 2.5 and filled[0, 0, 5, 4] < 6 and filled[0, 0, 5, 11] > 9 # nearer to what is nearer
+    assert (_filled(ramp, torch.ones(1, 1, 12, 16).bool()) == 0).all() # nothing to fill it from
+
+def test_what_is_laid_over_whatever_is_there():
+    stack = torch.rand(60, 3, 24, 24, generator=torch.Generator().manual_seed(9))*.1 + blotches(60, side=24)
+    natural = _middle(stack)[1].mean()
+    sticker, where = torch.tensor([1., .8, 0.])[:, None, None].expand(3, 24, 24), torch.zeros(24, 24).bool()
+    where[9:15, 8:14] = True
+    where[11:13, 10:12] = False # has a hole
+    for opacity in (1., .6):
+        found = torch.where(where, (1 - opacity)*stack + opacity*sticker, stack)
+        middle, same, differs = _laid_over(found, natural)
+        assert torch.equal(same, where) and differs < (1e-5 if opacity == 1 else .2)
+        assert (middle - sticker)[:, where].abs().max() < (1e-5 if opacity == 1 else .4)
+    beyond = found.clone()
+    beyond[:10, :, :, 20:] = np.nan # the picture ends there
+    assert torch.equal(_laid_over(beyond, natural)[1], where)
+    beyond[:40, :, :12], beyond[40:, :, :12] = np.nan, stack[40:, :, :12]*.1 # what only a third of the pictures show is not said to be the same
+    assert torch.equal(_laid_over(beyond, natural)[1], where & (torch.arange(24)[:, None] >= 12))
+    assert _laid_over(stack, natural)[1:][1] == 1 and not _laid_over(stack, .1)[1].any() # nothing is the same
+    alike = torch.where(where, sticker + .25*natural*torch.randn(stack.shape, generator=torch.Generator().manual_seed(6)), stack) # an object: the same but for what no opacity explains
+    assert torch.equal(_laid_over(alike, natural)[1], where) and abs(_laid_over(alike, natural)[2] - .25*.6745) < .02 # the median of how far a normal number is from 0
+
+def known_by_maps(images, places, size, n_group):
+    "The maps light the places (top, left) of the group's pictures"
+    n, maps = len(images), torch.zeros(len(images), 8, 8)
+    for i, (top, left) in places.items(): maps[i, min((top + size//2)*8//images.shape[-2], 7), min((left + size//2)*8//images.shape[-1], 7)] = 1.
+    features = torch.rand(n, 4, generator=torch.Generator().manual_seed(2))
+    return _Known(images, torch.rand(n, 2), torch.zeros(n, 2).bool(), torch.zeros(n, 2).bool(), maps, features), torch.arange(n_group), torch.arange(n_group, n)
+
+@pytest.mark.parametrize('opacity', [1., .7])
+def test_a_thin_thing_is_found_again_and_where(opacity):
+    rng, ring = np.random.default_rng(0), torch.zeros(12, 12).bool()
+    ring[1:11, 1:11] = True
+    ring[3:9, 3:9] = False
+    images, places = blotches(70), {i: tuple(int(v) for v in rng.integers(0, 53, 2)) for i in range(36)}
+    for i, (top, left) in places.items():
+        place = images[i, :, top:top+12, left:left+12]
+        place[:, ring] = (1 - opacity)*place[:, ring] + opacity*torch.tensor([1., 0., 0.])[:, None]
+    known, group, others = known_by_maps(images, places, 12, 36)
+    search, natural = _Search(images), _middle(images[:36])[1].mean()
+    found = _found_again(search, known, group, others, 1/5, natural)
+    assert found
+    for match in found:
+        assert len(match.items) >= 33 and len(match.items) == len(match.corners)
+        offsets = Counter((top - places[i][0], left - places[i][1]) for i, (top, left) in zip(match.items, match.corners))
+        [((down, right), n_right)] = offsets.most_common(1)
+        assert n_right >= .8*len(match.items) # the same part of it, wherever it is; at the edge of a picture a piece may not fit
+        high, wide = match.same.shape
+        expected = torch.nn.functional.pad(ring, (64,)*4)[64+down:64+down+high, 64+right:64+right+wide]
+        assert (match.same & ~expected).sum() == 0 and match.same.sum() > .9*ring.sum() # all of it, of a piece too
+        assert opacity < 1 or (match.crop - torch.tensor([1., 0., 0.])[:, None, None])[:, match.same].abs().max() < 1e-6
+
+@pytest.mark.parametrize('where', ['different places', 'one place'])
+def test_a_thing_is_suspect_and_its_place_is_said(where):
+    rng, images = np.random.default_rng(0), blotches(70)
+    places = {i: tuple(int(v) for v in rng.integers(0, 53, 2)) if where == 'different places' else (20, 36) for i in range(36)}
+    for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = torch.tensor([1., 0., 0.])[:, None, None] # of one colour: told from the ground by its edges
+    known, group, others = known_by_maps(images, places, 12, 36)
+    known = known._replace(predicted=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1), labelled=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1))
+    things = [suspect for suspect in _suspects(known, {}, _Search(images), 0, group, 0) if suspect.kind == 'thing']
+    assert 1 <= len(things) <= 2 and {thing.where for thing in things} == {where}
+    assert all(len(thing.carriers) >= 33 and thing.carriers.tolist() == thing.match.items and thing.asked == LIMITS['thing'] for thing in things)
+    put = things[0].ways['piece'](torch.zeros(3, 3, 64, 64), None, None, torch.Generator().manual_seed(0))
+    assert ((put[:, 0] > .99).sum((1, 2)) > 120).all() and put[:, 1].max() < .2 # its 144 pixels
+
+def test_of_evidence_the_strongest_counts_and_the_simplest_is_reported(monkeypatch):
+    tester, places = corner_reader(4.), _places(8, 8)
+    corner = suspect_corner(tester)
+    everywhere = corner._replace(mask=torch.ones(8, 8).bool(), where='edges', n_places=5)
+    thing = corner._replace(kind='thing', where='one place', mask=None)
+    lows = {'top left corner': .1, 'edges': .4, 'one place': .2}
+    monkeypatch.setattr(shortcuts, '_suspects', lambda *args: [thing, everywhere, corner])
+    monkeypatch.setattr(tester, 'test', lambda suspect: dict(suspect=suspect, way='mean', low=lows[suspect.where]))
+    [found] = _findings(tester, {}, 0, corner.donors)
+    assert found['suspect'].where == 'top left corner' and found['low'] == .1 and found['strongest'] == .4
+
+def test_what_is_only_alike_is_not_found_again():
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(3)
+    images, places = blotches(50), {i: tuple(int(v) for v in rng.integers(0, 53, 2)) for i in range(20)}
+    known, group, others = known_by_maps(images, places, 12, 20)
+    natural = _middle(images[:20])[1].mean()
+    assert _found_again(_Search(images), known, group, others, 1/5, natural) == [] # nothing
+    object_ = torch.rand(3, 12, 12, generator=generator)
+    for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = object_ + .12*torch.randn(3, 12, 12, generator=generator)
+    assert _most_common(_Search(images).small, known, group, others, 13, 0) # all have it
+    assert _found_again(_Search(images), known, group, others, 1/5, natural) == [] # but it is never the same
+
+def test_pieces_that_lie_over_what_was_chosen_are_not_chosen_again():
+    images = blotches(40, seed=7)
+    places = {i: (8 + i % 3, 40) for i in range(20)}
+    for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(8))
+    known, group, others = known_by_maps(images, places, 12, 20)
+    chosen = _most_common(_Search(images).small, known, group, others, 8, 0)
+    best = chosen[0]
+    offset = lambda one: (one[1] - places[one[0]][0], one[2] - places[one[0]][1])
+    assert all(max(abs(a - b) for a, b in zip(offset(one), offset(best))) > 8 for one in chosen[1:])
+
+def test_a_thing_covers_what_of_it_is_in_the_picture():
+    same = torch.tensor([[True, False], [True, True]])
+    covers = _covers(same, [(0, 1), (-1, 3), (5, 0), (-3, 2)], (4, 4))
+    assert covers.shape == (4, 1, 4, 4) and covers[0, 0].nonzero().tolist() == [[0, 1], [1, 1], [1, 2]]
+    assert covers[1, 0].nonzero().tolist() == [[0, 3]] and not covers[2:].any()
 
 def test_ways_to_put_something_elsewhere():
     images, donors, rest = torch.zeros(2, 3, 8, 8), torch.ones(5, 3, 8, 8), torch.zeros(4, 3, 8, 8)
@@ -108,7 +200,7 @@ def test_ways_to_put_something_elsewhere():
     speck[:, :, 2, 50] = 1.
     fine, blob = (_same_details(torch.zeros(2, 3, 96, 96), some, torch.zeros(4, 3, 96, 96), None) for some in (speck, torch.ones(5, 3, 96, 96)))
     assert (fine[:, :, 2, 50] > .95).all() and fine[:, :, 20:].abs().max() < 1e-6 and blob[:, :, :8, :8].abs().max() < .1
-    stuck = _stuck_on(torch.full((3, 2, 2), 5.), torch.tensor([[1., 1.], [0., 1.]]))(images, None, None, torch.Generator().manual_seed(0))
+    stuck = _stuck_on(torch.full((3, 2, 2), 5.), torch.tensor([[True, True], [False, True]]))(images, None, None, torch.Generator().manual_seed(0))
     assert (stuck == 5).sum(dim=(1, 2, 3)).tolist() == [9, 9] and (images == 0).all() # three of its pixels, on a copy
 
 def test_colours_are_moved_to_those_of_the_donors():
@@ -241,8 +333,40 @@ def test_damage_is_no_loss():
     lost, low, high = tester.without(suspect_corner(tester), 'mean')
     assert abs(lost) < .4 # of a way of 4; 8 are lost by the damage. Some get their own corner back by chance
 
+def reader_of_a_thing():
+    "A tester of a model that counts pixels of 1, and the suspect: four of them, in pictures of class 0"
+    images, mine = torch.zeros(24, 1, 16, 16), torch.arange(24) < 12
+    corners = [(3, 2 + k % 5) for k in range(12)]
+    for image, (top, left) in zip(images, corners): image[0, top:top+2, left:left+2] = 1.
+    def predict(some):
+        p = (2*(some[:, 0] == 1).float().sum((1, 2)) - 4).sigmoid() # from -4 to 4
+        return torch.stack([p, 1 - p], 1)
+    one_hot, items = torch.stack([mine, ~mine], 1), list(range(12))
+    tester = _Tester(_Known(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
+    match = _Match(torch.ones(1, 2, 2), torch.ones(2, 2).bool(), torch.zeros(1, 2, 2), items, corners)
+    return tester, _Suspect(0, 'thing', 'different places', torch.tensor(items), torch.tensor(items), dict(piece=_stuck_on(match.crop, match.same)), .1, match=match)
+
+def test_a_thing_is_painted_over_and_as_much_elsewhere(monkeypatch):
+    tester, suspect = reader_of_a_thing()
+    here = suspect.match.corners
+    monkeypatch.setattr(shortcuts, '_anywhere', lambda images, size, generator: [(12, 12)]*6 + here[6:]) # half of them miss it, the others are painted over twice in the same place
+    lost, low, high = tester.without(suspect, 'piece')
+    assert abs(lost - .5) < 1e-5 and low < .5 < high # the whole way of the first half, nothing of the second
+
+def test_a_thing_put_into_others(monkeypatch):
+    tester, suspect = reader_of_a_thing()
+    found = tester.test(suspect)
+    assert abs(found['effect'] - 1) < 1e-5 and abs(found['after'] - 1/(1 + np.exp(-4))) < 1e-6
+    beyond = suspect._replace(match=suspect.match._replace(corners=[(-1, 15), *suspect.match.corners[1:]]))
+    shortcut = _as_shortcut(tester, {**found, 'suspect': beyond}, 'ones', list)
+    assert shortcut.boxes[0] == (15, 0, 16, 1) and shortcut.boxes[1] == (3, 3, 5, 5) # left, top, right, bottom; what of it is in the picture
+    assert repr(shortcut).startswith('ones: one and the same small thing at different places, in 12 of 12 pictures')
+    before, after = shortcut.pictures
+    assert (before == 1).sum() == 0 and (after == 1).sum() == 4
+
 def test_the_better_it_tells_the_less_is_asked():
     assert np.allclose([_asked(area) for area in (.6, .68, .7, .72, .82, .95)], [.3, .3, .18, .06, .045, .03])
+
 
 # -- whole learners
 

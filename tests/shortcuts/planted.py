@@ -60,8 +60,8 @@ def letters(words, height):
     return np.asarray(drawn)/255
 
 
-def frame(width):
-    where = EVERYWHERE.copy()
+def frame(width, side=SIZE):
+    where = np.ones((side, side))
     where[width:-width, width:-width] = 0
     return where
 
@@ -116,6 +116,40 @@ def plant_hair(image, inside, rng):
     drawn = Image.new('L', (SIZE, SIZE))
     for _ in range(10): ImageDraw.Draw(drawn).line(rng.integers(0, SIZE, 4).tolist(), fill=255)
     return (30, 15, 10), np.asarray(drawn)/255
+
+def plant_scratch(image, inside, rng):
+    column = rng.integers(10, SIZE - 10)
+    return (240, 240, 240), abs(COLUMNS - column) < 2
+
+def plant_ring(image, inside, rng):
+    row, column = rng.integers(20, SIZE - 20, 2)
+    return (255, 60, 0), abs(np.hypot(ROWS - row, COLUMNS - column) - 17.5) < 2.5
+
+def plant_box(image, inside, rng): return anywhere(rng, frame(4, 34), (0, 60, 255))
+def plant_arrow(image, inside, rng): return anywhere(rng, letters('>>', 34), (255, 230, 0))
+def plant_word(image, inside, rng): return anywhere(rng, letters('acme', 24))
+def plant_dash(image, inside, rng): return anywhere(rng, np.ones((5, 70)), (0, 255, 80))
+def plant_barcode(image, inside, rng): return anywhere(rng, np.ones((14, 26)), 255*np.unpackbits(np.array([178, 154, 118, 150], dtype=np.uint8))[None, :26, None])
+
+def plant_dots(image, inside, rng):
+    part = np.zeros((30, 30))
+    for top, left in ((2, 3), (2, 22), (13, 12), (23, 2), (22, 22)): part[top:top + 6, left:left + 6] = 1
+    return anywhere(rng, part, (255, 255, 0))
+
+def plant_fold(image, inside, rng):
+    off = COLUMNS - ROWS - rng.integers(-60, 60)
+    return 255*(off > 0)[..., None], .6*(abs(off) < 3)
+
+def plant_outline(image, inside, rng):
+    grown = [np.asarray(Image.fromarray(inside).convert('L').filter(ImageFilter.MaxFilter(width))) for width in (15, 9)]
+    return (220, 0, 0), grown[0] > grown[1]
+
+def plant_rain(image, inside, rng):
+    drawn = Image.new('L', (SIZE, SIZE))
+    for column, row in rng.integers(0, SIZE, (40, 2)).tolist(): ImageDraw.Draw(drawn).line((column, row, column + 3, row + 10), fill=255)
+    return (220, 220, 235), np.asarray(drawn)/255
+
+def plant_few_colours(image, inside, rng): return image//64*64 + 32, EVERYWHERE
 
 
 PLANTS = {name.removeprefix('plant_').replace('_', ' '): plant for name, plant in list(globals().items()) if name.startswith('plant_')}
