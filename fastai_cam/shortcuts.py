@@ -406,6 +406,13 @@ def _asked(area):
     "How far putting it into others must go: the better it tells the class by itself, the less has to be seen of the model"
     return float(np.interp(area, *zip(*EFFECTS.items())))
 
+def _where_in_words(corners, by_chance):
+    "Is a thing always at one place, or not? Pieces of a line are found all along it"
+    at = torch.tensor(corners).float()
+    up_and_down,sideways = (at - at.median(0).values).abs().median(0).values > by_chance
+    if up_and_down and sideways: return 'different places'
+    return 'different heights' if up_and_down else 'one height' if sideways else 'one place'
+
 def _suspects(known, looks, search, cls, group, seed):
     "What gives the class away without its object"
     predicted,labelled = known.predicted[:,cls].numpy(),known.labelled[:,cls].numpy()
@@ -429,9 +436,7 @@ def _suspects(known, looks, search, cls, group, seed):
     natural = _middle(search.images[group])[1].mean()
     things = [match for share in (1/8, 1/5) for match in _found_again(search, known, group, others, share, natural, seed)] # shares of the picture's side
     for match in sorted(things, key=lambda match: -match.same.sum()*len(match.items))[:2]: # the most of it
-        at = torch.tensor(match.corners).float()
-        strays = (at - at.median(0).values).abs().median(0).values.max() > search.scale
-        found.append(_Suspect(cls, 'thing', 'different places' if strays else 'one place', group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop, match.same)), LIMITS['thing'], match=match))
+        found.append(_Suspect(cls, 'thing', _where_in_words(match.corners, search.scale), group, torch.tensor(match.items), dict(piece=_stuck_on(match.crop, match.same)), LIMITS['thing'], match=match))
     return found + _lit_places(known, cls, group, others, places, seed)
 
 def _said_by_surroundings(known, cls, group, others):

@@ -15,7 +15,7 @@ from fastai.vision.data import ImageBlock
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam import shortcuts
-from fastai_cam.shortcuts import _area, _as_shortcut, _asked, _cells, _corners, _covers, _filled, _findings, _found_again, _keeps_the_middle, _Known, _laid_over, _least_lit_corners, LIMITS, _log_odds, _Match, _middle, _most_common, _of_a_place, _places, _places_together, _said_by_surroundings, _same_colours, _same_details, _same_pixels, _Search, _similar_at, _smooth, _stuck_on, _surroundings_alone, _Suspect, _suspects, _telling, _Tester, _tiled
+from fastai_cam.shortcuts import _area, _as_shortcut, _asked, _cells, _corners, _covers, _filled, _findings, _found_again, _keeps_the_middle, _Known, _laid_over, _least_lit_corners, LIMITS, _log_odds, _Match, _middle, _most_common, _of_a_place, _places, _places_together, _said_by_surroundings, _same_colours, _same_details, _same_pixels, _Search, _similar_at, _smooth, _stuck_on, _surroundings_alone, _Suspect, _suspects, _telling, _Tester, _tiled, _where_in_words
 
 
 # -- pieces, by hand
@@ -149,6 +149,9 @@ def test_a_thing_is_suspect_and_its_place_is_said(where):
     assert all(len(thing.carriers) >= 33 and thing.carriers.tolist() == thing.match.items and thing.asked == LIMITS['thing'] for thing in things)
     put = things[0].ways['piece'](torch.zeros(3, 3, 64, 64), None, None, torch.Generator().manual_seed(0))
     assert ((put[:, 0] > .99).sum((1, 2)) > 120).all() and put[:, 1].max() < .2 # its 144 pixels
+
+def test_where_a_thing_is_in_words():
+    assert [_where_in_words(corners, 1) for corners in ([(0, 0), (9, 9), (20, 30)], [(5, 0), (5, 9), (6, 30)], [(0, 3), (9, 4), (20, 3)], [(3, 3), (4, 3), (40, 40)])] == ['different places', 'one height', 'different heights', 'one place'] # of the last, one was found by mistake
 
 def test_of_evidence_the_strongest_counts_and_the_simplest_is_reported(monkeypatch):
     tester, places = corner_reader(4.), _places(8, 8)
