@@ -481,7 +481,7 @@ LIMITS:dict[str,float] = {
     'not of the label': .12, # how much larger the area must be where only the predictions are told, and not the labels
     'carriers': .4, # share of a class's pictures that must be told by it
     'found again': .25, # share of a class's pictures that must have a thing, where one in twenty others has something as alike
-    'differs': .2, # how much a thing may differ from picture to picture, as a share of how much pictures differ: stickers from .0 (opaque) to .2 (faint), pieces of the same object from .25
+    'differs': .2, # how much a thing may differ from picture to picture, as a share of how much pictures differ: stickers from .0 (opaque) to .2 (faint), pieces of the same photographed object seldom below .25
     'removed': .01, # share of the way that pictures must lose without it, lower end of the 95% interval
     'lit place': .3, # share of the way that putting it into others must go, lower end of the 95% interval
     'thing': .03} # the same for a thing, which is known to be no part of an object
