@@ -169,6 +169,10 @@ def _smooth(images, share=1/24):
     n = 2*int(2*sigma) + 1
     return gaussian_blur(gaussian_blur(images, [n, 1], sigma), [1, n], sigma) # one direction after the other is the same, and much faster
 
+def _details(images):
+    "What is finer than a blob"
+    return images - _smooth(images)
+
 def _keeps_the_middle(height, width):
     "1 in the middle, where the object is more often than not, and softly 0 outside, `[H, W]`"
     rows,columns = torch.linspace(-1, 1, height)[:,None],torch.linspace(-1, 1, width)[None]
@@ -190,7 +194,7 @@ def _same_pixels(images, donors, rest, generator):
 def _same_details(images, donors, rest, generator):
     "Adds what of this is finer than a blob"
     difference = _same_pixels(images, donors, rest, generator) - images
-    return images + difference - _smooth(difference)
+    return images + _details(difference)
 
 def _same_colours(images, donors, rest, generator):
     mean,spread = (lambda x: x.mean((-2,-1), keepdim=True)),(lambda x: x.std((-2,-1), keepdim=True))
@@ -270,7 +274,7 @@ def _shuffled(values, n, seed): return values[torch.randperm(len(values), genera
 class _Search:
     "Looks for one piece in pictures: roughly in small ones, then to the pixel. What is compared is finer than a blob, or a thin thing would be the ground that it lies on"
     def __init__(self, images):
-        self.images,self.details = images,images - _smooth(images)
+        self.images,self.details = images,_details(images)
         self.spread = self.details.max() - self.details.min()
         self.scale = max(1, round(min(images.shape[-2:])/64))
         self.small = F.avg_pool2d(self.details, self.scale)
@@ -362,19 +366,18 @@ def _found_again(search, known, group, others, share, natural, seed=0):
         found.append(_Match(crop[:,rows,columns], same[rows,columns], other[:,rows,columns].nan_to_num(), [i for i,_,_ in hits], corners))
     return found
 
-def _put_at(images, crop, same, corners):
-    "A copy of the images, with the crop where it is"
-    found = images.clone()
-    for image,(top,left) in zip(found, corners):
-        place = image[:,top:top+crop.shape[-2],left:left+crop.shape[-1]]
-        place.copy_(torch.where(same, crop, place))
-    return found
-
 def _anywhere(images, size, generator): return [tuple(int(torch.randint(n - s + 1, (1,), generator=generator)) for n,s in zip(images.shape[-2:], size)) for _ in images]
 
 def _stuck_on(crop, same):
     "Puts the thing at random places"
-    return lambda images, donors, rest, generator: _put_at(images, crop, same, _anywhere(images, crop.shape[-2:], generator))
+    high,wide = same.shape
+    def put(images, donors, rest, generator):
+        found = images.clone()
+        for image,(top,left) in zip(found, _anywhere(images, same.shape, generator)):
+            place = image[:,top:top+high,left:left+wide]
+            place.copy_(torch.where(same, crop, place))
+        return found
+    return put
 
 def _covers(same, corners, side):
     "Where the thing is in each picture, bool, `[n, 1, H, W]`"
@@ -484,7 +487,7 @@ LIMITS:dict[str,float] = {
     'differs': .2, # how much a thing may differ from picture to picture, as a share of how much pictures differ: stickers from .0 (opaque) to .2 (faint), pieces of the same photographed object seldom below .25
     'removed': .01, # share of the way that pictures must lose without it, lower end of the 95% interval
     'lit place': .3, # share of the way that putting it into others must go, lower end of the 95% interval
-    'thing': .03} # the same for a thing, which is known to be no part of an object
+    'thing': .03} # the same for a thing: what differs so little is seldom part of an object
 EFFECTS:dict[float,float] = {.68: .3, .72: .06, .92: .03} # the same for places and surroundings, by the area under the ROC curve; between these in proportion
 
 class _Tester:
