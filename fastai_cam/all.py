@@ -8,13 +8,15 @@ Docs: https://fastai-cam.example/docs/all.html.md"""
 __all__ = []
 
 # %% ../nbs/all.ipynb #b42b5bdb
-from . import audit, compare, interpret, layout, learner, maps, methods, metrics, probe, shortcuts, targets, tasks
+from . import audit, compare, interpret, layout, learner, maps, methods, metrics, probe, shortcuts, source, state, targets, tasks
 from .layout import *
 from .probe import *
 from .tasks import *
 from .targets import *
 from .methods import *
 from .maps import *
+from .state import *
+from .source import *
 from .learner import *
 from .interpret import *
 from .metrics import *
@@ -22,4 +24,4 @@ from .audit import *
 from .compare import *
 from .shortcuts import *
 
-__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, learner, interpret, metrics, audit, compare, shortcuts) for name in room.__all__]
+__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, state, source, learner, interpret, metrics, audit, compare, shortcuts) for name in room.__all__]

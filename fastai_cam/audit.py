@@ -31,7 +31,9 @@ from .tasks import Values
 from .targets import Target
 from .methods import as_methods, enlarge, method_name
 from .maps import CAMMap, Images, _save, check_style, normalize
-from .learner import _dl_source, _n_inp, _source, _target, _with_bar, check_learner, learner_as_found, task_of
+from .state import check_learner, learner_as_found, with_bar
+from .source import as_source, dl_source, n_inputs
+from .learner import _target, task_of
 from .interpret import CAMInterpretation, _evenly
 
 # %% ../nbs/09_audit.ipynb #62f16cb6
@@ -329,7 +331,7 @@ def _check_asked(learn, method, layer, n, how='cascading', n_steps=8):
 
 def _batches(learn, source):
     "The inputs of each batch, as plain tensors"
-    n_inp = getattr(source.dl, 'n_inp', _n_inp(learn))
+    n_inp = getattr(source.dl, 'n_inp', n_inputs(learn))
     return [_each_tensor(lambda inp: inp.as_subclass(Tensor), tuple(to_device(batch, learn.dls.device))[:n_inp]) for batch in source.dl]
 
 def _first_maps(methods, cap, question):
@@ -361,7 +363,7 @@ def _check(learn, source, methods, layer, how, n_steps, seed):
         found,names = [_joined(maps)],cap.names
         steps = randomization_steps(model, n_steps=n_steps)
         copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=batches[0])
-        for step,copy in _with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, questions, **options))
+        for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, questions, **options))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
     by_method = {method_name(method): torch.stack(maps) for method,maps in zip(methods, zip(*found))}
@@ -379,7 +381,7 @@ def sanity_check(self:Learner,
 ) -> SanityCheck:
     "Do the maps of `item` change when the model's weights are replaced by random ones? The learner is left as it was"
     methods = _check_asked(self, method, layer, n, how, n_steps)
-    with learner_as_found(self): source = _source(self, item, n)
+    with learner_as_found(self): source = as_source(self, item, n)
     return _check(self, source, methods, layer, how, n_steps, seed)
 
 @patch
@@ -394,7 +396,7 @@ def sanity_check(self:CAMInterpretation,
     "Do the maps change when the model's weights are replaced by random ones? The learner is left as it was"
     layer = self.layer if layer is None else layer
     methods = _check_asked(self.learn, self.method if method is None else method, layer, n, how, n_steps)
-    with learner_as_found(self.learn): source = _dl_source(self.learn, self.dl, _evenly(len(self.losses), n))
+    with learner_as_found(self.learn): source = dl_source(self.learn, self.dl, _evenly(len(self.losses), n))
     return _check(self.learn, source, methods, layer, how, n_steps, seed)
 
 # %% ../nbs/09_audit.ipynb #b8fd3af1

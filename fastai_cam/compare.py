@@ -35,7 +35,9 @@ from .methods import as_method, as_methods, method_name
 from .maps import CAMMap, _save, check_style
 from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxes_to_masks, curve_area, impute, insertion_deletion
 from .audit import _with_interval, randomization_similarity
-from .learner import CAMCallback, _dl_source, _predict, _source, _target, _with_bar, check_learner, class_names, learner_as_found
+from .state import check_learner, learner_as_found, with_bar
+from .source import as_source, dl_source
+from .learner import CAMCallback, _predict, _target, class_names
 from .interpret import CAMInterpretation, _evenly
 
 # %% ../nbs/10_compare.ipynb #c6d5dd30
@@ -189,7 +191,7 @@ def _work(methods, metrics, masks, dtype):
             if of_batch is None: raise ValueError(f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
         rescore = _as_probability(callback.target, cap, question, 64, dtype) if 'rescore' in needs else None
         rows = []
-        for method in _with_bar(callback.learn, methods):
+        for method in with_bar(callback.learn, methods):
             start = perf_counter()
             score = cap.score(question) # asked anew, so that each method pays for its own gradients
             maps = method(cap, score)[:,0].detach()
@@ -236,7 +238,7 @@ def compare_cams(self:CAMInterpretation,
     for layer in layers: check_layers(learn.model, layer)
     target = _one_question(learn, cls)
     chosen = _evenly(len(self.losses), n)
-    with learner_as_found(learn): source = _dl_source(learn, self.dl, chosen)
+    with learner_as_found(learn): source = dl_source(learn, self.dl, chosen)
     if metrics is None:
         metrics = ['insertion', 'deletion', 'average_drop']
         if masks is not None or _has_masks(source.dl): metrics += ['pointing_game', 'energy_in_mask', 'iou']
@@ -345,7 +347,7 @@ def _trust_work(method, share, n_random, steps, seed):
             return curve_area(inserted) - curve_area(deleted)
         generator,whole = torch.Generator().manual_seed(seed),rescore(images, items)
         drop = whole - rescore(_without_lit(maps, images, share), items)
-        elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in _with_bar(callback.learn, range(n_random))])
+        elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in with_bar(callback.learn, range(n_random))])
         own,others = faithfulness(maps),{name: faithfulness(as_method(name)(cap, score)[:,0]) for name in BASELINES}
         similar = randomization_similarity(cap, score, method, seed, share=.5)[:,0] # guided backpropagation is found out by half, not by all
         beaten = (elsewhere < drop).sum(0)
@@ -373,7 +375,7 @@ def cam_trust(self:Learner,
     if is_listy(method): raise TypeError('a verdict is about one method: ask for each by itself')
     target,method = _one_question(self, cls),as_method(method)
     check_layers(self.model, layer)
-    with learner_as_found(self): source = _source(self, item, None)
+    with learner_as_found(self): source = as_source(self, item, None)
     batches = _measured(self, source, _trust_work(method, share, n_random, steps, seed), target, layer, method)
     found,vocab = [one for batch in batches for one in batch],class_names(self.dls)
     verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0]])

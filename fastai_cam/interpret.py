@@ -21,7 +21,9 @@ from .probe import check_layers
 from .tasks import Values
 from .targets import Region
 from .methods import as_methods
-from .learner import _dl_source, check_learner, class_names, learner_as_found, task_of
+from .state import check_learner, learner_as_found
+from .source import dl_source
+from .learner import class_names, task_of
 from .maps import CAMs, check_style
 
 # %% ../nbs/05_interpret.ipynb #b859df07
@@ -55,7 +57,7 @@ class CAMInterpretation(ClassificationInterpretation):
         as_methods(method)
         check_layers(learn.model, layer)
         with learner_as_found(learn):
-            source = _dl_source(learn, learn.dls[ds_idx] if dl is None else dl)
+            source = dl_source(learn, learn.dls[ds_idx] if dl is None else dl)
             if not source.labelled: raise ValueError('an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
             interp = super().from_learner(learn, dl=source.dl, act=act)
         interp.method,interp.layer = method,layer
@@ -96,7 +98,7 @@ class CAMInterpretation(ClassificationInterpretation):
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
         if show != 'pred' and isinstance(task_of(self.learn), Values): raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
         losses,idxs = self._ranked(k, largest)
-        with learner_as_found(self.learn): chosen = _dl_source(self.learn, self.dl, idxs.tolist(), image=image)
+        with learner_as_found(self.learn): chosen = dl_source(self.learn, self.dl, idxs.tolist(), image=image)
         cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer, image=image)
         cams.losses = losses.as_subclass(Tensor)
         return cams

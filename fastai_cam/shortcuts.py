@@ -34,7 +34,9 @@ from .probe import Probe, bare, check_layers
 from .tasks import MultiLabel, Segmentation, Values
 from .methods import as_method, enlarge
 from .maps import CAMMap, _save, check_style, normalize, to_pixels
-from .learner import _dl_source, _decode, _n_inp, _with_bar, check_learner, class_names, learner_as_found, task_of
+from .state import check_learner, learner_as_found, with_bar
+from .source import decode_images, dl_source, n_inputs
+from .learner import class_names, task_of
 from .interpret import CAMInterpretation, _evenly
 from .metrics import _pieces
 from .compare import _interval, _measured
@@ -679,7 +681,7 @@ def _is_a_lack(tester, looks, result, stronger):
 def _found_by(tester, groups, learn):
     "What is found in all groups, the strongest first"
     looks,found = _looks(tester.known.images),[]
-    for cls,group in _with_bar(learn, list(groups.items())): found += _findings(tester, looks, cls, group)
+    for cls,group in with_bar(learn, list(groups.items())): found += _findings(tester, looks, cls, group)
     kept = []
     for result in sorted(found, key=lambda result: -result['strongest']): # what is reported of it may be a part
         if not _is_a_lack(tester, looks, result, kept): kept.append(result)
@@ -700,14 +702,14 @@ def find_shortcuts(self:CAMInterpretation,
     check_learner(learn)
     if isinstance(min_items, bool) or not isinstance(min_items, int) or min_items < 6: raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least 6')
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 2*min_items): raise ValueError(f'n={n!r} items are too few to look for what they share: use at least {2*min_items}, or None for all')
-    if _n_inp(learn) > 1: raise ValueError('this learner takes several inputs, and shortcuts are looked for in single pictures')
+    if n_inputs(learn) > 1: raise ValueError('this learner takes several inputs, and shortcuts are looked for in single pictures')
     task = task_of(learn)
     if isinstance(task, Values): raise ValueError('this learner predicts values, and shortcuts are looked for in what pictures of a class have in common')
     own = self.method if isinstance(self.method, (str, Callable)) else 'gradcam'
     method,layer = as_method(own if method is None else method),self.layer if layer is None else layer
     check_layers(learn.model, layer)
     loader = self.dl if dl is None else dl
-    with learner_as_found(learn): source = _dl_source(learn, loader, _evenly(loader.n, n))
+    with learner_as_found(learn): source = dl_source(learn, loader, _evenly(loader.n, n))
     if not source.labelled: raise ValueError('shortcuts are looked for with labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
     known = _Known(*map(torch.cat, zip(*_measured(learn, source, _look_over(method), None, layer, method))))
     vocab = class_names(learn.dls)
@@ -721,6 +723,6 @@ def find_shortcuts(self:CAMInterpretation,
             return torch.cat([task.of(out).probabilities(out.float()).cpu().as_subclass(Tensor) for out in outs])
         known = known._replace(alone=_surroundings_alone(known.images, known.maps, predict))
         tester = _Tester(known, predict, seed)
-        decode = lambda images: _decode(source.dl, (to_device(images, learn.dls.device),))
+        decode = lambda images: decode_images(source.dl, (to_device(images, learn.dls.device),))
         shortcuts = [_as_shortcut(tester, result, name(result['suspect'].cls), decode) for result in _found_by(tester, groups, learn)]
     return Shortcuts(shortcuts, {name(c): len(group) for c,group in groups.items()}, source.images, known.maps)

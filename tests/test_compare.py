@@ -13,7 +13,7 @@ from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, C
 from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Contrast, Explain, Output, Probe, Rescore, baseline_images, boxes_to_masks, impute, upsample
 from fastai_cam.audit import randomization_similarity
 from fastai_cam.compare import _elsewhere, _interval, _masks_of_items
-from fastai_cam.learner import _dl_source
+from fastai_cam.source import dl_source
 from fastai_cam.metrics import _pixel_ranks
 from test_learner import learner_state, same
 
@@ -229,7 +229,7 @@ def test_masks_go_where_the_image_goes(kind, how, tmp_path):
     interp, get_mask = CAMInterpretation.from_learner(learn), MASKS[kind](tmp_path)
     before = [len(getattr(learn.dls.valid, name).fs) for name in ('after_item', 'after_batch')]
     for _ in range(2):
-        source = _dl_source(learn, interp.dl, [0, 2, 3, 6])
+        source = dl_source(learn, interp.dl, [0, 2, 3, 6])
         masks = _masks_of_items(learn, source, get_mask)
         assert [len(mask) for mask in masks]==[3, 1]
         for mask, batch in zip(masks, source.dl):

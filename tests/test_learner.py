@@ -306,7 +306,7 @@ def test_many_classes_fit_in_memory_piece_by_piece(dls, monkeypatch):
 
 
 def test_long_work_shows_a_bar_and_no_bar_hides_it(dls, monkeypatch):
-    import fastai_cam.learner as room
+    import fastai_cam.state as room
     shown = []
     monkeypatch.setattr(room, 'progress_bar', lambda steps, leave: shown.append(len(steps)) or steps)
     learn = small_learner(dls)

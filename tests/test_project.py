@@ -17,7 +17,7 @@ import config
 from readme import render
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ['layout', 'probe', 'tasks', 'targets', 'methods', 'maps', 'learner', 'interpret', 'metrics', 'audit', 'compare', 'shortcuts']
+ROOMS = ['layout', 'probe', 'tasks', 'targets', 'methods', 'maps', 'state', 'source', 'learner', 'interpret', 'metrics', 'audit', 'compare', 'shortcuts']
 
 
 def run(*command, cwd): return subprocess.run([str(part) for part in command], cwd=cwd, check=True, capture_output=True, text=True).stdout
