@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test bench zoo shortcuts config notebooks readme clean
+.PHONY: setup demo test test-slow test-all bench zoo shortcuts config notebooks readme clean
 
 setup: $(STAMP)
 
@@ -25,8 +25,16 @@ demo: $(STAMP)           ## explain the mistakes of a real ImageNet model on rea
 
 # Two at a time with one thread each: small networks gain nothing from a second thread, nor do scikit-learn's small problems.
 # Buffers are kept (glibc would ask the system for those of 32 MB and more anew each time, which takes as long as the convolutions).
-test: $(STAMP)           ## every test, and every notebook as a test
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+test: $(STAMP)           ## the tests to wait for, most notebooks among them; what it leaves out it counts
+	$(PYTEST)
+
+test-slow: $(STAMP)      ## what `make test` leaves out: sweeps, stories, the wheel
+	$(PYTEST) --slow only
+
+test-all: $(STAMP)       ## every test, and every notebook as a test
+	$(PYTEST) --slow too
 
 bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'

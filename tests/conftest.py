@@ -15,6 +15,39 @@ from PIL import Image
 from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, Resize, get_image_files, imagenet_stats, parent_label
 
 
+# -- what sweeps is marked `slow`: `make test` leaves it out and says so, `make test-slow` runs it alone
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', choices=('leave', 'only', 'too'), default='leave', help='leave slow tests out (default), run them only, or run them too')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: a sweep, a story or a build, run by `make test-slow`')
+    config.n_left_out = 0
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption('--slow')
+    if wanted=='too': return
+    left_out = [item for item in items if (item.get_closest_marker('slow') is None)==(wanted=='only')]
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.n_left_out = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish(session):
+    output = getattr(session.config, 'workeroutput', None) # of a process that runs a part of the tests
+    if output is not None: output['n_left_out'] = session.config.n_left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node): node.config.n_left_out = getattr(node, 'workeroutput', {}).get('n_left_out', 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption('--slow')=='leave' and config.n_left_out: terminalreporter.write_line(f'{config.n_left_out} slow tests were left out: make test-slow runs them, make test-all everything')
+
+
 @pytest.fixture(autouse=True)
 def closed_figures():
     yield
