@@ -149,7 +149,7 @@ class CAMTable(pd.DataFrame):
         return pd.DataFrame(self).__repr__() if shown is None else shown.round(3).to_string(index=False)
     def _repr_html_(self) -> str:
         shown = self._shown()
-        return pd.DataFrame(self)._repr_html_() if shown is None else shown.round(3).to_html(index=False)
+        return pd.DataFrame(self)._repr_html_() if shown is None else plain_html('', shown.round(3).to_html(index=False))
 
     def plot(self,
         figsize:tuple|None=None, # Size of the figure in inches

@@ -68,13 +68,16 @@ def upsample(
 _generic = ('serif', 'sans-serif', 'cursive', 'fantasy', 'monospace') # each stands for a list of families
 _boxes_font = 'Last Resort High-Efficiency' # part of newer versions of matplotlib: a box with a hint for any letter
 
+_turns = ('LRE', 'LRO', 'LRI', 'RLE', 'RLO', 'RLI', 'FSI', 'PDF', 'PDI') # Unicode's names of what changes the direction of writing
+
 def _printable(text):
-    "`text` with blanks as spaces, but for line ends, and what no font can draw (control characters, halves of a letter) as �"
+    "`text` with blanks as spaces, but for line ends, and what cannot be drawn (control characters, halves of a letter) as �"
     if text.isascii() and text.isprintable(): return text
     def drawn(letter):
         if letter=='\n': return letter
         if letter.isspace(): return ' '
-        return '\ufffd' if unicodedata.category(letter) in ('Cc', 'Cs') else letter
+        turns = unicodedata.bidirectional(letter) in _turns # a name must not turn around the numbers behind it
+        return '\ufffd' if turns or unicodedata.category(letter) in ('Cc', 'Cs') else letter
     return ''.join(map(drawn, text))
 
 def _as_text(name):
@@ -117,7 +120,7 @@ def plain_text(
         unknown = [letter for letter,family in found.items() if family is None]
         if unknown and _boxes_font in font_manager.get_font_names(): others.append(_boxes_font)
         elif unknown: text.set_text(''.join('\ufffd' if letter in unknown else letter for letter in words))
-        if others: text.set_fontfamily([*families, *others])
+        if others: text.set(fontfamily=[*families, *others], fontweight='normal') # few fonts have every weight, and matplotlib complains
 
 def plain_legend(
     ax:Axes, # Axes to draw in
@@ -786,7 +789,9 @@ class CAMs:
     def _announce(self, idxs, doing='neither drawn nor searched'):
         "Say which of these items have a map that is none"
         finite = self.is_finite.reshape(len(self), self.n_questions).all(1).tolist()
-        def named(i): return f'item {i}' + (f' ({_as_text(self.items[i])})' if self.items is not None and isinstance(self.items[i], (str, bytes, Path)) else '')
+        def named(i):
+            item = None if self.items is None else self.items[i]
+            return f'item {i} ({_as_text(Path(item).name)})' if isinstance(item, (str, Path)) else f'item {i}'
         wrong = [named(i) for i in idxs if not finite[i]]
         if wrong: _warn_not_finite(wrong, doing)
 
@@ -919,8 +924,9 @@ class CAMs:
     ) -> str:
         "What map `k` of item `i` explains: the class and its probability"
         label = _as_text(self.labels[k]) if self.labels else ''
-        method,_,asked = label.rpartition(': ')
         c = self._class(i, k)
+        method,_,asked = label.rpartition(': ')
+        if c >= 0 and label.endswith(self._name(c)): method = label.removesuffix(self._name(c)).removesuffix(': ') # names can have colons
         if c==NOT_ASKED: return ''
         if c >= 0 and self.task not in ('values', 'points'):
             asked,probabilities = self._name(c, width),self._probabilities(i)
