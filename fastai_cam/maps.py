@@ -110,7 +110,8 @@ def plain_text(
     "Have texts drawn as they are: no formulas, no TeX, and letters that the font lacks from another one"
     for text in texts:
         words = _printable(text.get_text())
-        text.set(text=words, parse_math=False, usetex=False)
+        text.set(text=words, usetex=False)
+        if '$' in words: text.set_parse_math(False) # only then: a formula that is written here later stays one
         if words.isascii(): continue
         families = text.get_fontfamily()
         files = list(_font_files(families))
@@ -160,13 +161,16 @@ def _open_beside(target):
     name = _unfinished(target)
     return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, 'O_BINARY', 0), 0o666),name
 
-def _give_name(descriptor, target):
+def _give_name(descriptor, name):
     "A name for a complete file that has none yet"
-    name = _unfinished(target)
-    folder = os.open(target.parent, os.O_RDONLY)
+    folder = os.open(name.parent, os.O_RDONLY)
     try: os.link(f'/proc/self/fd/{descriptor}', name, src_dir_fd=folder) # only with a folder does Python follow the link in /proc
+    except OSError: # where links are forbidden
+        with open(name, 'xb') as copied, os.fdopen(os.dup(descriptor), 'rb') as made:
+            _keep_owner(copied.fileno(), os.fstat(descriptor))
+            made.seek(0)
+            shutil.copyfileobj(made, copied)
     finally: os.close(folder)
-    return name
 
 def _keep_owner(descriptor, known):
     "The owner and the permissions of the file that is replaced"
@@ -187,7 +191,9 @@ def _replacing(target, known):
             yield out
             out.flush()
             os.fsync(descriptor)
-            if name is None: name = _give_name(descriptor, target)
+            if name is None:
+                name = _unfinished(target)
+                _give_name(descriptor, name)
         os.replace(name, target)
     finally:
         if name is not None: name.unlink(missing_ok=True)
@@ -363,6 +369,7 @@ def _saturated(values, share, signed):
 
 class CAMMap:
     "One map and the image it explains; it shows itself over it"
+    _is_announced = False # has it been said already that the map is none?
     def __init__(self,
         map:Tensor, # `[h, w]`, or `[d, h, w]` of a volume; signed and raw
         image:Any=None, # Decoded image, as `to_pixels` (of a volume: `to_slices`) takes it; `None` shows the map alone
@@ -371,7 +378,6 @@ class CAMMap:
         points:dict|None=None, # Points to mark, by name: each `[p, 2]`, x and y from −1 (left, top) to 1 (right, bottom), as fastai has them
         signed:bool=False # Is it shown signed where `show` is not told?
     ):
-        self._is_announced = False # has it been said already that the map is none?
         if map.dim() not in (2,3): raise ValueError(f'a CAMMap is one map [h, w], or [d, h, w] of a volume, not {list(map.shape)}: index the batch first')
         if region is not None and region.dim() != map.dim(): raise ValueError(f'the region of a map of {map.dim()} dimensions has as many, not {list(region.shape)}')
         store_attr()
@@ -417,7 +423,7 @@ class CAMMap:
         self._announce()
         boxes = self._marks(boxes, self.boxes)
         peaks = self._marks(peaks, self.peaks)
-        title = self.title if title is None else title
+        title = str(self.title if title is None else title)
         pixels,values = self._layers(saturate, signed)
         if self.map.dim()==3:
             if boxes or peaks: raise ValueError('boxes and peaks lie in a picture, and this map is a volume: show one plane of it, CAMMap(cam_map.map[i])')
@@ -712,12 +718,16 @@ class ItemMaps(L):
     "The maps of one item, one a question"
     def show(self,
         figsize:tuple|None=None, # Size of the figure in inches
+        save:str|Path|None=None, # File to write the figure to
         **kwargs # Passed to `CAMMap.show`
     ) -> list[Axes]: # One a map
         "Draw the maps side by side"
         if len(self)==0: raise ValueError('no question was asked about this item, so there is no map to show')
+        check_style(figsize=figsize, save=save, **kwargs)
         axs = get_grid(len(self), nrows=1, figsize=figsize or (2.7*len(self), 3.3), layout='constrained')
-        return [cam_map.show(ax=ax, **kwargs) for cam_map,ax in zip(self, axs)]
+        axs = [cam_map.show(ax=ax, **kwargs) for cam_map,ax in zip(self, axs)]
+        _save(axs[0].figure, save)
+        return axs
 
 def _plain(values):
     "Values without fastai's tensor types, which carry more than values"
@@ -969,7 +979,7 @@ class CAMs:
         asked = [panel for panel in panels if panel not in blank]
         self._announce(range(n))
         titles = {(i,j): self._panel_title(i, j, loss, j==min(self._asked(i), default=0)) for i,j in panels}
-        if n*k==1 and title is not None: titles = {(0,0): title}
+        if n*k==1 and title is not None: titles = {(0,0): str(title)}
         if self.n_space==3 and kwargs.get('slice') is None:
             if nrows or ncols: raise ValueError('a volume takes a row of its own: say with slices and max_n how many there are, not with nrows and ncols')
             kwargs.pop('slice', None)
@@ -1089,6 +1099,7 @@ _saved_words = ('labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed'
 
 def _as_json(value):
     "Numbers, texts and bools as they are, other things as text"
+    if isinstance(value, bytes): return value.decode(errors='replace')
     if is_listy(value): return [_as_json(one) for one in value]
     if isinstance(value, (np.generic, Tensor)) and np.ndim(value)==0: value = value.item()
     if isinstance(value, Tensor): return f'tensor {list(value.shape)}'
@@ -1109,7 +1120,7 @@ def _header_of(cams, tensors, n_images):
     "What is written beside the arrays"
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
     words = {name: getattr(cams, name) for name in _saved_words}
-    words['vocab'] = words['vocab'] if words['vocab'] is None else list(words['vocab'])
+    words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None}, signed=bool(words['signed']))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
     return header
@@ -1126,6 +1137,7 @@ def save(self:CAMs,
     tensors = {name: getattr(self, name) for name in _saved_tensors if getattr(self, name) is not None}
     arrays = {name: _as_array(name, values) for name,values in tensors.items()}
     header = _header_of(self, tensors, len(self) if images else 0)
+    _check_header(header)
     _check_lengths(header, {name: array.shape for name,array in arrays.items()})
     self._announce(range(len(self)), 'saved as they are')
     with _written(path) as out:
@@ -1153,6 +1165,9 @@ _is_right = dict( # what a word of the header can be
     task=lambda value: isinstance(value, str) and value in TASKS,
     signed=lambda value: isinstance(value, bool),
     thresh=lambda value: _is_number(value) and 0 <= value <= 1)
+
+class _TooLarge(ValueError):
+    "A file that would take more memory than is allowed"
 
 def _check_header(header):
     "`ValueError` where a header is none that `save` writes; of a newer format, only that is known"
@@ -1220,7 +1235,9 @@ def _check_arrays(archive, header, allowed):
         is_image = dtype==np.uint8 and len(space)==header['n_space'] and colours in ((), (3,), (4,))
         if not is_image: raise ValueError(f'{dtype} {list(shape)} is no image')
     total = sum(n_bytes for _,_,n_bytes in [*heads.values(), *images])
-    if total > allowed: raise ValueError(f'it is {Path(archive.filename).stat().st_size/1e6:.1f} MB and would unpack to {total/1e9:.1f} GB, more than max_bytes allows')
+    if total > allowed:
+        size = Path(archive.filename).stat().st_size
+        raise _TooLarge(f'{str(archive.filename)!r} is {size/1e6:.1f} MB and would unpack to {total/1e9:.1f} GB: if you trust it, load it with max_bytes={total}')
 
 def _parts(file, max_bytes):
     "Header, tensors and images of a saved file; of a newer format, the header only"
@@ -1246,7 +1263,7 @@ def load(cls:CAMs,
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
         loaded = cls(images=stored or None, **tensors, **{name: header[name] for name in _saved_words}) if known else None
-    except PermissionError: raise # the file may be right
+    except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way
         raise ValueError(f'{str(file)!r} is not a file that CAMs.save wrote, or it is damaged: {" ".join(str(e).split())}') from None
     if not known: raise ValueError(f'{str(file)!r} has format {header["format"]}, and this version of fastai_cam reads up to {_format}: update fastai_cam')
