@@ -306,6 +306,7 @@ class CAMTrust:
     @property
     def verdict(self) -> str:
         "The answer in words, with the numbers behind it"
+        if not self.cam_map.is_finite: return f'There is nothing to believe: the map of {self.label} is not finite (it has NaN or infinite values).'
         if self.cam_map.is_empty: return f'There is nothing to believe: the map of {self.label} has no positive evidence.'
         n,found = self.numbers,[self.matters, self.beats_baselines, self.is_learned]
         best = max(n['baselines'], key=n['baselines'].get)

@@ -147,7 +147,8 @@ def plain_html(
 # %% ../nbs/03_maps.ipynb #4b6a1d24
 def _as_path(file):
     "`file` as a path, `~` resolved"
-    if not isinstance(file, (str, os.PathLike)): raise TypeError(f'a file is named by its path, a str or a Path, not by {type(file).__name__}')
+    if not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f'a file is named by its path, a str or a Path, not by {type(file).__name__}')
     try: return Path(file).expanduser()
     except RuntimeError: raise ValueError(f'the home folder in {str(file)!r} is not known: write the path in full') from None
 
@@ -219,7 +220,8 @@ def _pour(target, content, patience=5.):
         try: descriptor = os.open(target, os.O_WRONLY | getattr(os, 'O_NONBLOCK', 0))
         except OSError as e:
             if e.errno != errno.ENXIO: raise
-            if attempt*.05 >= patience: raise OSError(errno.ENXIO, f'nobody reads from the pipe {str(target)!r}: start its reader first') from None
+            if attempt*.05 >= patience:
+                raise OSError(errno.ENXIO, f'nobody reads from the pipe {str(target)!r}: start its reader first') from None
             time.sleep(.05)
         else: break
     if hasattr(os, 'set_blocking'): os.set_blocking(descriptor, True)
@@ -237,7 +239,8 @@ def _written(
     is_regular = known is None or stat.S_ISREG(known.st_mode)
     if known is not None and is_regular and not (known.st_mode & 0o222 and os.access(file, os.W_OK)):
         raise PermissionError(f'{str(file)!r} may only be read: make it writable, or save under another name')
-    if known is None and not target.parent.is_dir(): raise FileNotFoundError(f'{str(file)!r} is a link into a folder that does not exist, {str(target.parent)!r}: make it first')
+    if known is None and not target.parent.is_dir():
+        raise FileNotFoundError(f'{str(file)!r} is a link into a folder that does not exist, {str(target.parent)!r}: make it first')
     if is_regular and (known is None or known.st_nlink==1 and os.access(target.parent, os.W_OK)):
         with _replacing(target, known) as out: yield out
         return
@@ -267,7 +270,8 @@ def to_pixels(
         if image.dtype is torch.bfloat16: image = image.float()
         image = (image.permute(1,2,0) if image.dim()==3 else image).numpy()
     pixels = np.asarray(image)
-    if pixels.ndim not in (2,3): raise ValueError(f'a picture is [C, H, W] or [H, W], not {list(pixels.shape)}: of a volume or a stack of frames, show one with a map [d, h, w]')
+    if pixels.ndim not in (2,3):
+        raise ValueError(f'a picture is [C, H, W] or [H, W], not {list(pixels.shape)}: volumes and frames are shown with a map [d, h, w]')
     if pixels.ndim==3 and pixels.shape[-1] not in (3,4): pixels = pixels.mean(-1) if pixels.shape[-1] > 1 else pixels[...,0]
     if not np.issubdtype(pixels.dtype, np.floating) and pixels.dtype != bool: return np.clip(pixels, 0, 255).astype(np.uint8)
     pixels = pixels.astype(np.float32)
@@ -297,7 +301,7 @@ def _as_volume(volume, depth=None):
     return volume.movedim(1, 0) if volume.dim()==4 and _is_frames(volume.shape, depth) else volume
 
 def to_slices(
-    volume:Any, # Decoded volume: tensor `[C, D, H, W]` or `[D, H, W]`, array `[D, H, W, C]`, `[C, D, H, W]` or `[D, H, W]`; or frames: `[T, C, H, W]`, or a list of images
+    volume:Any, # Decoded volume `[C, D, H, W]` or `[D, H, W]` (array: also `[D, H, W, C]`), or frames: `[T, C, H, W]`, or a list of images
     depth:int|None=None # Depth of its map, which tells frames from channels where the shape alone does not
 ) -> np.ndarray: # `[D, H, W, 3]` or `[D, H, W]`, bytes or floats in 0 to 1
     "The slices of `volume` as matplotlib draws them, all on one scale: `to_pixels` of the slices laid under one another"
@@ -316,7 +320,8 @@ def check_style(
     for name in kwargs:
         if name not in allowed:
             near = get_close_matches(name, _options, 1)
-            raise TypeError(f'{name!r} is no option of show: the options are {", ".join(_options)}' + (f'; did you mean {near[0]}?' if near else ''))
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise TypeError(f'{name!r} is no option of show: the options are {", ".join(_options)}{hint}')
     alpha,cmap,interpolation = kwargs.get('alpha', .6),kwargs.get('cmap'),kwargs.get('interpolation')
     if interpolation is not None and interpolation not in interpolations_names:
         raise ValueError(f'interpolation {interpolation!r} is not known to matplotlib: use one of {", ".join(map(repr, sorted(interpolations_names)))}')
@@ -343,12 +348,15 @@ def _axes(ax): return list(np.ravel(np.array(ax, dtype=object))) # one, a list, 
 def _check_save(save):
     "`ValueError` or `TypeError` where a figure cannot be written to `save`"
     if hasattr(save, 'write'): return
-    if not isinstance(save, (str, os.PathLike)): raise TypeError(f'save is a file in a folder that exists, or an open one, not {type(save).__name__}')
+    if not isinstance(save, (str, os.PathLike)):
+        raise TypeError(f'save is a file in a folder that exists, or an open one, not {type(save).__name__}')
     file = _as_path(save)
     if not file.parent.is_dir(): raise ValueError(f'save is a file in a folder that exists, not {str(save)!r}')
-    if file.is_dir() or str(save).endswith(('/', os.sep)): raise ValueError(f'save is a file, and {str(save)!r} is a folder: add a name, e.g. map.png')
+    if file.is_dir() or str(save).endswith(('/', os.sep)):
+        raise ValueError(f'save is a file, and {str(save)!r} is a folder: add a name, e.g. map.png')
     ending,known = file.suffix[1:].lower(),sorted(FigureCanvasBase.get_supported_filetypes())
-    if ending and ending not in known: raise ValueError(f'a figure cannot be saved as .{ending} ({file.name!r}): use one of the endings {", ".join(known)}')
+    if ending and ending not in known:
+        raise ValueError(f'a figure cannot be saved as .{ending} ({file.name!r}): use one of the endings {", ".join(known)}')
 
 def _save(fig, save):
     "Write a figure to a file, with matplotlib's default ending where the name has none, or to an open one"
@@ -357,7 +365,8 @@ def _save(fig, save):
     if hasattr(save, 'write'): return fig.savefig(save, **style)
     file,usual = _as_path(save),fig.canvas.get_default_filetype()
     ending = file.suffix[1:].lower()
-    if not ending and (file.is_file() or not file.exists()): file = file.with_name(f'{file.name.rstrip(".")}.{usual}') # pipes and devices keep their name
+    is_special = file.exists() and not file.is_file() # pipes and devices keep their name
+    if not ending and not is_special: file = file.with_name(f'{file.name.rstrip(".")}.{usual}')
     with _written(file) as out: fig.savefig(out, format=ending or usual, **style)
 
 def _saturated(values, share, signed):
@@ -421,8 +430,8 @@ class CAMMap:
         style = dict(alpha=alpha, cmap=_colours(cmap, signed), interpolation=interpolation, **kwargs)
         check_style(saturate=saturate, save=save, boxes=boxes, peaks=peaks, slice=slice, **style)
         self._announce()
-        boxes = self._marks(boxes, self.boxes)
-        peaks = self._marks(peaks, self.peaks)
+        boxes = self._marks(boxes, 'boxes')
+        peaks = self._marks(peaks, 'peaks')
         title = str(self.title if title is None else title)
         pixels,values = self._layers(saturate, signed)
         if self.map.dim()==3:
@@ -442,9 +451,9 @@ class CAMMap:
         _save(ax.figure, save)
         return ax
 
-    def _marks(self, given, find):
-        "Boxes or peaks to draw: those given, or those that `find` finds"
-        if given is True: return find() if self.is_finite else []
+    def _marks(self, given, name):
+        "Boxes or peaks to draw: those given, or those that the method of this name finds"
+        if given is True: return getattr(self, name)() if self.is_finite else []
         return given or []
 
     def _layers(self, saturate, signed):
@@ -486,7 +495,8 @@ class CAMMap:
 def _warn_not_finite(names, doing='neither drawn nor searched'):
     "Say which maps are no maps"
     named = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-    warnings.warn(f'not finite (NaN or infinite values in the map), so {doing}: {named}; look for NaN in the weights, the input or the output of the model', stacklevel=3)
+    advice = 'look for NaN in the weights, the input or the output of the model'
+    warnings.warn(f'not finite (NaN or infinite values in the map), so {doing}: {named}; {advice}', stacklevel=4)
 
 def _as_drawn(values):
     "A map as numbers to draw or to search: on the CPU, without gradients, in a type that numpy knows"
@@ -792,9 +802,10 @@ class CAMs:
 
     @property
     def is_finite(self) -> Tensor: # Bool `[n]`, or `[n, K]`
-        "Which maps are maps? One with NaN or infinite values is neither drawn nor searched, which a warning says; a question that was not asked has none"
+        "Which maps are maps? One with NaN or infinite values is neither drawn nor searched, and a warning says so"
         finite = torch.isfinite(self.maps).flatten(-self.n_space).all(-1)
-        return finite if self.classes is None or self.classes.shape != finite.shape else finite | (self.classes.to(finite.device)==NOT_ASKED)
+        if self.classes is None or self.classes.shape != finite.shape: return finite
+        return finite | (self.classes.to(finite.device)==NOT_ASKED)
 
     def _announce(self, idxs, doing='neither drawn nor searched'):
         "Say which of these items have a map that is none"
@@ -811,7 +822,8 @@ class CAMs:
         k = self.n_questions
         asked = '' if self._is_single else f' × {k} ({textwrap.shorten(", ".join(self.labels), 100, placeholder=" …")})' if self.labels else f' × {k}'
         n_wrong = int((~self.is_finite).sum())
-        return f'CAMs: {len(self)} items{asked}, maps {"×".join(str(size) for size in self.maps.shape[-self.n_space:])}' + (f', {n_wrong} not finite' if n_wrong else '')
+        remark = f', {n_wrong} not finite' if n_wrong else ''
+        return f'CAMs: {len(self)} items{asked}, maps {"×".join(str(size) for size in self.maps.shape[-self.n_space:])}{remark}'
 
     def __getitem__(self,
         i # Index, slice, list of indices, boolean mask, or (item, question)
@@ -886,7 +898,9 @@ class CAMs:
         if self.task!='points': return None
         found = dict(predicted=self.preds, actual=self.targs)
         return {name: values[i].reshape(-1, 2) for name,values in found.items() if isinstance(values, Tensor)}
-    def _text(self, i, width=120): return textwrap.shorten(_printable(self.texts[i] or ''), width, placeholder=' …') if self.texts is not None else ''
+    def _text(self, i, width=120):
+        text = _printable(self.texts[i] or '') if self.texts is not None else ''
+        return textwrap.shorten(text, width, placeholder=' …')
 
     def _answers(self, i, width):
         "What was predicted for item `i` and what it should have been, as far as they can be written in a line"
@@ -986,7 +1000,8 @@ class CAMs:
             fig,axs = self._show_volumes(asked, titles, slices, figsize, ax, kwargs)
         else:
             if ax is None:
-                fig,grid = self._grid(n, k, nrows, ncols, figsize, max(t.count('\n') for t in titles.values()) + 1 + (not self.is_finite[:n].all()))
+                title_lines = max(t.count('\n') for t in titles.values()) + 1 + (not self.is_finite[:n].all())
+                fig,grid = self._grid(n, k, nrows, ncols, figsize, title_lines)
                 places = dict(zip(panels, grid))
             else:
                 given = _axes(ax)
@@ -996,10 +1011,13 @@ class CAMs:
             images = self._loaded(list(range(n)))
             for (i,j),panel_ax in places.items():
                 if (i,j) in blank: panel_ax.axis('off')
-                else: self._announced(i, j, images[i]).show(ax=panel_ax, title='', boxes=self._of_panel(boxes, i, j), peaks=self._of_panel(peaks, i, j), **kwargs)
+                else:
+                    marks = dict(boxes=self._of_panel(boxes, i, j), peaks=self._of_panel(peaks, i, j))
+                    self._announced(i, j, images[i]).show(ax=panel_ax, title='', **marks, **kwargs)
                 plane = panel_ax.get_title() # 'slice 3 of 8', if it is one
                 panel_ax.set_title('')
-                plain_text(panel_ax.set_title('\n'.join(part for part in (titles[i,j], plane) if part), fontsize=9, loc='center' if k==1 else 'left'))
+                heading = '\n'.join(part for part in (titles[i,j], plane) if part)
+                plain_text(panel_ax.set_title(heading, fontsize=9, loc='center' if k==1 else 'left'))
             axs = [places[panel] for panel in asked]
         if ax is None:
             title = self.legend(loss) if title is None and (n > 1 or self.task=='points') else title
@@ -1120,7 +1138,8 @@ def _header_of(cams, tensors, n_images):
     "What is written beside the arrays"
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
     words = {name: getattr(cams, name) for name in _saved_words}
-    words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None}, signed=bool(words['signed']))
+    words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None})
+    words['signed'] = bool(words['signed'])
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
     return header
@@ -1130,7 +1149,7 @@ def save(self:CAMs,
     file:str|Path, # File to write, usually `'….npz'`
     images:bool=False # Write the decoded images too, as bytes?
 ) -> Path: # The file
-    "Write everything to one file that holds no code; a file of that name is replaced only when the new one is complete, and keeps its permissions and its links"
+    "Write everything to one file that holds no code; what is there is replaced when the new file is complete, and keeps permissions and links"
     path = _as_path(file)
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')
@@ -1156,7 +1175,7 @@ def _is_list(value, *types): return value is None or isinstance(value, list) and
 
 _is_right = dict( # what a word of the header can be
     n_images=lambda value: isinstance(value, int) and value >= 0,
-    dtypes=lambda value: isinstance(value, dict) and 'maps' in value and all(name in _saved_tensors and dtype in _dtypes for name,dtype in value.items()),
+    dtypes=lambda value: isinstance(value, dict) and {'maps'} <= set(value) <= set(_saved_tensors) and set(value.values()) <= set(_dtypes),
     labels=lambda value: _is_list(value, str, int, float, type(None)),
     items=lambda value: _is_list(value, str),
     vocab=lambda value: _is_list(value, object),
@@ -1188,7 +1207,8 @@ def _check_lengths(header, shapes):
         if not shape or shape[0] != n: raise ValueError(f'{name} have the shape {list(shape)} for {n} items')
     for name in ('items', 'texts'):
         if header[name] is not None and len(header[name]) != n: raise ValueError(f'there are {len(header[name])} {name} for {n} items')
-    if header['labels'] is not None and len(header['labels']) != n_questions: raise ValueError(f'there are {len(header["labels"])} labels for {n_questions} questions')
+    if header['labels'] is not None and len(header['labels']) != n_questions:
+        raise ValueError(f'there are {len(header["labels"])} labels for {n_questions} questions')
     classes = shapes.get('classes')
     if classes not in (None, (n,), maps[:-n_space]): raise ValueError(f'classes have the shape {list(classes)} for maps {list(maps)}')
     if header['n_images'] not in (0, n): raise ValueError(f'there are {header["n_images"]} images for {n} items')
@@ -1237,7 +1257,8 @@ def _check_arrays(archive, header, allowed):
     total = sum(n_bytes for _,_,n_bytes in [*heads.values(), *images])
     if total > allowed:
         size = Path(archive.filename).stat().st_size
-        raise _TooLarge(f'{str(archive.filename)!r} is {size/1e6:.1f} MB and would unpack to {total/1e9:.1f} GB: if you trust it, load it with max_bytes={total}')
+        sizes = f'{size/1e6:.1f} MB and would unpack to {total/1e9:.1f} GB'
+        raise _TooLarge(f'{str(archive.filename)!r} is {sizes}: if you trust it, load it with max_bytes={total}')
 
 def _parts(file, max_bytes):
     "Header, tensors and images of a saved file; of a newer format, the header only"
@@ -1246,7 +1267,8 @@ def _parts(file, max_bytes):
         header = _header_in(archive, allowed)
         if header['format'] > _format: return header,{},[]
         _check_arrays(archive, header, allowed)
-        tensors = {name: torch.from_numpy(_unpacked(archive, name, allowed)).view(_dtypes[dtype]) for name,dtype in header['dtypes'].items()}
+        tensors = {name: torch.from_numpy(_unpacked(archive, name, allowed)) for name in header['dtypes']}
+        tensors = {name: values.view(_dtypes[header['dtypes'][name]]) for name,values in tensors.items()}
         return header,tensors,[_unpacked(archive, f'image_{i}', allowed) for i in range(header['n_images'])]
 
 @patch(cls_method=True)
@@ -1258,7 +1280,8 @@ def load(cls:CAMs,
     "The maps in `file`, as they were when saved; the items are their names"
     file = _as_path(file)
     if file.is_dir(): raise ValueError(f'{str(file)!r} is a folder: give the name of a file')
-    if not file.is_file(): raise FileNotFoundError(f'there is no file {str(file)!r}: check the path (it is relative to {str(Path.cwd())!r})')
+    if not file.is_file():
+        raise FileNotFoundError(f'there is no file {str(file)!r}: check the path (it is relative to {str(Path.cwd())!r})')
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
@@ -1266,8 +1289,11 @@ def load(cls:CAMs,
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way
         raise ValueError(f'{str(file)!r} is not a file that CAMs.save wrote, or it is damaged: {" ".join(str(e).split())}') from None
-    if not known: raise ValueError(f'{str(file)!r} has format {header["format"]}, and this version of fastai_cam reads up to {_format}: update fastai_cam')
+    if not known:
+        newer = header['format']
+        raise ValueError(f'{str(file)!r} has format {newer}, and this version of fastai_cam reads up to {_format}: update fastai_cam')
     if images is None: return loaded
-    if len(images) != len(loaded): raise ValueError(f'{len(images)} images do not fit the {len(loaded)} items in {str(file)!r}: give one for each')
+    if len(images) != len(loaded):
+        raise ValueError(f'{len(images)} images do not fit the {len(loaded)} items in {str(file)!r}: give one for each')
     return loaded._with(images=images)
 
