@@ -496,7 +496,7 @@ def _warn_not_finite(names, doing='neither drawn nor searched'):
     "Say which maps are no maps"
     named = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
     advice = 'look for NaN in the weights, the input or the output of the model'
-    warnings.warn(f'not finite (NaN or infinite values in the map), so {doing}: {named}; {advice}', stacklevel=4)
+    warnings.warn(f'not finite (NaN or infinite values in the map or its score), so {doing}: {named}; {advice}', stacklevel=4)
 
 def _as_drawn(values):
     "A map as numbers to draw or to search: on the CPU, without gradients, in a type that numpy knows"
@@ -802,10 +802,22 @@ class CAMs:
 
     @property
     def is_finite(self) -> Tensor: # Bool `[n]`, or `[n, K]`
-        "Which maps are maps? One with NaN or infinite values is neither drawn nor searched, and a warning says so"
+        "Which maps are maps? One with NaN or infinite values, or of such a score, is neither drawn nor searched, and a warning says so"
         finite = torch.isfinite(self.maps).flatten(-self.n_space).all(-1)
+        finite = finite & self._are_scores_finite().reshape(finite.shape).to(finite.device)
         if self.classes is None or self.classes.shape != finite.shape: return finite
         return finite | (self.classes.to(finite.device)==NOT_ASKED)
+
+    def _are_scores_finite(self, idxs=slice(None)):
+        "Were the outputs that these items' maps explain numbers, `[n, K]`? Where it is not known which those are: was any?"
+        preds,n = self.preds,len(self.maps[idxs])
+        unknown = not isinstance(preds, Tensor) or len(preds) != len(self) or preds.numel()==0
+        if unknown: return torch.ones(n, self.n_questions, dtype=torch.bool)
+        finite = torch.isfinite(preds[idxs]).reshape(n, preds[0].numel())
+        some = finite.any(1, keepdim=True).expand(n, self.n_questions)
+        if self.classes is None or preds.dim() > 2: return some
+        classes = self.classes[idxs].reshape(n, -1).expand(n, self.n_questions).to(finite.device)
+        return torch.where(classes >= 0, finite.gather(1, classes.long().clamp(0, finite.shape[1] - 1)), some)
 
     def _announce(self, idxs, doing='neither drawn nor searched'):
         "Say which of these items have a map that is none"
@@ -856,7 +868,10 @@ class CAMs:
     def _is_shared(self, values): return values.dim()==1 + self.n_space # one for all questions
     def _region(self, i, k): return None if self.regions is None else self.regions[i] if self._is_shared(self.regions) else self.regions[i,k]
     def _asked(self, i): return [k for k in range(self.n_questions) if self._class(i, k) != NOT_ASKED]
-    def _map(self, i, k, image, title=''): return CAMMap(self._flat(i)[k], image, title, self._region(i, k), self._points(i), self.signed)
+    def _map(self, i, k, image, title=''):
+        found = self._flat(i)[k]
+        if not self._are_scores_finite([i])[0,k]: found = torch.full_like(found, math.nan) # ReLUs may have let through zeros
+        return CAMMap(found, image, title, self._region(i, k), self._points(i), self.signed)
     def _with(self, **changed): return CAMs(**{name: changed.get(name, getattr(self, name)) for name in inspect.signature(CAMs).parameters})
     def _subset(self, idxs):
         per_item = ('maps', 'images', 'classes', 'preds', 'targs', 'losses', 'items', 'regions', 'texts')

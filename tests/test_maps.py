@@ -23,6 +23,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
+from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Resize, get_image_files, resnet18, vision_learner
+
+import fastai_cam.learner
 from fastai_cam.audit import SanityCheck
 from fastai_cam.compare import CAMTable, CAMTrust
 from fastai_cam.maps import NOT_ASKED, Box, CAMMap, CAMs, Images, ItemMaps, Peak, check_style, normalize, plain_html, plain_legend, plain_text, to_pixels, to_slices
@@ -514,8 +517,10 @@ def test_words_are_drawn_as_they_are_in_every_figure(capfd):
 
 
 @pytest.mark.parametrize('name, drawn', [
-    ('two\nlines\tand a tab', 'two lines and a tab'), ('', "''"), ('  ', "'  '"), (b'caf\xc3\xa9 $5', 'café $5'), (7, '7'), (2.5, '2.5'), (None, 'None'), (np.str_('np'), 'np'),
-    ('nul\x00l', 'nul\ufffdl'), ('\udcff.png', '\ufffd.png'), ('\u202eabc', '\ufffdabc'), ('y'*300, 'y'*199 + '…'), ('Alien: Romulus', 'Alien: Romulus'),
+    ('two\nlines\tand a tab', 'two lines and a tab'), ('', "''"), ('  ', "'  '"), (b'caf\xc3\xa9 $5', 'café $5'), (7, '7'), (2.5, '2.5'),
+    (None, 'None'), (np.str_('np'), 'np'),
+    ('nul\x00l', 'nul\ufffdl'), ('\udcff.png', '\ufffd.png'), ('\u202eabc', '\ufffdabc'), ('y'*300, 'y'*199 + '…'),
+    ('Alien: Romulus', 'Alien: Romulus'),
 ])
 def test_names_that_are_no_line_of_text(name, drawn):
     cams = CAMs(torch.ones(1, 1, 2, 2), vocab=[name, 'b'], preds=torch.tensor([[.75, .25]]), classes=torch.tensor([[0]]), labels=[str(name)])
@@ -594,7 +599,7 @@ def test_one_bad_map_among_many(recwarn):
     cams = CAMs(maps, [torch.rand(3, 9, 9)]*4, items=['a.png', Path('far/b.png'), 'c.png', torch.zeros(3)])
     axs = cams.show()
     assert [len(ax.images) for ax in axs]==[2, 1, 2, 1] and [ax.get_title() for ax in axs]==['', 'not finite', '', 'not finite']
-    assert [str(w.message).split('; ')[0] for w in recwarn if w.category is UserWarning]==['not finite (NaN or infinite values in the map), so neither drawn nor searched: item 1 (b.png), item 3']
+    assert [str(w.message).split('; ')[0] for w in recwarn if w.category is UserWarning]==['not finite (NaN or infinite values in the map or its score), so neither drawn nor searched: item 1 (b.png), item 3']
     recwarn.clear()
     for find in (cams.boxes, cams.peaks):
         with pytest.warns(UserWarning, match=r'item 1 \(b.png\), item 3;') as said: assert [len(found) > 0 for found in find()]==[True, False, True, False]
@@ -621,6 +626,22 @@ def test_volumes_and_questions_that_are_not_finite(recwarn, tmp_path):
 def test_an_output_that_is_not_finite_names_no_class(task, preds):
     cams = CAMs(torch.ones(1, 2, 2), preds=torch.tensor(preds), targs=None if task=='points' else torch.tensor([1]), losses=torch.tensor([.5]), vocab=VOCAB[:len(preds[0])], task=task)
     assert cams.item_title(0, loss=True).startswith('output not finite') and 'cat' not in cams.item_title(0) and 'output not finite' in cams.show()[0].get_title()
+
+
+@pytest.mark.parametrize('preds, classes, finite', [
+    ([[float('nan'), .5], [.1, .9]], [0, 1], [False, True]), ([[float('nan'), .5], [.1, .9]], [1, 0], [True, True]), ([[float('nan')]*2, [.1, .9]], [-1, -1], [False, True]),
+    ([[float('inf'), 0.], [.1, .9]], [-1, 0], [True, True]), ([[float('nan')], [.5]], [1, 1], [False, True]), ([float('nan'), .5], [0, 0], [False, True]), ([[float('nan')]*2, [.1, .9]], None, [False, True]),
+])
+@pytest.mark.parametrize('single', [True, False])
+def test_a_map_of_a_score_that_is_not_finite_is_none(preds, classes, finite, single, recwarn):
+    "The map itself may be: a ReLU that was off lets zeros through for NaN"
+    maps = torch.rand(2, 3, 3) + .1
+    classes = None if classes is None else torch.tensor(classes)
+    cams = CAMs(maps if single else maps[:, None].repeat(1, 2, 1, 1), [torch.rand(3, 9, 9)]*2, classes if single or classes is None else classes[:, None].repeat(1, 2), preds=torch.tensor(preds))
+    assert cams.is_finite.tolist()==(finite if single else [[one]*2 for one in finite])
+    drawn = [len(ax.images)==2 for ax in cams.show()]
+    assert drawn==(finite if single else np.repeat(finite, 2).tolist()) and torch.equal(cams.maps[:, 0] if not single else cams.maps, maps)
+    assert any('not finite' in str(w.message) for w in recwarn)==(not all(finite))
 
 
 def test_the_legend_is_of_an_item_whose_output_is_finite():
@@ -685,7 +706,8 @@ def test_frames_are_shown_as_frames():
 
 
 @pytest.mark.parametrize('depth, n, c, is_frames', [
-    (8, 8, 3, True), (2, 8, 3, True), (3, 8, 3, False), (4, 4, 3, True), (3, 4, 3, False), (2, 2, 3, True), (3, 2, 3, False), (16, 16, 1, True), (1, 16, 1, True), (16, 16, 4, True), (4, 16, 4, False),
+    (8, 8, 3, True), (2, 8, 3, True), (3, 8, 3, False), (4, 4, 3, True), (3, 4, 3, False), (2, 2, 3, True), (3, 2, 3, False),
+    (16, 16, 1, True), (1, 16, 1, True), (16, 16, 4, True), (4, 16, 4, False),
     (3, 3, 3, False), (2, 3, 4, False), (3, 3, 4, True),
 ])
 def test_what_tells_frames_from_channels(depth, n, c, is_frames):
@@ -1000,7 +1022,8 @@ def test_endings_of_figures(tmp_path):
 
 
 @pytest.mark.parametrize('wrong, message', [
-    ('map.xyz', r"saved as \.xyz \('map.xyz'\): use one of the endings .*pdf, .*png"), ('v1.2', r'saved as \.2'), ('no/such/map.png', 'a folder that exists'), ('.', 'is a folder: add a name'),
+    ('map.xyz', r"saved as \.xyz \('map.xyz'\): use one of the endings .*pdf, .*png"), ('v1.2', r'saved as \.2'),
+    ('no/such/map.png', 'a folder that exists'), ('.', 'is a folder: add a name'),
     ('new/', 'folder'), (3, 'not int'), (b'map.png', 'not bytes'), (True, 'not bool'), ('~nobody-of-that-name/a.png', 'home folder'),
 ])
 def test_a_place_that_a_figure_cannot_go_is_said_before_any_work(wrong, message, tmp_path, monkeypatch):
@@ -1010,6 +1033,30 @@ def test_a_place_that_a_figure_cannot_go_is_said_before_any_work(wrong, message,
     for show in (check_style, cams.show, CAMMap(torch.ones(2, 2)).show, CAMMap(torch.ones(2, 2, 2)).show_slices):
         with pytest.raises((ValueError, TypeError), match=message): show(save=wrong)
     assert names(tmp_path)==[] and not plt.get_fignums()
+
+
+def test_a_learner_is_not_asked_where_the_figure_cannot_be_saved(dls, tmp_path):
+    class Asked(torch.nn.Module):
+        def forward(self, x): raise AssertionError('asked')
+    learn = Learner(dls, Asked(), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match=r'saved as \.xyz'): learn.show_cam(0, save=tmp_path/'map.xyz')
+    with pytest.raises(TypeError, match='did you mean cmap'): learn.show_cam(0, colormap='jet')
+
+
+def test_a_real_learner_with_strange_names(pictures, tmp_path, capfd):
+    "From the data block to the file: nothing between them reads the names"
+    names = {'left': '$0-$50', 'right': '_$50-$100 猫'}
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda f: names[f.parent.name], item_tfms=Resize(32))
+    learn = vision_learner(block.dataloaders(pictures, bs=4, num_workers=0), resnet18, pretrained=False)
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', category=UserWarning)
+        learn.show_cam([0, 1], cls=list(names.values()), save=tmp_path/'$a$.png')
+    titles = [ax.get_title(loc='left').split('▸ ')[1].rpartition(' ')[0] for ax in plt.gcf().axes]
+    assert titles==list(names.values())*2 and (tmp_path/'$a$.png').stat().st_size > 5000 and 'lyph' not in capfd.readouterr().err
+    learn.model[-1][-1].weight.data[0, 0] = float('nan') # of a unit that is off: the map knows nothing of it, the score does
+    with pytest.warns(UserWarning, match='not finite'): learn.show_cam([0, 1])
+    assert all('not finite' in ax.get_title() and len(ax.images)==1 for ax in plt.gcf().axes)
 
 
 @pytest.mark.parametrize('wrong, near', [('colormap', 'cmap'), ('box', 'boxes'), ('figsiz', 'figsize'), ('transparency', None), ('Alpha', 'alpha')])
@@ -1066,16 +1113,27 @@ def rewritten(file, header=None, **arrays):
 
 @pytest.mark.parametrize('header, arrays, message', [
     *[({word: None}, {}, f"header lacks '{word}'") for word in ('n_images', 'dtypes', 'labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')],
-    ({'format': None}, {}, 'names no format'), ({'format': 'x'}, {}, 'names no format'), ({'format': 0}, {}, 'names no format'), ({'format': True}, {}, 'names no format'),
-    ({'task': 'x'}, {}, "'x' is no 'task'"), ({'n_space': 4}, {}, "4 is no 'n_space'"), ({'n_space': [2]}, {}, 'n_space'), ({'signed': 1}, {}, 'signed'), ({'thresh': 2}, {}, 'thresh'),
-    ({'thresh': float('nan')}, {}, 'thresh'), ({'items': 'abcd'}, {}, 'items'), ({'items': ['a']}, {}, '1 items for 4 items'), ({'items': [1, 2, 3, 4]}, {}, 'items'), ({'texts': ['a']*5}, {}, '5 texts for 4'),
-    ({'labels': ['a']}, {}, '1 labels for 2 questions'), ({'vocab': {'a': 1}}, {}, 'vocab'), ({'n_images': -1}, {}, 'n_images'), ({'n_images': 2}, {}, '2 images for 4'), ({'n_images': 10**15}, {}, 'images for 4'),
-    ({'n_images': 4}, {}, "has no 'image_0'"), ({'dtypes': {}}, {}, 'dtypes'), ({'dtypes': {'maps': 'torch.load'}}, {}, 'dtypes'), ({'dtypes': {'maps': 'torch.float32', 'header': 'torch.int8'}}, {}, 'dtypes'),
-    ({'dtypes': {'maps': 'torch.float64'}}, {}, 'maps are float32, and its header says torch.float64'), ({'dtypes': {'maps': 'torch.int32'}}, {}, 'maps are float32'), ({'dtypes': [1]}, {}, 'dtypes'),
-    ({}, {'maps': None}, "has no 'maps'"), ({}, {'preds': None}, "has no 'preds'"), ({}, {'maps': np.ones((4, 2), np.float32)}, 'cannot have the shape'), ({}, {'maps': np.ones((5, 2, 5, 6), np.float32)}, 'for 5 items'),
-    ({}, {'classes': np.zeros((4, 3), int)}, 'classes have the shape'), ({}, {'losses': np.zeros(3, np.float32)}, r'losses have the shape \[3\] for 4'), ({}, {'preds': np.float32(1)}, r'preds have the shape \[\]'),
-    ({}, {'targs': np.array(['a']*4)}, 'targs are <U1'), ({}, {'losses': np.zeros(4, 'M8[s]')}, 'losses are'), ({}, {'regions': np.ones((4, 20), bool)}, 'regions are a bool tensor'),
-    ({'n_images': 4}, {f'image_{i}': np.zeros((3, 3), np.float32) for i in range(4)}, 'is no image'), ({'n_images': 4}, {f'image_{i}': np.zeros((3, 3, 7), np.uint8) for i in range(4)}, 'is no image'),
+    ({'format': None}, {}, 'names no format'), ({'format': 'x'}, {}, 'names no format'), ({'format': 0}, {}, 'names no format'),
+    ({'format': True}, {}, 'names no format'),
+    ({'task': 'x'}, {}, "'x' is no 'task'"), ({'n_space': 4}, {}, "4 is no 'n_space'"), ({'n_space': [2]}, {}, 'n_space'),
+    ({'signed': 1}, {}, 'signed'), ({'thresh': 2}, {}, 'thresh'),
+    ({'thresh': float('nan')}, {}, 'thresh'), ({'items': 'abcd'}, {}, 'items'), ({'items': ['a']}, {}, '1 items for 4 items'),
+    ({'items': [1, 2, 3, 4]}, {}, 'items'), ({'texts': ['a']*5}, {}, '5 texts for 4'),
+    ({'labels': ['a']}, {}, '1 labels for 2 questions'), ({'vocab': {'a': 1}}, {}, 'vocab'), ({'n_images': -1}, {}, 'n_images'),
+    ({'n_images': 2}, {}, '2 images for 4'), ({'n_images': 10**15}, {}, 'images for 4'),
+    ({'n_images': 4}, {}, "has no 'image_0'"), ({'dtypes': {}}, {}, 'dtypes'), ({'dtypes': {'maps': 'torch.load'}}, {}, 'dtypes'),
+    ({'dtypes': {'maps': 'torch.float32', 'header': 'torch.int8'}}, {}, 'dtypes'),
+    ({'dtypes': {'maps': 'torch.float64'}}, {}, 'maps are float32, and its header says torch.float64'),
+    ({'dtypes': {'maps': 'torch.int32'}}, {}, 'maps are float32'), ({'dtypes': [1]}, {}, 'dtypes'),
+    ({}, {'maps': None}, "has no 'maps'"), ({}, {'preds': None}, "has no 'preds'"),
+    ({}, {'maps': np.ones((4, 2), np.float32)}, 'cannot have the shape'), ({}, {'maps': np.ones((5, 2, 5, 6), np.float32)}, 'for 5 items'),
+    ({}, {'classes': np.zeros((4, 3), int)}, 'classes have the shape'),
+    ({}, {'losses': np.zeros(3, np.float32)}, r'losses have the shape \[3\] for 4'),
+    ({}, {'preds': np.float32(1)}, r'preds have the shape \[\]'),
+    ({}, {'targs': np.array(['a']*4)}, 'targs are <U1'), ({}, {'losses': np.zeros(4, 'M8[s]')}, 'losses are'),
+    ({}, {'regions': np.ones((4, 20), bool)}, 'regions are a bool tensor'),
+    ({'n_images': 4}, {f'image_{i}': np.zeros((3, 3), np.float32) for i in range(4)}, 'is no image'),
+    ({'n_images': 4}, {f'image_{i}': np.zeros((3, 3, 7), np.uint8) for i in range(4)}, 'is no image'),
 ])
 def test_a_header_is_not_trusted(header, arrays, message, tmp_path):
     everything().save(tmp_path/'cams.npz')
@@ -1091,9 +1149,12 @@ def npy(shape, dtype='<f4', data=b''):
 
 
 @pytest.mark.parametrize('name, content', [
-    ('maps', npy((10**9, 2, 5, 6))), ('maps', npy((4, 10**5, 10**5, 2))), ('maps', npy((4, -1, 5, 6))), ('maps', npy((4, 2, 5, 6), data=b'short')), ('maps', npy((4, 2, 5, 6), data=b'\0'*961)), ('maps', npy((0, 10**30, 7))),
-    ('maps', npy((4, 2, 5, 6), '|O', b'\0'*1920)), ('maps', pickle.dumps([1])), ('maps', b''), ('header', npy((), '<U1000000000')), ('header', npy((), '|O', pickle.dumps('x'))), ('header', npy((1,), '<U1', b'{\0\0\0')),
-    ('header', npy((), '<U2', '{}'.encode('utf-32-le'))), ('header', npy((), '<U2', '[]'.encode('utf-32-le'))), ('header', npy((), '<U1', '{'.encode('utf-32-le'))), ('header', npy((), '<U100000', ('['*100000).encode('utf-32-le'))),
+    ('maps', npy((10**9, 2, 5, 6))), ('maps', npy((4, 10**5, 10**5, 2))), ('maps', npy((4, -1, 5, 6))),
+    ('maps', npy((4, 2, 5, 6), data=b'short')), ('maps', npy((4, 2, 5, 6), data=b'\0'*961)), ('maps', npy((0, 10**30, 7))),
+    ('maps', npy((4, 2, 5, 6), '|O', b'\0'*1920)), ('maps', pickle.dumps([1])), ('maps', b''), ('header', npy((), '<U1000000000')),
+    ('header', npy((), '|O', pickle.dumps('x'))), ('header', npy((1,), '<U1', b'{\0\0\0')),
+    ('header', npy((), '<U2', '{}'.encode('utf-32-le'))), ('header', npy((), '<U2', '[]'.encode('utf-32-le'))),
+    ('header', npy((), '<U1', '{'.encode('utf-32-le'))), ('header', npy((), '<U100000', ('['*100000).encode('utf-32-le'))),
     ('header', npy((), '<U1', b'\xff'*4)),
 ])
 def test_an_array_is_not_trusted(name, content, tmp_path):
