@@ -1033,6 +1033,7 @@ class CAMs:
                 panel_ax.set_title('')
                 heading = '\n'.join(part for part in (titles[i,j], plane) if part)
                 plain_text(panel_ax.set_title(heading, fontsize=9, loc='center' if k==1 else 'left'))
+                if '$' in heading: panel_ax.title.set_parse_math(False) # also for who moves the words to the middle
             axs = [places[panel] for panel in asked]
         if ax is None:
             title = self.legend(loss) if title is None and (n > 1 or self.task=='points') else title

@@ -488,6 +488,7 @@ def test_words_are_drawn_as_they_are_in_every_title(capfd):
     columns = CAMs(torch.ones(1, 2, 2, 2), labels=[word, 'b'], vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), classes=torch.tensor([[0, -1]])).show()
     assert columns[0].get_title(loc='left')==f'{word} / 0.90\n▸ {word} 0.90'
     check_drawn(columns[0].figure, word, capfd)
+    assert not columns[0].title.get_parse_math()
     check_drawn(CAMs(torch.ones(1, 2, 2, 2), n_space=3, **two).show()[0].figure, word, capfd)
     check_drawn(CAMs(torch.ones(1, 1, 2, 2), **{**two, 'classes': torch.tensor([[0]])})[0].show()[0].figure, word, capfd)
 
