@@ -30,7 +30,7 @@ from .probe import Capture, Pass, Probe, _each_tensor, _without_hooks, bare, che
 from .tasks import Values
 from .targets import Target
 from .methods import as_methods, enlarge, method_name
-from .maps import CAMMap, Images, _save, check_style, normalize
+from .maps import CAMMap, Images, _save, check_style, normalize, plain_html, plain_legend, plain_text
 from .state import check_learner, learner_as_found, with_bar
 from .source import as_source, dl_source, n_inputs
 from .learner import _target, task_of
@@ -263,7 +263,7 @@ class SanityCheck:
         return f'{method} {word}: {when}, its maps keep {share(kept)} of their own (95% interval {share(low)} to {share(high)}; {names[name]} {columns[name]:.2f}, maps of different images {columns[f"{name}_chance"]:.2f}). With {next(iter(self.steps))!r} alone at random: {share(first)}.'
 
     def __repr__(self) -> str: return self.verdict
-    def _repr_html_(self) -> str: return '<p>' + self.verdict.replace('\n', '<br>') + '</p>' + self.table.round(2).to_html(index=False)
+    def _repr_html_(self) -> str: return plain_html(self.verdict, self.table.round(2).to_html(index=False))
 
     def plot(self,
         ax:Sequence[Axes]|None=None, # Two axes, one a measure
@@ -273,6 +273,7 @@ class SanityCheck:
         "The share of their own that the maps of each method keep, step by step, with 95% intervals; dashed: one half"
         check_style(figsize=figsize, save=save, ax=ax)
         axs = plt.subplots(1, 2, figsize=figsize or (11, 3.4), sharey=True, layout='constrained')[1] if ax is None else ax
+        lines = {} # of the last panel, by method
         if len(axs) != 2: raise ValueError(f'there are two measures to draw, and {len(axs)} axes were given: give two')
         is_cascade = self.how=='cascading'
         places = [0, *self.steps.values()] if is_cascade else list(range(len(self.steps)))
@@ -282,16 +283,19 @@ class SanityCheck:
                 if is_cascade: kept,low,high = (np.r_[1, values] for values in (kept, low, high)) # before anything is random
                 kept,low,high = (values.clip(min=0) for values in (kept, low, high)) # less than nothing is nothing
                 line, = panel.plot(places, kept, marker='.', label=method)
+                lines[method] = line
                 panel.fill_between(places, low, high, color=line.get_color(), alpha=.15, linewidth=0)
             panel.axhline(self.limit, color='grey', linestyle='--', linewidth=1)
             panel.set_title(title, fontsize=10)
             if is_cascade:
                 panel.set_xlabel('layers at random, from the output back')
                 panel.xaxis.set_major_formatter(lambda share, _: f'{share:.0%}')
-            else: panel.set_xticks(places, self.steps, rotation=30, ha='right', fontsize=7)
+            else:
+                panel.set_xticks(places, self.steps, rotation=30, ha='right', fontsize=7)
+                plain_text(*panel.get_xticklabels())
         axs[0].set_ylabel('share of their own kept')
         axs[0].set_ylim(-.03, 1.05)
-        axs[-1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+        plain_legend(axs[-1], list(lines.values()), list(lines), fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
         _save(axs[0].figure, save)
         return list(axs)
 
@@ -312,8 +316,8 @@ class SanityCheck:
         for row,(method,found) in zip(grid, self.maps.items()):
             for panel,one,title in zip(row, found[:,item], titles):
                 CAMMap(one, image).show(ax=panel, title='', **kwargs)
-                panel.set_title(title if panel.get_subplotspec().is_first_row() else '', fontsize=8)
-            row[0].text(-.06, .5, method, transform=row[0].transAxes, rotation=90, ha='right', va='center', fontsize=8)
+                plain_text(panel.set_title(title if panel.get_subplotspec().is_first_row() else '', fontsize=8))
+            plain_text(row[0].text(-.06, .5, method, transform=row[0].transAxes, rotation=90, ha='right', va='center', fontsize=8))
         _save(fig, save)
         return list(grid.ravel())
 

@@ -32,7 +32,7 @@ from .probe import _each_tensor, bare, check_layers, resolve_layer
 from .tasks import BinaryLabel, MultiLabel, Values
 from .targets import AllClasses, Contrast, Score, Several
 from .methods import as_method, as_methods, method_name
-from .maps import CAMMap, _save, check_style
+from .maps import CAMMap, _save, check_style, plain_html, plain_text
 from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxes_to_masks, curve_area, impute, insertion_deletion
 from .audit import _with_interval, randomization_similarity
 from .state import check_learner, learner_as_found, with_bar
@@ -149,7 +149,7 @@ class CAMTable(pd.DataFrame):
         return pd.DataFrame(self).__repr__() if shown is None else shown.round(3).to_string(index=False)
     def _repr_html_(self) -> str:
         shown = self._shown()
-        return pd.DataFrame(self)._repr_html_() if shown is None else shown.round(3).to_html(index=False)
+        return pd.DataFrame(self)._repr_html_() if shown is None else plain_html('', shown.round(3).to_html(index=False))
 
     def plot(self,
         figsize:tuple|None=None, # Size of the figure in inches
@@ -169,9 +169,10 @@ class CAMTable(pd.DataFrame):
             baselines = self.loc[self['method'].isin(BASELINES), name].dropna()
             if len(baselines): ax.axvline(baselines.max() if higher else baselines.min(), color='grey', lw=1, ls=':')
             if not higher: ax.invert_xaxis()
-            ax.set_title(name.replace('_', ' ') + ('' if higher else ' (less is better)'), fontsize=9)
+            plain_text(ax.set_title(name.replace('_', ' ') + ('' if higher else ' (less is better)'), fontsize=9))
             ax.tick_params(labelsize=8)
         axes[0][0].set_yticks(range(n - 1, -1, -1), labels)
+        plain_text(*axes[0][0].get_yticklabels())
         _save(fig, save)
         return fig
 
@@ -305,6 +306,7 @@ class CAMTrust:
     @property
     def verdict(self) -> str:
         "The answer in words, with the numbers behind it"
+        if not self.cam_map.is_finite: return f'There is nothing to believe: the map of {self.label} is not finite (it has NaN or infinite values).'
         if self.cam_map.is_empty: return f'There is nothing to believe: the map of {self.label} has no positive evidence.'
         n,found = self.numbers,[self.matters, self.beats_baselines, self.is_learned]
         best = max(n['baselines'], key=n['baselines'].get)
@@ -315,7 +317,7 @@ class CAMTrust:
         return f'{opening}: ' + '; '.join(why) + '.'
 
     def __repr__(self) -> str: return self.verdict
-    def _repr_html_(self) -> str: return f'<p>{self.verdict}</p>'
+    def _repr_html_(self) -> str: return plain_html(self.verdict)
 
     def show(self,
         figsize:tuple|None=None, # Size of the figure in inches
@@ -329,8 +331,8 @@ class CAMTrust:
         axes[1].hist([n['score'] - drop for drop in n['random_drops']], color='lightgrey', bins=10)
         for value,name,colour in ((n['score'], 'whole picture', 'C0'), (n['score'] - n['drop'], f'without the lit {self.share:.0%}', 'C3')): axes[1].axvline(value, color=colour, label=name)
         axes[1].set(xlim=(min(-.02, n['score'] - n['drop'] - .02), max(1.02, n['score'] + .02)) if 0 <= n['score'] <= 1 else None, yticks=[])
-        axes[1].set_title(f'score of {self.label}; grey: as much removed elsewhere', fontsize=9)
-        axes[1].legend(fontsize=8)
+        plain_text(axes[1].set_title(f'score of {self.label}; grey: as much removed elsewhere', fontsize=9))
+        plain_text(*axes[1].legend(fontsize=8).get_texts())
         values = dict(self.numbers['baselines'], map=n['faithfulness'])
         axes[2].barh([name.removesuffix('_map') for name in values], list(values.values()), color=['lightgrey']*(len(values) - 1) + ['C3'])
         axes[2].set_title('insertion − deletion', fontsize=9)

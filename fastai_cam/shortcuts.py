@@ -33,7 +33,7 @@ from fastai.torch_core import to_device
 from .probe import Probe, bare, check_layers
 from .tasks import MultiLabel, Segmentation, Values
 from .methods import as_method, enlarge
-from .maps import CAMMap, _save, check_style, normalize, to_pixels
+from .maps import CAMMap, _save, check_style, normalize, plain_html, plain_text, to_pixels
 from .state import check_learner, learner_as_found, with_bar
 from .source import decode_images, dl_source, n_inputs
 from .learner import class_names, task_of
@@ -615,7 +615,7 @@ class Shortcuts:
         if len(self): return '\n'.join(shortcut.sentence for shortcut in self)
         if not self.looked_at: return 'Nothing could be looked for: no class has enough pictures that are taken for it. Look over a larger set, or lower min_items.'
         return f'No shortcut was found ({sum(self.looked_at.values())} pictures of {len(self.looked_at)} classes).'
-    def _repr_html_(self) -> str: return '<p>' + repr(self).replace('\n', '<br>') + '</p>'
+    def _repr_html_(self) -> str: return plain_html(repr(self))
 
     def plot(self,
         n:int=3, # How many examples of each
@@ -634,7 +634,7 @@ class Shortcuts:
             for ax,picture,title in zip(row[n:], shortcut.pictures, (f'another picture: {shortcut.before:.2f}', f'with it: {shortcut.after:.2f}')):
                 ax.imshow(to_pixels(picture))
                 ax.set_title(title, fontsize=9)
-            row[0].set_title(f'{shortcut.cls}: {shortcut.where}', fontsize=9)
+            plain_text(row[0].set_title(f'{shortcut.cls}: {shortcut.where}', fontsize=9))
         _save(fig, save)
         return fig
 

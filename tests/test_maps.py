@@ -1,7 +1,18 @@
 "Maps, boxes, titles and files: against values worked out by hand, and implementations that share nothing with ours."
+import base64
 import copy
+import errno
+import io
 import json
+import os
 import pickle
+import signal
+import stat
+import threading
+import tracemalloc
+import warnings
+import zipfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,8 +20,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
+from matplotlib.text import Text
+from PIL import Image
 
-from fastai_cam.maps import NOT_ASKED, Box, CAMMap, CAMs, Images, ItemMaps, Peak, check_style, normalize, to_slices
+from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Resize, get_image_files, resnet18, vision_learner
+
+import fastai_cam.learner
+from fastai_cam.audit import SanityCheck
+from fastai_cam.compare import CAMTable, CAMTrust
+from fastai_cam.maps import NOT_ASKED, Box, CAMMap, CAMs, Images, ItemMaps, Peak, check_style, normalize, plain_html, plain_legend, plain_text, to_pixels, to_slices
+from fastai_cam.shortcuts import Shortcut, Shortcuts
 
 VOCAB = ['cat', 'dog', 'car']
 
@@ -435,6 +454,283 @@ def test_options_are_checked_before_images_are_read():
     check_style(boxes=True, peaks=[], slice=3, slices=2)
 
 
+# -- words from users
+
+STRANGE = ['$0-$50', '$\\frac{$', 'a\\b_c^d $', '50% {x} %s', '_hidden', '猫と犬', 'قطة', '🐱', '\uf8ff']
+EVERYTHING = '_<b>$1-$2 猫' # in one word, where figures take long
+
+
+def check_drawn(fig, word, capfd):
+    "Is `word` drawn, nowhere read as a formula, and nothing complained about?"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fig.savefig(io.BytesIO(), dpi=20)
+    holding = [text for text in fig.findobj(Text) if word in text.get_text() and text.get_visible()]
+    assert holding and not any('$' in text.get_text() and text.get_parse_math() for text in holding) and not any(text.get_usetex() for text in holding)
+    assert capfd.readouterr().err==''
+
+
+@pytest.mark.parametrize('word', STRANGE)
+def test_words_are_drawn_as_they_are(word, capfd):
+    two = dict(vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), targs=torch.tensor([0]), classes=torch.tensor([0]))
+    check_drawn(CAMMap(torch.ones(2, 2), title=word).show().figure, word, capfd)
+    flat = CAMs(torch.ones(1, 2, 2), **two).show()
+    assert flat[0].get_title()==f'{word}/{word} / 0.90'
+    check_drawn(flat[0].figure, word, capfd)
+
+
+def test_words_are_drawn_as_they_are_in_every_title(capfd):
+    word = EVERYTHING
+    two = dict(vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), targs=torch.tensor([0]), classes=torch.tensor([0]))
+    several = CAMs(torch.ones(2, 2, 2), labels=[word], vocab=[word, 'b'], preds=torch.eye(2), texts=[word, None], classes=torch.tensor([1, 0])).show(title=word)
+    assert several[0].get_title()==f'{word}\n{word} / 1.00\n▸ b 0.00' and several[0].figure.get_suptitle()==word
+    check_drawn(several[0].figure, word, capfd)
+    columns = CAMs(torch.ones(1, 2, 2, 2), labels=[word, 'b'], vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), classes=torch.tensor([[0, -1]])).show()
+    assert columns[0].get_title(loc='left')==f'{word} / 0.90\n▸ {word} 0.90'
+    check_drawn(columns[0].figure, word, capfd)
+    assert not columns[0].title.get_parse_math()
+    check_drawn(CAMs(torch.ones(1, 2, 2, 2), n_space=3, **two).show()[0].figure, word, capfd)
+    check_drawn(CAMs(torch.ones(1, 1, 2, 2), **{**two, 'classes': torch.tensor([[0]])})[0].show()[0].figure, word, capfd)
+
+
+def test_words_are_drawn_as_they_are_in_every_figure(capfd):
+    word = EVERYTHING
+    maps = torch.rand(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    for how in ('cascading', 'independent'):
+        check = SanityCheck({word: maps}, {word: 1.}, how)
+        axs = check.plot()
+        assert [text.get_text() for text in axs[-1].get_legend().get_texts()]==[word]
+        check_drawn(axs[0].figure, word, capfd)
+        check_drawn(check.show()[0].figure, word, capfd)
+        assert check._repr_html_().count('mathjax_ignore')==1 and '<b>' not in check._repr_html_()
+    columns = {'score_$a$': [1., 2.], 'score_$a$_low': [.5, 1.], 'score_$a$_high': [1.5, 3.]}
+    table = CAMTable({'method': [word, 'gradcam'], 'layer': ['', ''], **columns})
+    table.metrics = {'score_$a$': True}
+    check_drawn(table.plot(), word, capfd)
+    numbers = dict(score=.9, drop=.5, drop_elsewhere=.1, random_drops=[.1, .2], n_random=2, n_beaten=2, chance_p=.05, faithfulness=.4, baselines=dict(edge_map=.1), randomized_similarity=.1)
+    trust = CAMTrust(CAMMap(torch.ones(2, 2), title=word), word, numbers, .2)
+    check_drawn(trust.show(), word, capfd)
+    assert 'mathjax_ignore' in trust._repr_html_() and '<b>' not in trust._repr_html_()
+    found = Shortcut(word, 'place', 'top', [0], 3, 1, .9, (.8, 1.), .1, .9, (.5, .4, .6), 'mean', torch.ones(8, 8) > 0, None, (torch.rand(3, 8, 8), torch.rand(3, 8, 8)))
+    shortcuts = Shortcuts([found], {word: 3}, [torch.rand(3, 8, 8)], torch.rand(1, 4, 4))
+    check_drawn(shortcuts.plot(n=1), word, capfd)
+    assert 'mathjax_ignore' in shortcuts._repr_html_() and '<b>' not in shortcuts._repr_html_()
+
+
+@pytest.mark.parametrize('name, drawn', [
+    ('two\nlines\tand a tab', 'two lines and a tab'), ('', "''"), ('  ', "'  '"), (b'caf\xc3\xa9 $5', 'café $5'), (7, '7'), (2.5, '2.5'),
+    (None, 'None'), (np.str_('np'), 'np'),
+    ('nul\x00l', 'nul\ufffdl'), ('\udcff.png', '\ufffd.png'), ('\u202eabc', '\ufffdabc'), ('y'*300, 'y'*199 + '…'),
+    ('Alien: Romulus', 'Alien: Romulus'),
+])
+def test_names_that_are_no_line_of_text(name, drawn):
+    cams = CAMs(torch.ones(1, 1, 2, 2), vocab=[name, 'b'], preds=torch.tensor([[.75, .25]]), classes=torch.tensor([[0]]), labels=[str(name)])
+    assert cams.item_title(0)==f'{drawn} / 0.75' and cams.question(0)==f'{drawn} 0.75'
+    ax = cams.show()[0]
+    assert ''.join(ax.get_title().split())==''.join(f'{drawn}/0.75'.split())
+    ax.figure.savefig(io.BytesIO())
+
+
+def test_a_method_before_a_name_with_a_colon():
+    cams = CAMs(torch.ones(1, 2, 2, 2), vocab=['Alien: Romulus', 'b'], preds=torch.tensor([[.75, .25]]), classes=torch.tensor([[0, 0]]), labels=['layercam: Alien: Romulus', 'gradcam: predicted'])
+    assert [cams.question(0, k) for k in (0, 1)]==['layercam: Alien: Romulus 0.75', 'gradcam: Alien: Romulus 0.75']
+
+
+def test_a_class_that_the_vocab_does_not_have_is_called_by_its_number():
+    assert CAMs(torch.ones(1, 2, 2), preds=torch.tensor([[.1, .9]]), targs=torch.tensor([7]), classes=torch.tensor([7]), vocab=['a', 'b'])[0].title=='b/class 7 / 0.90 · map: class 7'
+
+
+def test_letters_come_from_a_font_that_has_them():
+    "Computer Modern has no Cyrillic; DejaVu, which comes with matplotlib, has; the font asked for comes first"
+    text = plt.figure().text(0, 0, 'aж', fontfamily='cmr10')
+    plain_text(text)
+    assert text.get_fontfamily()[0]=='cmr10' and len(text.get_fontfamily())==2 and text.get_fontfamily()[1] != 'Last Resort High-Efficiency' and text.get_text()=='aж'
+    ordinary = plt.figure().text(0, 0, 'ordinary ä')
+    before = ordinary.get_fontfamily()
+    plain_text(ordinary)
+    assert ordinary.get_fontfamily()==before
+
+
+def test_a_formula_that_is_written_later_is_one():
+    ax = CAMMap(torch.ones(2, 2), title='cat').show()
+    assert ax.set_title('$x^2$').get_parse_math()
+
+
+def test_words_are_drawn_without_tex():
+    with plt.rc_context({'text.usetex': True}): axs = CAMs(torch.ones(2, 2, 2), vocab=['a_b', '50%'], preds=torch.eye(2), targs=torch.arange(2)).show()
+    assert not any(text.get_usetex() for text in [*(ax.title for ax in axs), axs[0].figure._suptitle])
+
+
+def test_the_maps_of_an_item_are_saved_together(tmp_path):
+    ItemMaps([CAMMap(torch.ones(2, 2)), CAMMap(torch.ones(2, 2))]).show(save=tmp_path/'two.png')
+    width, height = Image.open(tmp_path/'two.png').size
+    assert width > 1.5*height
+    with pytest.raises(ValueError, match='saved as .xyz'): ItemMaps([CAMMap(torch.ones(2, 2))]).show(save='a.xyz')
+
+
+def test_legends_have_every_name():
+    lines = plt.plot([0, 1], [[0, 1, 2], [1, 2, 3]])
+    assert [text.get_text() for text in plain_legend(plt.gca(), lines, ['_mine', '$a$', '']).get_texts()]==['_mine', '$a$', "''"]
+
+
+def test_html_shows_text_as_it_is():
+    assert plain_html('a < b & $c$\nd', '<table>')=='<div class="tex2jax_ignore mathjax_ignore"><p>a &lt; b &amp; $c$<br>d</p><table></div>'
+
+
+# -- maps that are none
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('signed', [False, True])
+def test_a_map_that_is_not_finite_is_said_and_not_drawn(value, signed):
+    bad = torch.ones(3, 3)
+    bad[1, 1] = value
+    one = CAMMap(bad, torch.rand(3, 9, 9), 'cat')
+    with pytest.warns(UserWarning, match='not finite .*: cat; look for NaN in the weights'): ax = one.show(signed=signed, boxes=True, peaks=True)
+    assert len(ax.images)==1 and ax.get_title()=='cat · not finite' and ax.texts[0].get_text()=='map is not finite (NaN or inf)' and not ax.patches
+    for find in (one.boxes, one.peaks):
+        with pytest.warns(UserWarning, match='not finite'): assert find()==[]
+    assert repr(one)=='CAMMap 3×3 «cat» (not finite)' and not one.is_finite
+    assert normalize(torch.stack([bad, torch.ones(3, 3)]), signed).isnan().flatten(1).all(1).tolist()==[True, False]
+    assert normalize(torch.stack([bad, torch.ones(3, 3)])[None], signed, 3).isnan().all()
+
+
+def test_one_bad_map_among_many(recwarn):
+    maps = torch.rand(4, 3, 3) + .1
+    maps[1, 0, 0], maps[3] = float('nan'), float('inf')
+    cams = CAMs(maps, [torch.rand(3, 9, 9)]*4, items=['a.png', Path('far/b.png'), 'c.png', torch.zeros(3)])
+    axs = cams.show()
+    assert [len(ax.images) for ax in axs]==[2, 1, 2, 1] and [ax.get_title() for ax in axs]==['', 'not finite', '', 'not finite']
+    assert [str(w.message).split('; ')[0] for w in recwarn if w.category is UserWarning]==['not finite (NaN or infinite values in the map or its score), so neither drawn nor searched: item 1 (b.png), item 3']
+    recwarn.clear()
+    for find in (cams.boxes, cams.peaks):
+        with pytest.warns(UserWarning, match=r'item 1 \(b.png\), item 3;') as said: assert [len(found) > 0 for found in find()]==[True, False, True, False]
+        assert len(said)==1
+    assert cams.is_finite.tolist()==[True, False, True, False] and repr(cams)=='CAMs: 4 items, maps 3×3, 2 not finite'
+    recwarn.clear()
+    assert len(cams[[0, 2]].show())==2 and cams[0].show() and not [w for w in recwarn if 'not finite' in str(w.message)]
+
+
+def test_volumes_and_questions_that_are_not_finite(recwarn, tmp_path):
+    maps = torch.rand(2, 2, 2, 3, 3)
+    maps[0, 1, 1, 1, 1] = float('nan')
+    maps[1, 1] = float('nan') # not asked: nothing is missing
+    cams = CAMs(maps, [torch.rand(1, 2, 9, 9)]*2, torch.tensor([[0, 1], [1, NOT_ASKED]]), n_space=3, vocab=VOCAB)
+    assert cams.is_finite.tolist()==[[True, False], [True, True]]
+    axs = cams.show()
+    assert [ax.get_title(loc='left').split('\n')[-1] for ax in axs]==['slice 0 of 2', 'slice 1 of 2', 'slice 0 of 2 · not finite', 'slice 1 of 2 · not finite', 'slice 0 of 2', 'slice 1 of 2']
+    assert [len(ax.images) for ax in axs]==[2, 2, 1, 1, 2, 2] and len([w for w in recwarn if 'item 0;' in str(w.message)])==1
+    with pytest.warns(UserWarning, match='not finite'): cams[0, 1].show_slices()
+    with pytest.warns(UserWarning, match='saved as they are: item 0'): cams.save(tmp_path/'cams.npz')
+
+
+@pytest.mark.parametrize('task, preds', [('single', [[float('nan')]*3]), ('multi', [[.9, float('nan'), .1]]), ('binary', [[float('nan')]]), ('', [[float('inf'), 0., 0.]]), ('points', [[float('nan'), 0.]])])
+def test_an_output_that_is_not_finite_names_no_class(task, preds):
+    cams = CAMs(torch.ones(1, 2, 2), preds=torch.tensor(preds), targs=None if task=='points' else torch.tensor([1]), losses=torch.tensor([.5]), vocab=VOCAB[:len(preds[0])], task=task)
+    assert cams.item_title(0, loss=True).startswith('output not finite') and 'cat' not in cams.item_title(0) and 'output not finite' in cams.show()[0].get_title()
+
+
+@pytest.mark.parametrize('preds, classes, finite', [
+    ([[float('nan'), .5], [.1, .9]], [0, 1], [False, True]), ([[float('nan'), .5], [.1, .9]], [1, 0], [True, True]), ([[float('nan')]*2, [.1, .9]], [-1, -1], [False, True]),
+    ([[float('inf'), 0.], [.1, .9]], [-1, 0], [True, True]), ([[float('nan')], [.5]], [1, 1], [False, True]), ([float('nan'), .5], [0, 0], [False, True]), ([[float('nan')]*2, [.1, .9]], None, [False, True]),
+])
+@pytest.mark.parametrize('single', [True, False])
+def test_a_map_of_a_score_that_is_not_finite_is_none(preds, classes, finite, single, recwarn):
+    "The map itself may be: a ReLU that was off lets zeros through for NaN"
+    maps = torch.rand(2, 3, 3) + .1
+    classes = None if classes is None else torch.tensor(classes)
+    cams = CAMs(maps if single else maps[:, None].repeat(1, 2, 1, 1), [torch.rand(3, 9, 9)]*2, classes if single or classes is None else classes[:, None].repeat(1, 2), preds=torch.tensor(preds))
+    assert cams.is_finite.tolist()==(finite if single else [[one]*2 for one in finite])
+    drawn = [len(ax.images)==2 for ax in cams.show()]
+    assert drawn==(finite if single else np.repeat(finite, 2).tolist()) and torch.equal(cams.maps[:, 0] if not single else cams.maps, maps)
+    assert any('not finite' in str(w.message) for w in recwarn)==(not all(finite))
+
+
+def test_the_legend_is_of_an_item_whose_output_is_finite():
+    cams = CAMs(torch.ones(2, 2, 2), preds=torch.tensor([[float('nan')]*2, [.1, .9]]), targs=torch.tensor([1, 1]), vocab=VOCAB[:2])
+    assert cams.legend()=='Prediction/Actual/Probability' and [m.title for m in cams]==['output not finite', 'dog/dog / 0.90']
+
+
+def test_pictures_with_values_that_are_no_numbers():
+    picture = torch.tensor([[0., float('nan')], [2., float('inf')]])
+    assert to_pixels(picture).tolist()==[[0., 0.], [1., 0.]] and to_pixels(picture*float('nan')).tolist()==[[0., 0.], [0., 0.]]
+
+
+# -- maps of one row or column
+
+@pytest.mark.parametrize('interpolation', ['nearest', 'bilinear', 'bicubic'])
+@pytest.mark.parametrize('upright', [False, True])
+def test_a_map_of_one_row_covers_the_picture(interpolation, upright):
+    m = torch.zeros(1, 8)
+    m[0, 2], m[0, 6] = 1., .6
+    m, picture = (m.T, torch.zeros(3, 80, 20)) if upright else (m, torch.zeros(3, 20, 80))
+    fig = plt.figure(figsize=(2, 8) if upright else (8, 2), dpi=50)
+    ax = fig.add_axes([0, 0, 1, 1])
+    cam_map = CAMMap(m, picture)
+    cam_map.show(ax=ax, interpolation=interpolation, alpha=1, title='')
+    fig.canvas.draw()
+    light = np.asarray(fig.canvas.buffer_rgba())[..., :3].sum(-1).astype(int)
+    light = light.T if upright else light
+    assert np.abs(light - light[:1]).max() <= 9 and light[0].reshape(8, 50).mean(1).argmax()==2 # alike from top to bottom
+    cells = light[0].reshape(8, 50)
+    assert max(cells[4].max(), cells[0, :20].max()) <= (60 if interpolation=="bicubic" else 0) # nothing where the map is zero
+    if interpolation=='nearest': assert (cells==cells[:, :1]).all()
+    first, second = cam_map.boxes()
+    low, high = (1, 3) if upright else (0, 2)
+    assert (first[low], first[high])==(20, 30) and (first[1-low], first[5-high-low])==(0, 20)
+    peak, = cam_map.peaks(max_n=1)
+    place = peak.y if upright else peak.x
+    assert abs(place - 24.5) <= .5 and len(cam_map.peaks())==2
+    assert second.score==pytest.approx(.6, abs=.02)
+
+
+def test_a_map_of_one_row_without_a_picture():
+    ax = CAMMap(torch.tensor([[0., 1., .5]])).show(interpolation='nearest')
+    assert ax.images[0].get_extent()==[-.5, 2.5, .5, -.5] and ax.images[0].get_array().tolist()==[[0., 1., .5]]
+    assert CAMMap(torch.tensor([[0., 1., .2]])).boxes()==[Box(1, 0, 2, 1, 1., 1, 0)]
+
+
+# -- frames
+
+def frames(n, c=3): return torch.stack([torch.full((c, 6, 5), (i + 1)/n) for i in range(n)])*torch.tensor([1., .5, .25, .75])[:c, None, None]
+
+
+def test_frames_are_shown_as_frames():
+    "The picture of each panel is a frame in its colours, and the map over it is its own"
+    stack, maps = frames(8), torch.arange(8.)[:, None, None].expand(8, 2, 2)
+    axs = CAMMap(maps, stack).show_slices(8)
+    for i, ax in enumerate(axs):
+        assert np.allclose(ax.images[0].get_array(), stack[i].permute(1, 2, 0))
+        assert i==0 or np.allclose(ax.images[-1].get_array(), i/7)
+    assert [ax.get_title(loc='left') for ax in axs]==[f'slice {i} of 8' for i in range(8)]
+    cams = CAMs(maps[None].repeat(2, 1, 1, 1), [stack, stack.flip(0)], n_space=3)
+    assert np.allclose(cams.show(slices=8)[8].images[0].get_array(), stack[7].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize('depth, n, c, is_frames', [
+    (8, 8, 3, True), (2, 8, 3, True), (3, 8, 3, False), (4, 4, 3, True), (3, 4, 3, False), (2, 2, 3, True), (3, 2, 3, False),
+    (16, 16, 1, True), (1, 16, 1, True), (16, 16, 4, True), (4, 16, 4, False),
+    (3, 3, 3, False), (2, 3, 4, False), (3, 3, 4, True),
+])
+def test_what_tells_frames_from_channels(depth, n, c, is_frames):
+    "`[n, c, H, W]`: n frames, or c slices of n channels"
+    assert len(to_slices(frames(n, c), depth))==(n if is_frames else c)
+
+
+def test_frames_in_other_containers():
+    stack = frames(5)
+    expected = to_slices(stack)
+    assert expected.shape==(5, 6, 5, 3) and np.array_equal(to_slices(stack.movedim(1, 0)), expected) and np.array_equal(to_slices(stack.numpy()), expected)
+    assert np.array_equal(to_slices(stack.permute(0, 2, 3, 1).numpy()), expected) and np.array_equal(to_slices(list(stack)), expected)
+    pictures = [Image.fromarray(np.uint8(frame.permute(1, 2, 0)*255)) for frame in stack]
+    assert np.allclose(to_slices(pictures)/255, expected, atol=1/255)
+    with pytest.raises(ValueError, match=r'a picture is \[C, H, W\] or \[H, W\], not \[5, 3, 6, 5\]'): CAMMap(torch.ones(2, 2), stack).show()
+
+
+def test_frames_are_saved_as_frames(tmp_path):
+    back = CAMs.load(CAMs(torch.ones(1, 4, 2, 2), [frames(4)], n_space=3).save(tmp_path/'cams.npz', images=True))
+    assert back[0].image.shape==(4, 6, 5, 3)
+
+
 # -- files
 
 def same(a, b):
@@ -471,6 +767,9 @@ def test_round_trip_is_exact(dtype, tmp_path):
 
 def test_names_that_are_no_text(tmp_path):
     cams = CAMs(torch.zeros(3, 2, 2), items=[tmp_path/'a.png', 7, torch.zeros(3, 4, 4)], vocab=[1, True, np.str_('c'), None], labels=['ü'])
+    odd = CAMs(torch.zeros(2, 2, 2), items=torch.arange(2), vocab=np.array(['a', 'b']), labels=(b'caf\xc3\xa9',), signed=1)
+    odd = CAMs.load(odd.save(tmp_path/'odd.npz'))
+    assert (odd.items, odd.vocab, odd.labels, odd.signed)==(['0', '1'], ['a', 'b'], ['café'], True)
     back = CAMs.load(cams.save(tmp_path/'cams.npz'))
     assert back.items==[str(tmp_path/'a.png'), '7', 'tensor [3, 4, 4]'] and back.vocab==[1, True, 'c', None] and back.labels==['ü']
 
@@ -567,3 +866,347 @@ def test_copies_keep_their_images():
     needed = CAMs(torch.zeros(2, 2, 2), Images(lambda idxs: [torch.full((3, 4, 4), float(i)) for i in idxs], range(2)))
     for same_again in (copy.copy(needed), copy.deepcopy(needed)): assert same_again[1].image.max()==1
     assert copy.copy(needed.images)[1].max()==1 and pickle.loads(pickle.dumps(needed.images)) is None
+
+
+# -- what stays as it was when a file is replaced
+
+def write_maps(file): everything().save(file)
+def write_figure(file): CAMMap(torch.ones(2, 2)).show(save=file)
+def names(folder): return sorted(f.name for f in folder.iterdir())
+
+
+@pytest.fixture(params=['files without a name', 'named files', 'no links'])
+def any_system(request, monkeypatch):
+    "Systems that know files without a name, and others"
+    def refuses(*args, src_dir_fd=None, **kwargs):
+        if src_dir_fd is not None: raise PermissionError(errno.EPERM, 'no links here')
+        return link(*args, **kwargs)
+    link = os.link
+    if request.param=='named files': monkeypatch.delattr(os, 'O_TMPFILE', raising=False)
+    if request.param=='no links': monkeypatch.setattr(os, 'link', refuses)
+
+
+@pytest.mark.parametrize('write', [write_maps, write_figure])
+def test_permissions_and_links_are_kept(write, tmp_path, any_system):
+    for name, mode in (('a.png', 0o600), ('b.png', 0o664), ('c.png', 0o755)):
+        (tmp_path/name).write_bytes(b'old')
+        (tmp_path/name).chmod(mode)
+        write(tmp_path/name)
+        assert stat.S_IMODE((tmp_path/name).stat().st_mode)==mode and (tmp_path/name).stat().st_size > 500
+    (tmp_path/'far').mkdir()
+    for link, target in (('link.png', tmp_path/'a.png'), ('relative.png', Path('far/new.png')), ('chain.png', Path('relative.png'))):
+        (tmp_path/link).symlink_to(target)
+        write(tmp_path/link)
+        assert (tmp_path/link).is_symlink() and os.readlink(tmp_path/link)==str(target) and (tmp_path/target).stat().st_size > 500
+    os.link(tmp_path/'b.png', tmp_path/'other name.png')
+    (tmp_path/'b.png').write_bytes(b'old'*10000)
+    write(tmp_path/'b.png')
+    assert (tmp_path/'b.png').samefile(tmp_path/'other name.png') and (tmp_path/'b.png').stat().st_nlink==2
+    assert 500 < (tmp_path/'b.png').stat().st_size < 30000
+    assert names(tmp_path)==['a.png', 'b.png', 'c.png', 'chain.png', 'far', 'link.png', 'other name.png', 'relative.png'] and names(tmp_path/'far')==['new.png']
+
+
+def test_what_was_written_into_a_file_of_two_names_is_read(tmp_path):
+    cams = everything()
+    (tmp_path/'a.npz').write_bytes(b'old'*100000)
+    os.link(tmp_path/'a.npz', tmp_path/'b.npz')
+    cams.save(tmp_path/'a.npz')
+    same(CAMs.load(tmp_path/'b.npz'), cams)
+
+
+def test_a_new_file_has_the_permissions_of_new_files(tmp_path, any_system):
+    before = os.umask(0o027)
+    try: write_maps(tmp_path/'a.npz')
+    finally: os.umask(before)
+    assert stat.S_IMODE((tmp_path/'a.npz').stat().st_mode)==0o640
+
+
+@pytest.mark.parametrize('write', [write_maps, write_figure])
+def test_pipes_and_devices_are_written_to(write, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path/'pipe')
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path/'pipe').read_bytes()))
+    reader.start()
+    write(tmp_path/'pipe')
+    reader.join(20)
+    assert (tmp_path/'pipe').is_fifo() and got[0][:4] in (b'PK\x03\x04', b'\x89PNG') and names(tmp_path)==['pipe']
+    write(Path('/dev/null'))
+    assert Path('/dev/null').is_char_device()
+    if Path('/dev/full').exists():
+        with pytest.raises(OSError, match='No space left'): write(Path('/dev/full'))
+    monkeypatch.setattr('fastai_cam.maps._pour.__defaults__', (0,))
+    with pytest.raises(OSError, match='nobody reads from the pipe .*start its reader first'): write(tmp_path/'pipe')
+
+
+@pytest.mark.parametrize('write', [write_maps, write_figure])
+def test_what_cannot_be_written_is_said(write, tmp_path, any_system):
+    (tmp_path/'kept.png').write_bytes(b'old')
+    (tmp_path/'kept.png').chmod(0o444)
+    with pytest.raises(PermissionError, match='kept.png.* may only be read'): write(tmp_path/'kept.png')
+    assert (tmp_path/'kept.png').read_bytes()==b'old'
+    (tmp_path/'lost.png').symlink_to(tmp_path/'no'/'where.png')
+    with pytest.raises(FileNotFoundError, match='a link into a folder that does not exist'): write(tmp_path/'lost.png')
+    for folder in (tmp_path, f'{tmp_path}/new/', str(tmp_path/'kept.png'/'a.png')):
+        with pytest.raises((ValueError, FileNotFoundError), match='folder'): write(folder)
+    with pytest.raises(ValueError, match='home folder .* not known'): write('~nobody-of-that-name/a.png')
+    for wrong in (3, b'a.png', [tmp_path]):
+        with pytest.raises(TypeError, match='not'): write(wrong)
+    assert names(tmp_path)==['kept.png', 'lost.png']
+
+
+def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, any_system):
+    def fails(error):
+        def write(out, *args, **kwargs): out.write(b'half'); raise error
+        monkeypatch.setattr(np, 'savez_compressed', write)
+        monkeypatch.setattr(plt.Figure, 'savefig', lambda self, out, **kwargs: write(out))
+        for write_one in (write_maps, write_figure):
+            for name in ('new.png', 'old.png', 'two.png'):
+                with pytest.raises(type(error)): write_one(tmp_path/name)
+    for name in ('old.png', 'two.png'): (tmp_path/name).write_bytes(b'old')
+    os.link(tmp_path/'two.png', tmp_path/'twin.png')
+    for error in (OSError(errno.ENOSPC, 'full'), KeyboardInterrupt(), MemoryError()): fails(error)
+    assert names(tmp_path)==['old.png', 'twin.png', 'two.png'] and {f.read_bytes() for f in tmp_path.iterdir()}=={b'old'}
+
+
+def test_a_full_disk_costs_nothing_that_was_there(tmp_path, monkeypatch):
+    "The file has two names, so it is overwritten, once there is room for all of it"
+    (tmp_path/'a.npz').write_bytes(b'old')
+    os.link(tmp_path/'a.npz', tmp_path/'b.npz')
+    def full(descriptor, start, length): os.ftruncate(descriptor, 100); raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full, raising=False)
+    with pytest.raises(OSError, match='No space left'): write_maps(tmp_path/'a.npz')
+    assert (tmp_path/'b.npz').read_bytes()==b'old'
+
+
+def test_long_names_and_strange_names(tmp_path, any_system):
+    for name in ('n'*251 + '.png', '猫'*80 + '.png', '$a$ 50%.png', '.hidden.png'):
+        for write in (write_maps, write_figure): write(tmp_path/name)
+        assert names(tmp_path)==[name] and (tmp_path/name).unlink() is None
+
+
+@pytest.mark.parametrize('is_named', [False, True])
+def test_a_killed_process_leaves_nothing_unfinished(is_named, tmp_path, monkeypatch):
+    "Where files need no name, what was not finished vanishes; elsewhere its name says what it is, and the next save is not disturbed"
+    if is_named: monkeypatch.delattr(os, 'O_TMPFILE', raising=False)
+    elif not hasattr(os, 'O_TMPFILE'): pytest.skip('this system has no files without a name')
+    cams, (reader, writer) = everything(), os.pipe()
+    child = os.fork()
+    if child==0:
+        def slow(out, **arrays): out.write(b'half'*10000); out.flush(); os.write(writer, b'!'); signal.pause()
+        np.savez_compressed = slow
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try: cams.save(tmp_path/'cams.npz')
+        finally: os._exit(1)
+    assert os.read(reader, 1)==b'!'
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1])==signal.SIGTERM
+    left = names(tmp_path)
+    assert len(left)==1 and left[0].startswith('.cams.npz.') and left[0].endswith('.unfinished') if is_named else left==[]
+    cams.save(tmp_path/'cams.npz')
+    same(CAMs.load(tmp_path/'cams.npz'), cams)
+    assert names(tmp_path)==left + ['cams.npz']
+
+
+# -- figures in files
+
+def test_endings_of_figures(tmp_path):
+    for name, begin in (('a.png', b'\x89PNG'), ('A.PNG', b'\x89PNG'), ('b.pdf', b'%PDF'), ('c.svg', b'<?xml'), ('d.jpg', b'\xff\xd8'), ('e.svgz', b'\x1f\x8b')):
+        CAMMap(torch.ones(2, 2)).show(save=str(tmp_path/name))
+        assert (tmp_path/name).read_bytes().startswith(begin), name
+    CAMMap(torch.ones(2, 2)).show(save=tmp_path/'none')
+    assert (tmp_path/'none.png').read_bytes().startswith(b'\x89PNG') and not (tmp_path/'none').exists()
+    out = io.BytesIO()
+    CAMs(torch.ones(1, 2, 2)).show(save=out)
+    assert out.getvalue().startswith(b'\x89PNG')
+    with open(tmp_path/'opened', 'wb') as opened: CAMMap(torch.ones(2, 2, 2)).show_slices(save=opened)
+    assert (tmp_path/'opened').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('wrong, message', [
+    ('map.xyz', r"saved as \.xyz \('map.xyz'\): use one of the endings .*pdf, .*png"), ('v1.2', r'saved as \.2'),
+    ('no/such/map.png', 'a folder that exists'), ('.', 'is a folder: add a name'),
+    ('new/', 'folder'), (3, 'not int'), (b'map.png', 'not bytes'), (True, 'not bool'), ('~nobody-of-that-name/a.png', 'home folder'),
+])
+def test_a_place_that_a_figure_cannot_go_is_said_before_any_work(wrong, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def fetch(idxs): raise AssertionError('read')
+    cams = CAMs(torch.ones(2, 2, 2), Images(fetch, range(2)))
+    for show in (check_style, cams.show, CAMMap(torch.ones(2, 2)).show, CAMMap(torch.ones(2, 2, 2)).show_slices):
+        with pytest.raises((ValueError, TypeError), match=message): show(save=wrong)
+    assert names(tmp_path)==[] and not plt.get_fignums()
+
+
+def test_a_learner_is_not_asked_where_the_figure_cannot_be_saved(dls, tmp_path):
+    class Asked(torch.nn.Module):
+        def forward(self, x): raise AssertionError('asked')
+    learn = Learner(dls, Asked(), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match=r'saved as \.xyz'): learn.show_cam(0, save=tmp_path/'map.xyz')
+    with pytest.raises(TypeError, match='did you mean cmap'): learn.show_cam(0, colormap='jet')
+
+
+def test_a_real_learner_with_strange_names(pictures, tmp_path, capfd):
+    "From the data block to the file: nothing between them reads the names"
+    names = {'left': '$0-$50', 'right': '_$50-$100 猫'}
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda f: names[f.parent.name], item_tfms=Resize(32))
+    learn = vision_learner(block.dataloaders(pictures, bs=4, num_workers=0), resnet18, pretrained=False)
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', category=UserWarning)
+        learn.show_cam([0, 1], cls=list(names.values()), save=tmp_path/'$a$.png')
+    titles = [ax.get_title(loc='left').split('▸ ')[1].rpartition(' ')[0] for ax in plt.gcf().axes]
+    assert titles==list(names.values())*2 and (tmp_path/'$a$.png').stat().st_size > 5000 and 'lyph' not in capfd.readouterr().err
+    learn.model[-1][-1].weight.data[0, 0] = float('nan') # of a unit that is off: the map knows nothing of it, the score does
+    with pytest.warns(UserWarning, match='not finite'): learn.show_cam([0, 1])
+    assert all('not finite' in ax.get_title() and len(ax.images)==1 for ax in plt.gcf().axes)
+
+
+@pytest.mark.parametrize('wrong, near', [('colormap', 'cmap'), ('box', 'boxes'), ('figsiz', 'figsize'), ('transparency', None), ('Alpha', 'alpha')])
+def test_unknown_options_have_a_hint(wrong, near):
+    with pytest.raises(TypeError, match=f"'{wrong}' is no option of show: the options are alpha, .*, title" + (f'; did you mean {near}\\?$' if near else '$')): check_style(**{wrong: 1})
+
+
+# -- what comes back from a file
+
+OLD = """
+UEsDBC0AAAAIAAAAIQD80iVk//////////8KABQAaGVhZGVyLm5weQEAEAAoBgAAAAAAAHcBAAAAAAAArVTBSgMxEI1Xv2LpZRUW0VZ7KII3b4qXHkSkpLvp7uK2uySxKqVf4Q87oS80
+pElh1cKDTTIz773JNN+P04en5xO2Zpu0ECqX6SRJb6ej8TDNknTRSi35atbKQpiTe94oQfuq4p2g9dl5lmyTP/xON4yxAWFBaAmSsCRwgsbZhJAQrggZvs3+ijAj1E5OSRAE5eUOvdwC
+9b8IXSTHarO1u0DMAHWs9pxQES4Ic/hqcG49GR9j5LqacsRy8KiIrmOcNfqiwXEd4OmQJ9CHPvVDfkbor8+jESNxL//tw+r4ba/6eLH9KqGthb6+89ACDWK3AU8csQJrn+Mlco81+LSz
+Z+JePY7aiVkeqc+hu4PXMtCXeSTG51zDd+74C3Hacx3gKlAjxmE9feI75MtofEdfGy//A3dl3oS7CId9cxQ8c2gWHpf/3tj/gsl7Y4czo9h+5ktoszWzQFyJWPeebT3DJeFTBHRUbD83
+Cms3/5Lt7tR4uGG7Gf0BUEsDBC0AAAAIAAAAIQC45KEd//////////8IABQAbWFwcy5ucHkBABAAkAAAAAAAAABVAAAAAAAAAJvsF+obEMnIUMZQrZ6SWpxcpG6loG6TaaSuo6Cell9U
+UpSYF59flJIKEndLzClOBYoXZyQWpAL5GkY6CiCkqaNQq0Ae4GqwZzjAYM8ABA4ODfsb7ABQSwMELQAAAAgAAAAhAHH7Oav//////////wsAFABjbGFzc2VzLm5weQEAEACQAAAAAAAA
+AEgAAAAAAAAAm+wX6hsQychQxlCtnpJanFykbqWgbpNpoa6joJ6WX1RSlJgXn1+UkgoSd0vMKU4FihdnJBakAvkaRjqaOgq1ChQALkYGVAAAUEsDBC0AAAAIAAAAIQD7oPWW////////
+//8JABQAcHJlZHMubnB5AQAQAJAAAAAAAAAAUwAAAAAAAACb7BfqGxDJyFDGUK2eklqcXKRupaBuk2airqOgnpZfVFKUmBefX5SSChJ3S8wpTgWKF2ckFqQC+RpGOgpGmjoKtQpkAy4G
+hgY7BgYHewYGBjAGAFBLAwQtAAAACAAAACEA7/uTZ///////////CQAUAHRhcmdzLm5weQEAEACQAAAAAAAAAEkAAAAAAAAAm+wX6hsQychQxlCtnpJanFykbqWgbpNpoa6joJ6WX1RS
+lJgXn1+UkgoSd0vMKU4FihdnJBakAvkaRjqaOgq1ChQALkYGCIDRAFBLAwQtAAAACAAAACEAh49xGv//////////CgAUAGxvc3Nlcy5ucHkBABAAiAAAAAAAAABMAAAAAAAAAJvsF+ob
+EMnIUMZQrZ6SWpxcpG6loG6TZqKuo6Cell9UUpSYF59flJIKEndLzClOBYoXZyQWpAL5GkY6mjoKtQoUAC4GhgY7BgYGewBQSwMELQAAAAgAAAAhALDRmgv//////////wsAFAByZWdp
+b25zLm5weQEAEACEAAAAAAAAAE0AAAAAAAAAm+wX6hsQychQxlCtnpJanFykbqWgXpNkqK6joJ6WX1RSlJgXn1+UkgoSd0vMKU4FihdnJBakAvkaRjoKhjoKRpo6CrUK5AEuRgYGRgBQ
+SwMELQAAAAgAAAAhAK51yHb//////////wsAFABpbWFnZV8wLm5weQEAEACMAAAAAAAAAEoAAAAAAAAAm+wX6hsQychQxlCtnpJanFykbqWgXlNqqK6joJ6WX1RSlJgXn1+UkgoSd0vM
+KU4FihdnJBakAvkaRjoKQGSsqaNQq0Ae4DJGAgBQSwMELQAAAAgAAAAhAFJsQbn//////////wsAFABpbWFnZV8xLm5weQEAEACEAAAAAAAAAEkAAAAAAAAAm+wX6hsQychQxlCtnpJa
+nFykbqWgXlNqqK6joJ6WX1RSlJgXn1+UkgoSd0vMKU4FihdnJBakAvkaRjoKRpo6CrUKZAOuNCAAAFBLAQItAy0AAAAIAAAAIQD80iVkdwEAACgGAAAKAAAAAAAAAAAAAACAAQAAAABo
+ZWFkZXIubnB5UEsBAi0DLQAAAAgAAAAhALjkoR1VAAAAkAAAAAgAAAAAAAAAAAAAAIABswEAAG1hcHMubnB5UEsBAi0DLQAAAAgAAAAhAHH7OatIAAAAkAAAAAsAAAAAAAAAAAAAAIAB
+QgIAAGNsYXNzZXMubnB5UEsBAi0DLQAAAAgAAAAhAPug9ZZTAAAAkAAAAAkAAAAAAAAAAAAAAIABxwIAAHByZWRzLm5weVBLAQItAy0AAAAIAAAAIQDv+5NnSQAAAJAAAAAJAAAAAAAA
+AAAAAACAAVUDAAB0YXJncy5ucHlQSwECLQMtAAAACAAAACEAh49xGkwAAACIAAAACgAAAAAAAAAAAAAAgAHZAwAAbG9zc2VzLm5weVBLAQItAy0AAAAIAAAAIQCw0ZoLTQAAAIQAAAAL
+AAAAAAAAAAAAAACAAWEEAAByZWdpb25zLm5weVBLAQItAy0AAAAIAAAAIQCudch2SgAAAIwAAAALAAAAAAAAAAAAAACAAesEAABpbWFnZV8wLm5weVBLAQItAy0AAAAIAAAAIQBSbEG5
+SQAAAIQAAAALAAAAAAAAAAAAAACAAXIFAABpbWFnZV8xLm5weVBLBQYAAAAACQAJAPgBAAD4BQAAAAA="""
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    "A file as the first version wrote it"
+    (tmp_path/'old.npz').write_bytes(base64.b64decode(OLD))
+    back = CAMs.load(tmp_path/'old.npz')
+    maps = torch.tensor([[[1., -2.], [.5, 0.]], [[0., 3.], [-1., .25]]]).bfloat16()
+    same(back, CAMs(maps, None, torch.tensor([1, 0]), ['predicted'], torch.tensor([[.25, .75], [.5, .5]]), torch.tensor([1, 1]), torch.tensor([.25, .5]), ['a.png', 'b.png'], ['cat', 'dog'], 2, 'single',
+                    torch.tensor([[[True, False]], [[False, True]]]), True, .25, [None, 'why?']))
+    assert np.array_equal(back[0].image, np.full((2, 2, 3), 51)) and np.array_equal(back[1].image, np.full((2, 2), 102))
+
+
+def rewritten(file, header=None, **arrays):
+    "The file with some words of its header, and some arrays, replaced (`None`: left out)"
+    with np.load(file) as found: content = {name: found[name] for name in found.files}
+    words = json.loads(str(content['header']))
+    for name, value in (header or {}).items():
+        if value is None: del words[name]
+        else: words[name] = value
+    content = {**content, 'header': np.array(json.dumps(words)), **arrays}
+    np.savez_compressed(file, **{name: array for name, array in content.items() if array is not None})
+    return file
+
+
+@pytest.mark.parametrize('header, arrays, message', [
+    *[({word: None}, {}, f"header lacks '{word}'") for word in ('n_images', 'dtypes', 'labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')],
+    ({'format': None}, {}, 'names no format'), ({'format': 'x'}, {}, 'names no format'), ({'format': 0}, {}, 'names no format'),
+    ({'format': True}, {}, 'names no format'),
+    ({'task': 'x'}, {}, "'x' is no 'task'"), ({'n_space': 4}, {}, "4 is no 'n_space'"), ({'n_space': [2]}, {}, 'n_space'),
+    ({'signed': 1}, {}, 'signed'), ({'thresh': 2}, {}, 'thresh'),
+    ({'thresh': float('nan')}, {}, 'thresh'), ({'items': 'abcd'}, {}, 'items'), ({'items': ['a']}, {}, '1 items for 4 items'),
+    ({'items': [1, 2, 3, 4]}, {}, 'items'), ({'texts': ['a']*5}, {}, '5 texts for 4'),
+    ({'labels': ['a']}, {}, '1 labels for 2 questions'), ({'vocab': {'a': 1}}, {}, 'vocab'), ({'n_images': -1}, {}, 'n_images'),
+    ({'n_images': 2}, {}, '2 images for 4'), ({'n_images': 10**15}, {}, 'images for 4'),
+    ({'n_images': 4}, {}, "has no 'image_0'"), ({'dtypes': {}}, {}, 'dtypes'), ({'dtypes': {'maps': 'torch.load'}}, {}, 'dtypes'),
+    ({'dtypes': {'maps': 'torch.float32', 'header': 'torch.int8'}}, {}, 'dtypes'),
+    ({'dtypes': {'maps': 'torch.float64'}}, {}, 'maps are float32, and its header says torch.float64'),
+    ({'dtypes': {'maps': 'torch.int32'}}, {}, 'maps are float32'), ({'dtypes': [1]}, {}, 'dtypes'),
+    ({}, {'maps': None}, "has no 'maps'"), ({}, {'preds': None}, "has no 'preds'"),
+    ({}, {'maps': np.ones((4, 2), np.float32)}, 'cannot have the shape'), ({}, {'maps': np.ones((5, 2, 5, 6), np.float32)}, 'for 5 items'),
+    ({}, {'classes': np.zeros((4, 3), int)}, 'classes have the shape'),
+    ({}, {'losses': np.zeros(3, np.float32)}, r'losses have the shape \[3\] for 4'),
+    ({}, {'preds': np.float32(1)}, r'preds have the shape \[\]'),
+    ({}, {'targs': np.array(['a']*4)}, 'targs are <U1'), ({}, {'losses': np.zeros(4, 'M8[s]')}, 'losses are'),
+    ({}, {'regions': np.ones((4, 20), bool)}, 'regions are a bool tensor'),
+    ({'n_images': 4}, {f'image_{i}': np.zeros((3, 3), np.float32) for i in range(4)}, 'is no image'),
+    ({'n_images': 4}, {f'image_{i}': np.zeros((3, 3, 7), np.uint8) for i in range(4)}, 'is no image'),
+])
+def test_a_header_is_not_trusted(header, arrays, message, tmp_path):
+    everything().save(tmp_path/'cams.npz')
+    with pytest.raises(ValueError, match='cams.npz.* is not a file that CAMs.save wrote, or it is damaged: .*' + message) as error: CAMs.load(rewritten(tmp_path/'cams.npz', header, **arrays))
+    assert '\n' not in str(error.value)
+
+
+def npy(shape, dtype='<f4', data=b''):
+    "An array file that says it has this shape"
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, dict(shape=shape, fortran_order=False, descr=dtype))
+    return out.getvalue() + data
+
+
+@pytest.mark.parametrize('name, content', [
+    ('maps', npy((10**9, 2, 5, 6))), ('maps', npy((4, 10**5, 10**5, 2))), ('maps', npy((4, -1, 5, 6))),
+    ('maps', npy((4, 2, 5, 6), data=b'short')), ('maps', npy((4, 2, 5, 6), data=b'\0'*961)), ('maps', npy((0, 10**30, 7))),
+    ('maps', npy((4, 2, 5, 6), '|O', b'\0'*1920)), ('maps', pickle.dumps([1])), ('maps', b''), ('header', npy((), '<U1000000000')),
+    ('header', npy((), '|O', pickle.dumps('x'))), ('header', npy((1,), '<U1', b'{\0\0\0')),
+    ('header', npy((), '<U2', '{}'.encode('utf-32-le'))), ('header', npy((), '<U2', '[]'.encode('utf-32-le'))),
+    ('header', npy((), '<U1', '{'.encode('utf-32-le'))), ('header', npy((), '<U100000', ('['*100000).encode('utf-32-le'))),
+    ('header', npy((), '<U1', b'\xff'*4)),
+])
+def test_an_array_is_not_trusted(name, content, tmp_path):
+    "Whatever a part of the file says about itself: one sentence, and no memory for what is not there"
+    whole = everything().save(tmp_path/'cams.npz')
+    with zipfile.ZipFile(whole) as archive: parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(tmp_path/'wrong.npz', 'w', zipfile.ZIP_DEFLATED) as archive:
+        for part, original in parts.items(): archive.writestr(part, content if part==f'{name}.npy' else original)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match='wrong.npz.* is not a file that CAMs.save wrote, or it is damaged: ') as error: CAMs.load(tmp_path/'wrong.npz')
+        assert tracemalloc.get_traced_memory()[1] < 2e7 and '\n' not in str(error.value)
+    finally: tracemalloc.stop()
+
+
+def test_a_small_file_does_not_take_gigabytes(tmp_path):
+    "Zeros shrink a thousandfold: 300 MB of them are a small file, as maps, as an image, or as something that nobody reads"
+    zeros = io.BytesIO()
+    with zipfile.ZipFile(zeros, 'w', zipfile.ZIP_DEFLATED) as archive:
+        with archive.open('maps.npy', 'w', force_zip64=True) as out:
+            out.write(npy((1, 10000, 7500)))
+            for _ in range(100): out.write(bytes(3*10**6))
+        archive.writestr('header.npy', npy((), '<U400', json.dumps(dict(format=1, n_images=0, dtypes={'maps': 'torch.float32'}, labels=None, items=None, vocab=None, texts=None, n_space=2, task='', signed=False, thresh=.5)).ljust(400).encode('utf-32-le')))
+    (tmp_path/'bomb.npz').write_bytes(zeros.getvalue())
+    assert (tmp_path/'bomb.npz').stat().st_size < 10**6
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match='bomb.npz.* is 0.3 MB and would unpack to 0.3 GB: if you trust it, load it with max_bytes=300000000'): CAMs.load(tmp_path/'bomb.npz')
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally: tracemalloc.stop()
+    everything().save(tmp_path/'cams.npz')
+    with zipfile.ZipFile(tmp_path/'cams.npz', 'a') as archive: archive.writestr('other.npy', 'nobody reads this')
+    same(CAMs.load(tmp_path/'cams.npz'), everything())
+    with pytest.raises(ValueError, match='max_bytes'): CAMs.load(tmp_path/'cams.npz', max_bytes=5500)
+    same(CAMs.load(tmp_path/'cams.npz', max_bytes=10**6), everything())
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    cams = everything()
+    cams.items = cams.items + ['another']
+    with pytest.raises(ValueError, match='there are 5 items for 4 items'): cams.save(tmp_path/'cams.npz')
+    assert names(tmp_path)==[]
+
+
+def test_what_is_no_file_is_not_loaded(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    for wrong, kind in ((tmp_path/'pipe', FileNotFoundError), (tmp_path, ValueError), (3, TypeError), ('~nobody-of-that-name/a.npz', ValueError)):
+        with pytest.raises(kind): CAMs.load(wrong)
+
+
+def test_byte_order_and_memory_order_do_not_matter(tmp_path):
+    cams = everything()
+    cams.save(tmp_path/'cams.npz')
+    same(CAMs.load(rewritten(tmp_path/'cams.npz', maps=np.asfortranarray(cams.maps.numpy().astype('>f4')))), cams)
