@@ -57,7 +57,9 @@ class _Measuring(CAMCallback):
         question = cap.question(cap.score(self.target, self._y)).part(slice(0, 1)) # of several labels, the most probable one
         self.results.append(self.work(cap, question, self))
         for cb in self.learn.cbs:
-            if isinstance(cb, GatherPredsCallback): cb.with_preds,cb.with_targs = False,False
+            if isinstance(cb, GatherPredsCallback):
+                cb.with_preds,cb.with_targs = False,False
+                vars(cb)['pred'] = None # it cannot detach every container
 
     def _put_together(self): pass
 

@@ -153,7 +153,9 @@ class CAMCallback(Callback):
         self.task = self.target.parts[0].task.of(self.target.read(cap.out))
         if not isinstance(cap.out, Tensor) or cap.out.dim() > 3: # pictures of probabilities would fill the memory, and a title has no place for several outputs
             for cb in self.learn.cbs:
-                if isinstance(cb, GatherPredsCallback): cb.with_preds,cb.with_targs = False,cb.with_targs and isinstance(y, Tensor) and y.dim() < 3
+                if isinstance(cb, GatherPredsCallback):
+                    cb.with_preds,cb.with_targs = False,cb.with_targs and isinstance(y, Tensor) and y.dim() < 3
+                    vars(cb)['pred'] = None # it would detach what it is not to keep, and cannot detach a namedtuple
 
     def _put_together(self):
         sizes = {tuple(m.shape[2:]) for m in self.found_maps}

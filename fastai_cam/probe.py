@@ -219,6 +219,11 @@ def images_in(
     "The batches of images among the inputs of a model"
     return [inp for inp in _tensors((list(args), kwargs)) if inp.dim() in (4,5) and inp.is_floating_point()]
 
+def _n_items(args, kwargs):
+    "How many items a batch has: as many as images, or as the first input has rows"
+    inputs = images_in(args, kwargs) or [inp for inp in _tensors((list(args), kwargs)) if inp.dim()]
+    return len(inputs[0])
+
 def image_size_of(
     args:Sequence, # Positional inputs of a model
     kwargs:dict, # Named inputs of a model
@@ -536,7 +541,7 @@ class Pass:
         if self._own_image is None: raise ValueError('no input of this model is a batch of images [B, C, H, W], so it cannot be masked or changed: use a method that needs only the layer, such as gradcam')
         return self._own_image.detach().as_subclass(Tensor)
 
-    def __len__(self) -> int: return len(self._all_inputs[0])
+    def __len__(self) -> int: return _n_items(self.args, self.kwargs)
 
     def _inputs(self, image, items):
         "Inputs for `items`, with `image` in the place of the images, laid out channels-last: convolutions run a fifth faster on it"
@@ -724,7 +729,8 @@ class Capture(Pass):
         max_bytes:int=2**28 # Gradients of one chunk at all layers take at most about this much
     ) -> list[Tensor]: # `[B, k]` each
         "`score` in pieces whose gradients fit in memory together; `[score]` itself if all of them do"
-        n = max(1, max_bytes//max(1, sum(act.numel()*4 for act in self._tracked)))
+        sizes = [part.numel() for part in (*self._tracked, score, score, *_tensors(self.out))] # the score's own gradients are as wide as it is
+        n = max(1, max_bytes//max(1, 4*sum(sizes)))
         if score.shape[1] <= n: return [score]
         question,pieces = self._asked(score),[]
         for start in range(0, score.shape[1], n):
@@ -1076,7 +1082,7 @@ class Probe:
         return find_layout(shape, self._image_size, self._survey().grids)
 
     def _check_layout(self, i, layout):
-        name,out,n_items = self.layers[i][0],self._acts[i][-1],len(_tensors((list(self._args), self._kwargs))[0])
+        name,out,n_items = self.layers[i][0],self._acts[i][-1],_n_items(self._args, self._kwargs)
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
         if len(out) != n_items:

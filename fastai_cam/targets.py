@@ -266,12 +266,16 @@ class Output(Target):
         try:
             if not isinstance(out, Tensor): return out[self.which]
         except (KeyError, IndexError, TypeError): pass
-        if isinstance(self.which, str) and self.which in getattr(out, '_fields', ()) or self.which in getattr(out, '__dict__', ()): return getattr(out, self.which)
+        if isinstance(self.which, str) and not isinstance(out, (Tensor, dict)):
+            found = getattr(out, self.which, None)
+            if found is not None and not callable(found): return found
         if isinstance(out, Tensor): known = f'it returns one tensor, of shape {list(out.shape)}'
         else: known = f'there are {len(out)}' if type(out) in (list, tuple) else f'they are {parts_of(out)}'
         raise ValueError(f'the model has no output {self.which!r}: {known}')
     @property
-    def labels(self) -> list[str]: return [f'{self.which}: {label}' for label in self._target().labels]
+    def labels(self) -> list[str]:
+        asked = ['predicted' if self.cls is None else self.cls] if not isinstance(self.cls, Target) else self.cls.labels
+        return [f'{self.which}: {label}' for label in asked]
     @property
     def needs_labels(self) -> bool: return self._target().needs_labels
     @property
@@ -350,7 +354,10 @@ def _n_required(func):
 # %% ../nbs/01_targets.ipynb #3d9ac57e
 def _plain(value):
     "A scalar of numpy's or torch's as the Python value it holds; anything else as it is"
-    return value.item() if hasattr(value, 'item') and getattr(value, 'shape', None)==() else value
+    if not (hasattr(value, 'item') and getattr(value, 'shape', None)==()): return value
+    found = value.item()
+    if not isinstance(found, float) or found.is_integer() or value.dtype.itemsize > 4: return found
+    return float(f'{found:.{6 if value.dtype.itemsize==4 else 3}g}') # .1 in half precision is .0999756, and was written .1
 
 def _as_number(name):
     "The number that a name is or reads as; `None` for other names"
@@ -407,8 +414,10 @@ def _of_number(number, names):
     position,is_index = names.find(number),isinstance(number, Integral) and not isinstance(number, bool)
     if position is not None and (not is_index or position==number or names.is_sure and names.is_numeric and not names.is_boolean):
         return names.target(position, by_name=True)
+    if position is not None and names.is_sure and not 0 <= number < names.n:
+        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, and cls={names.texts[position]!r} asks for the one of that name')
     if position is not None:
-        other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure and 0 <= number < names.n else '')
+        other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure else '')
         raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: write cls={names.texts[position]!r} or cls=ClassIndex({number})')
     if names.is_numeric and not names.is_boolean:
         raise ValueError(f'no class is named {number}: the classes are {names.listed}, and cls=ClassIndex(position) asks for one by its position, 0 to {names.n-1}')

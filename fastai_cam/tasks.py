@@ -33,7 +33,7 @@ def parts_of(
     "What the parts of an output are called"
     if isinstance(out, dict): return ', '.join(map(repr, out))
     if isinstance(out, (list, tuple)) and not hasattr(out, '_fields'): return f'0 to {len(out)-1}'
-    names = getattr(out, '_fields', None) or [name for name in getattr(out, '__dict__', {}) if not name.startswith('_')]
+    names = getattr(out, '_fields', None) or getattr(out, '__dataclass_fields__', None) or [name for name in getattr(out, '__dict__', {}) if not name.startswith('_')]
     return ', '.join(map(repr, names)) or 'its parts'
 
 def _several_outputs(out):
