@@ -9,6 +9,7 @@ __all__ = ['NOT_ASKED', 'as_logits', 'parts_of', 'Task', 'SingleLabel', 'MultiLa
            'Points', 'NoAnswer']
 
 # %% ../nbs/01_tasks.ipynb #683ac295
+from collections.abc import Mapping
 from copy import copy
 from typing import Any, Callable, Sequence
 
@@ -31,7 +32,7 @@ def parts_of(
     out:Any # What a model returned: a dict, a list, a tuple, an object with attributes
 ) -> str: # For error messages
     "What the parts of an output are called"
-    if isinstance(out, dict): return ', '.join(map(repr, out))
+    if isinstance(out, Mapping): return ', '.join(map(repr, out))
     if isinstance(out, (list, tuple)) and not hasattr(out, '_fields'): return f'0 to {len(out)-1}'
     names = getattr(out, '_fields', None) or getattr(out, '__dataclass_fields__', None) or [name for name in getattr(out, '__dict__', {}) if not name.startswith('_')]
     return ', '.join(map(repr, names)) or 'its parts'
