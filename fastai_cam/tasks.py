@@ -292,6 +292,7 @@ class NoAnswer(Values):
     def refuse(self) -> None:
         "Say what to ask instead"
         what,instead = _no_answers[self.kind]
+        if self.part is not None: instead = f'Output(part, class) for a part that has classes, or cls={instead}'
         raise ValueError(f'this learner returns {what}, so there is no class or value to explain: pass cls={instead}')
     def n_classes(self, out:Any) -> int: self.refuse()
     def predicted(self, out:Any) -> Tensor: self.refuse()
