@@ -113,7 +113,8 @@ class ClassIndex(Target):
         label:str|None=None # Name to show; `None`: the name that the vocab has for it, where there is one
     ):
         index = _plain(index)
-        if not isinstance(index, Integral) or isinstance(index, bool): raise TypeError(f'ClassIndex takes the position of a class, not {type(index).__name__}')
+        if not isinstance(index, Integral) or isinstance(index, bool):
+            raise TypeError(f'ClassIndex takes the position of a class, not {type(index).__name__}')
         if index < 0: raise ValueError(f'class {index} does not exist: indices start at 0')
         self.index,self.labels,self.is_named = int(index),[str(index) if label is None else label],label is not None
     def classes(self, out:Any, y:Any=None) -> Tensor:
@@ -206,7 +207,9 @@ class Several(Target):
         found = [target.regions(out, y) for target in targets]
         known = next((regions for regions in found if regions is not None), None)
         if known is None: return None
-        def nowhere(target): return torch.zeros(len(known), target.item_classes(out, y, len(known)).shape[1], *known.shape[2:], dtype=torch.bool)
+        def nowhere(target):
+            n = target.item_classes(out, y, len(known)).shape[1]
+            return torch.zeros(len(known), n, *known.shape[2:], dtype=torch.bool)
         return torch.cat([nowhere(target) if regions is None else regions.cpu() for target,regions in zip(targets, found)], dim=1)
     def of_task(self, task:Task) -> Target: return Several([target.of_task(task) for target in self.targets])
     @property
@@ -310,7 +313,8 @@ class Versus(Target):
         "The same question with its names looked up"
         found = copy(self)
         found.one,found.other = as_target(self.one, vocab, n_classes),as_target(self.other, vocab, n_classes)
-        if len(found.one) != 1: raise ValueError(f'a Versus is about one class, not {len(found.one)}: the classes it is compared with may be several')
+        if len(found.one) != 1:
+            raise ValueError(f'a Versus is about one class, not {len(found.one)}: the classes it is compared with may be several')
         return found
 
     def _resolved(self): return self if isinstance(self.one, Target) and isinstance(self.other, Target) else self.resolved()
@@ -334,7 +338,8 @@ class Versus(Target):
     def item_classes(self, out:Any, y:Any, n_items:int) -> Tensor: return torch.full((n_items, 1), -1)
     def settled(self, out:Any, y:Any=None) -> Callable:
         sides = self._resolved()
-        if sides.one.item_classes(out, y, 1).shape[1] != 1: raise ValueError('a Versus is about one class, and several labels are predicted for some item: name the label to explain')
+        if sides.one.item_classes(out, y, 1).shape[1] != 1:
+            raise ValueError('a Versus is about one class, and several labels are predicted for some item: name the label to explain')
         one,other = sides.one.settled(out, y),sides.other.settled(out, y)
         return lambda new, items: one(new, items) - other(new, items).mean(1, keepdim=True)
 
@@ -378,7 +383,7 @@ class _Names:
         self.n = vocab.n if isinstance(vocab, _Names) else n_classes if values is None else len(self.values)
         for i,value in enumerate(self.values or []):
             if isinstance(value, Hashable): self.by_value.setdefault(value, []).append(i)
-            for text in {str(value), getattr(value, 'name', '') if isinstance(value, Enum) else ''} - {''}: self.by_text.setdefault(text, []).append(i)
+            for text in {str(value), value.name if isinstance(value, Enum) else str(value)}: self.by_text.setdefault(text, []).append(i)
             if _as_number(value) is not None: self.by_number.setdefault(_as_number(value), []).append(i)
         numbers = [value for value in self.values or [] if isinstance(value, Number)]
         self.is_numeric,self.is_boolean = bool(numbers),all(isinstance(value, bool) for value in numbers)
@@ -395,7 +400,8 @@ class _Names:
         exact = [i for i in found if isinstance(self.values[i], bool)==isinstance(asked, bool)] # 1 and True are equal
         found = exact or (found if self.is_binary else []) or self.by_text.get(str(asked), []) or self.by_number.get(_as_number(asked), [])
         if len(found) > 1:
-            raise ValueError(f'{len(found)} classes are named {str(asked)!r}, at the positions {", ".join(map(str, found))}: say which is meant, e.g. cls=ClassIndex({found[0]})')
+            where = ', '.join(map(str, found))
+            raise ValueError(f'{len(found)} classes are named {str(asked)!r}, at the positions {where}: say which is meant, e.g. cls=ClassIndex({found[0]})')
         return found[0] if found else None
 
     def target(self,
@@ -415,12 +421,15 @@ def _of_number(number, names):
     if position is not None and (not is_index or position==number or names.is_sure and names.is_numeric and not names.is_boolean):
         return names.target(position, by_name=True)
     if position is not None and names.is_sure and not 0 <= number < names.n:
-        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, and cls={names.texts[position]!r} asks for the one of that name')
+        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, and cls={names.texts[position]!r} asks for the one '
+                         'of that name')
     if position is not None:
         other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure else '')
-        raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: write cls={names.texts[position]!r} or cls=ClassIndex({number})')
+        raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: '
+                         f'write cls={names.texts[position]!r} or cls=ClassIndex({number})')
     if names.is_numeric and not names.is_boolean:
-        raise ValueError(f'no class is named {number}: the classes are {names.listed}, and cls=ClassIndex(position) asks for one by its position, 0 to {names.n-1}')
+        raise ValueError(f'no class is named {number}: the classes are {names.listed}, and cls=ClassIndex(position) asks for one by its position, '
+                         f'0 to {names.n-1}')
     if not is_index: raise TypeError(_what_cls_is(number))
     n = names.n if names.is_sure else None
     if number < 0 or (n is not None and number >= n):
@@ -434,12 +443,15 @@ def _of_name(name, names):
     if position is not None: return names.target(position, by_name=True)
     if name in _keywords: return _keywords[name]()
     if name=='all':
-        if names.n is None: raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
+        if names.n is None:
+            raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
         return AllClasses(names.texts or range(names.n))
     if not names.values: raise ValueError(f'there is no vocab to look up class {name!r} in: give its index instead')
     lower = {known.lower(): known for known in names.texts}
-    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)] or [known for known in names.texts if name.lower() in known.lower()][:3]
-    raise ValueError(f'no class is named {name!r}: ' + (f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {names.listed}'))
+    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)]
+    close = close or [known for known in names.texts if name.lower() in known.lower()][:3]
+    hint = f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {names.listed}'
+    raise ValueError(f'no class is named {name!r}: {hint}')
 
 # %% ../nbs/01_targets.ipynb #4971a80c
 def as_target(
@@ -448,8 +460,8 @@ def as_target(
     n_classes:int|None=None, # How many classes there are, where no vocab says so
     task:Task|None=None # What the output is; `None`: classes that exclude each other, or what the target says itself
 ) -> Target:
-    """The target that `cls` means; `ValueError` or `TypeError` if it means none. A name goes before a keyword. Where classes have numbers for names, a number is a name,
-    and `ClassIndex(number)` asks by position; elsewhere a number is a position"""
+    """The target that `cls` means; `ValueError` or `TypeError` if it means none. A name goes before a keyword. Where classes have numbers
+    for names, a number is a name, and `ClassIndex(number)` asks by position; elsewhere a number is a position"""
     if task is not None: return _of_task(cls, vocab, n_classes, task)
     if cls is None: return Predicted()
     names = vocab if isinstance(vocab, _Names) else _Names(vocab, n_classes)
@@ -463,17 +475,19 @@ def as_target(
     if isinstance(cls, Hashable) and cls in names.by_value: return names.target(names.find(cls), by_name=True) # a date, a member of an Enum
     if isinstance(cls, Enum): return as_target(cls.name if names.find(cls.value) is None else cls.value, names)
     if isinstance(cls, Tensor) or not callable(cls): return _of_list(cls, names)
-    if isinstance(cls, type) and issubclass(cls, Target): raise TypeError(f'cls is a {cls.__name__} and not the class itself: say {cls.__name__}(…)')
+    if isinstance(cls, type) and issubclass(cls, Target):
+        raise TypeError(f'cls is a {cls.__name__} and not the class itself: say {cls.__name__}(…)')
     return Score(cls)
 
-def _what_cls_is(cls): return f"cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, not {type(cls).__name__}"
+def _what_cls_is(cls):
+    return f"cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, not {type(cls).__name__}"
 
 def _of_list(cls, names):
     "The targets that a list means, or anything else that has an order: an array, a tensor, an `Index`, a vocab"
-    if isinstance(cls, (Mapping, Set, Iterator)) or not isinstance(cls, Iterable) and not hasattr(cls, '__getitem__') or isinstance(cls, (bytes, slice)):
-        has_items = isinstance(cls, (Mapping, Set, Iterator))
-        raise TypeError(_what_cls_is(cls) + (': maps come in the order that is asked for, so make it a list' if has_items else ''))
-    if len(getattr(cls, 'shape', [0])) > 1: raise ValueError(f'cls is a list of classes, and not a table of shape {list(cls.shape)}: give one row of it')
+    if isinstance(cls, (Mapping, Set, Iterator)): raise TypeError(f'{_what_cls_is(cls)}: maps come in the order that is asked for, so make it a list')
+    if isinstance(cls, bytes) or not (isinstance(cls, Iterable) or hasattr(cls, '__getitem__')): raise TypeError(_what_cls_is(cls))
+    if len(getattr(cls, 'shape', [0])) > 1:
+        raise ValueError(f'cls is a list of classes, and not a table of shape {list(cls.shape)}: give one row of it')
     if len(cls)==0: raise ValueError('the list of classes is empty: name at least one, or leave cls=None for the predicted class')
     return Several([as_target(one, names) for one in (cls.tolist() if isinstance(cls, Tensor) else cls)])
 
@@ -488,5 +502,6 @@ def _of_task(cls, vocab, n_classes, task):
     return target.of_task(task)
 
 def __getattr__(name):
-    if name=='Contrast': raise ImportError('Contrast is called Versus now, as fastai has an augmentation of that name: from fastai_cam.targets import Versus')
+    if name=='Contrast':
+        raise ImportError('Contrast is called Versus now, as fastai has an augmentation of that name: from fastai_cam.targets import Versus')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -34,7 +34,8 @@ def parts_of(
     "What the parts of an output are called"
     if isinstance(out, Mapping): return ', '.join(map(repr, out))
     if isinstance(out, (list, tuple)) and not hasattr(out, '_fields'): return f'0 to {len(out)-1}'
-    names = getattr(out, '_fields', None) or getattr(out, '__dataclass_fields__', None) or [name for name in getattr(out, '__dict__', {}) if not name.startswith('_')]
+    names = getattr(out, '_fields', None) or getattr(out, '__dataclass_fields__', None)
+    names = names or [name for name in getattr(out, '__dict__', {}) if not name.startswith('_')]
     return ', '.join(map(repr, names)) or 'its parts'
 
 def _several_outputs(out):
@@ -135,8 +136,8 @@ class SingleLabel(Task):
         "The logits; `ValueError` where the vocab names something else"
         logits = as_logits(out)
         if self.is_whole and self.vocab is not None and len(self.vocab) != logits.shape[1]:
-            raise ValueError(f'the vocab names {len(self.vocab)} classes, but the model returns {logits.shape[1]} numbers an item, so it is not known which is '
-                             'which class (an embedding?): pass cls=ClassIndex(column), Similarity(embedding) or a function of the output')
+            raise ValueError(f'the vocab names {len(self.vocab)} classes, but the model returns {logits.shape[1]} numbers an item, so it is not '
+                             'known which is which class (an embedding?): pass cls=ClassIndex(column), Similarity(embedding) or a function of the output')
         return logits
     def probabilities(self, out:Any) -> Tensor: return as_logits(out).softmax(1)
     def actual(self, out:Any, y:Any) -> Tensor:
@@ -273,13 +274,14 @@ def _at_every_pixel(vocab, y):
     is_mask = vocab is not None or not (isinstance(y, Tensor) and y.is_floating_point() and _is_picture(y)) or bool(((y==0) | (y==1)).all())
     return Segmentation(vocab) if is_mask else NoAnswer('picture')
 
+_a_function = 'a function of the output that returns one score per item'
 _no_answers = dict(
-    picture=('a picture (or another number at every pixel)', 'a function of the output that returns one score per item, e.g. cls=lambda out: out[:,0,8:16,8:16].mean((1,2))'),
-    boxes=('boxes, and a coordinate is no class', 'a function of the output that returns one score per item, e.g. cls=lambda out: out[:,0]'),
-    embedding=('an embedding, whose numbers mean nothing one by one', 'Similarity(another embedding), or a function of the output that returns one score per item'))
+    picture=('a picture (or another number at every pixel)', f'{_a_function}, e.g. cls=lambda out: out[:,0,8:16,8:16].mean((1,2))'),
+    boxes=('boxes, and a coordinate is no class', f'{_a_function}, e.g. cls=lambda out: out[:,0]'),
+    embedding=('an embedding, whose numbers mean nothing one by one', f'Similarity(another embedding), or {_a_function}'))
 
 class NoAnswer(Values):
-    "An output in which no number is an answer by itself: a picture, boxes, an embedding. It can be asked about with a function of one's own"
+    "An output in which no number is an answer by itself (a picture, boxes, an embedding): it has to be asked with a function"
     def __init__(self,
         kind:str, # `'picture'`, `'boxes'` or `'embedding'`
         part:Task|None=None # What one of several outputs is, where the labels say that there are others
