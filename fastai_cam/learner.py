@@ -53,23 +53,23 @@ _of_labels = nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss, F.bi
 
 def _is_loss(loss, known): return any(isinstance(loss, one) if isinstance(one, type) else loss is one for one in known)
 
-_of_embeddings = (nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss, nn.CosineEmbeddingLoss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss,
-                  F.triplet_margin_loss, F.triplet_margin_with_distance_loss, F.cosine_embedding_loss, F.hinge_embedding_loss, F.margin_ranking_loss)
+_of_embeddings = nn.MarginRankingLoss, F.margin_ranking_loss
 _embedding_words = 'triplet', 'contrastive', 'embedding', 'ntxent', 'infonce', 'simclr'
 
 def task_of(
     learn:Learner # Learner whose output is to be understood
 ) -> Task:
-    "What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points, or nothing that can be asked by itself"
+    "What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points, or no answer"
     loss,vocab = getattr(learn.loss_func, 'func', learn.loss_func),class_names(learn.dls) # fastai wraps torch's
     found,types = _task_of_loss(loss, getattr(learn.loss_func, 'thresh', .5), vocab),_label_types(learn)
-    drawn = {kind for kind in map(_drawn, types) if kind}
-    if drawn: return NoAnswer('boxes' if 'boxes' in drawn else 'picture', found if len(drawn) < len(types) else None)
+    drawn = [_drawn(kind) for kind in types]
+    if drawn and all(drawn): return NoAnswer(drawn[0]) # boxes beside names are another matter: classes can be asked about
     if types and isinstance(types[-1], type) and issubclass(types[-1], TensorPoint): return Points()
-    return Values() if types and types[-1] is RegressionSetup and isinstance(found, SingleLabel) else found # whatever the loss function is called
+    is_number = types and types[-1] is RegressionSetup and isinstance(found, SingleLabel) # whatever the loss function is called
+    return Values() if is_number else found
 
 def _task_of_loss(loss, thresh, vocab):
-    name = getattr(loss, '__name__', type(loss).__name__).lower()
+    name = getattr(loss, '__name__', type(loss).__name__).lower().replace('_', '')
     if _is_loss(loss, _of_embeddings) or any(word in name for word in _embedding_words): return NoAnswer('embedding')
     if _is_loss(loss, _of_labels): return MultiLabel(vocab, thresh)
     return Values() if _is_loss(loss, _of_values) else SingleLabel(vocab)
@@ -83,7 +83,9 @@ def _drawn(kind):
 def _label_types(learn):
     "What each label is, where fastai's data sets say so: its type, or the transform that makes numbers of it"
     sets = getattr(learn.dls.valid_ds, 'tls', None) or []
-    def what(tl): return next((RegressionSetup for tfm in getattr(tl.tfms, 'fs', []) if isinstance(tfm, RegressionSetup)), None) or (getattr(tl, 'types', None) or [None])[-1]
+    def what(tl):
+        if any(isinstance(tfm, RegressionSetup) for tfm in getattr(tl.tfms, 'fs', [])): return RegressionSetup
+        return (getattr(tl, 'types', None) or [None])[-1]
     return [what(tl) for tl in sets[getattr(learn.dls, 'n_inp', 1):]]
 
 def _target(learn, cls):

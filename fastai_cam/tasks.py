@@ -283,18 +283,15 @@ _no_answers = dict(
 class NoAnswer(Values):
     "An output in which no number is an answer by itself (a picture, boxes, an embedding): it has to be asked with a function"
     def __init__(self,
-        kind:str, # `'picture'`, `'boxes'` or `'embedding'`
-        part:Task|None=None # What one of several outputs is, where the labels say that there are others
+        kind:str # `'picture'`, `'boxes'` or `'embedding'`
     ):
         super().__init__()
         store_attr()
         if kind=='embedding': self.name,self.signed = 'single',False
     def of(self, out:Any, y:Any=None) -> Task: return self
-    def of_part(self) -> Task: return self if self.part is None else self.part.of_part()
     def refuse(self) -> None:
         "Say what to ask instead"
         what,instead = _no_answers[self.kind]
-        if self.part is not None: instead = f'Output(part, class) for a part that has classes, or cls={instead}'
         raise ValueError(f'this learner returns {what}, so there is no class or value to explain: pass cls={instead}')
     def n_classes(self, out:Any) -> int: self.refuse()
     def predicted(self, out:Any) -> Tensor: self.refuse()

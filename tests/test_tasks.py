@@ -532,7 +532,11 @@ class BoxesAndNames(nn.Module):
 def test_a_detector_is_asked_about_the_part_that_has_classes():
     dls = dls_of(ImageBlock, BBoxBlock, BBoxLblBlock, n_inp=1, getters=[picture, box_of, lambda i: [colour_of(i)]])
     learn = learner(dls, BoxesAndNames(), loss_func=own_loss)
-    with pytest.raises(ValueError, match=r'returns boxes.*Output\(part, class\)'): learn.get_cams([0])
+    with pytest.raises(ValueError, match=r'is a tuple \(0 to 1\): say which part is meant with cls=Output\(part, class\)'): learn.get_cams([0])
+    both = learner(dls, nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)), loss_func=own_loss)
+    with pytest.raises(ValueError, match='the vocab names 3 classes, but the model returns 7 numbers'): both.get_cams([0]) # coordinates and classes in one row
+    names = learner(dls, net(3), loss_func=own_loss)
+    assert names.get_cams([0], cls='red').classes.tolist()==[list(dls.vocab).index('red')]
     x = dls.valid.one_batch()[0]
     found = learn.get_cams([0], cls=[Output(1, 'red'), Output(1), lambda out: out[0][:, 2]])
     best = int(learn.model.eval()(x[:1])[1].argmax())
