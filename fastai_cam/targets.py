@@ -25,6 +25,13 @@ from .probe import _batch_size, _each_tensor
 from .tasks import NoAnswer, SingleLabel, Task, Values, as_logits, parts_of
 
 # %% ../nbs/01_targets.ipynb #d1f7333d
+def _plain(value):
+    "A scalar of numpy's or torch's as the Python value it holds; anything else as it is"
+    if not (hasattr(value, 'item') and getattr(value, 'shape', None)==()): return value
+    found = value.item()
+    if not isinstance(found, float) or found.is_integer() or value.dtype.itemsize > 4: return found
+    return float(f'{found:.{6 if value.dtype.itemsize==4 else 3}g}') # .1 in half precision is .0999756, and was written .1
+
 class Target:
     "What is being explained: maps a model's output to one score per item, or to several"
     labels:list[str] = ['']
@@ -357,13 +364,6 @@ def _n_required(func):
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in params)
 
 # %% ../nbs/01_targets.ipynb #3d9ac57e
-def _plain(value):
-    "A scalar of numpy's or torch's as the Python value it holds; anything else as it is"
-    if not (hasattr(value, 'item') and getattr(value, 'shape', None)==()): return value
-    found = value.item()
-    if not isinstance(found, float) or found.is_integer() or value.dtype.itemsize > 4: return found
-    return float(f'{found:.{6 if value.dtype.itemsize==4 else 3}g}') # .1 in half precision is .0999756, and was written .1
-
 def _as_number(name):
     "The number that a name is or reads as; `None` for other names"
     if isinstance(name, bool) or not isinstance(name, (Number, str)): return None

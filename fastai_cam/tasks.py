@@ -240,6 +240,16 @@ class Segmentation(Task):
         weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1)
         return torch.where(classes >= 0, (chosen*weights).sum(-1)/weights.sum(-1), 0)
 
+def _is_picture(out):
+    "Is it a number at every pixel, rather than a list of numbers or of points?"
+    if not isinstance(out, Tensor) or out.dim() < 3: return False
+    return out.shape[2:].numel() > 1 if out.dim() > 3 else min(out.shape[1:]) > 4
+
+def _at_every_pixel(vocab, y):
+    "What logits with a place are: classes, unless the labels are pictures of something else"
+    is_mask = vocab is not None or not (isinstance(y, Tensor) and y.is_floating_point() and _is_picture(y)) or bool(((y==0) | (y==1)).all())
+    return Segmentation(vocab) if is_mask else NoAnswer('picture')
+
 # %% ../nbs/01_tasks.ipynb #8aa98897
 class Values(Task):
     "Numbers: one column each"
@@ -263,16 +273,6 @@ class Points(Values):
     def column_names(self, out:Tensor) -> list[str]:
         n = self.n_classes(out)
         return ['xy'[i%2] + (f' of point {i//2}' if n > 2 else '') for i in range(n)]
-
-def _is_picture(out):
-    "Is it a number at every pixel, rather than a list of numbers or of points?"
-    if not isinstance(out, Tensor) or out.dim() < 3: return False
-    return out.shape[2:].numel() > 1 if out.dim() > 3 else min(out.shape[1:]) > 4
-
-def _at_every_pixel(vocab, y):
-    "What logits with a place are: classes, unless the labels are pictures of something else"
-    is_mask = vocab is not None or not (isinstance(y, Tensor) and y.is_floating_point() and _is_picture(y)) or bool(((y==0) | (y==1)).all())
-    return Segmentation(vocab) if is_mask else NoAnswer('picture')
 
 _a_function = 'a function of the output that returns one score per item'
 _no_answers = dict(
