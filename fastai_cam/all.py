@@ -24,4 +24,4 @@ from .audit import *
 from .compare import *
 from .shortcuts import *
 
-__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, state, source, learner, interpret, metrics, audit, compare, shortcuts) for name in room.__all__]
+__all__ = [name for room in (layout, probe, tasks, targets, methods, maps, state, source, learner, interpret, metrics, audit, compare, shortcuts) for name in room.__all__ if name != 'Source'] # of which fastai has one, from fastcore

@@ -28,7 +28,7 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from .probe import Capture, Pass, Probe, _each_tensor, _without_hooks, bare, check_layers, resolve_layers
 from .tasks import Values
-from .targets import Target
+from .targets import Predicted, Target
 from .methods import as_methods, enlarge, method_name
 from .maps import CAMMap, Images, _save, check_style, normalize, plain_html, plain_legend, plain_text
 from .state import check_learner, learner_as_found, with_bar
@@ -435,7 +435,7 @@ def random_logit_test(self:Learner,
     "How alike are the maps of the predicted class and of another, drawn by chance?"
     if isinstance(task_of(self), Values): raise ValueError('this learner predicts values, and a random class can only be asked of a classifier')
     methods = _check_asked(self, method, layer, n)
-    return _compared([(one, *_first_and_last(self.get_cams(item, ['predicted', RandomClass(seed)], one, layer, n))) for one in methods])
+    return _compared([(one, *_first_and_last(self.get_cams(item, [Predicted(), RandomClass(seed)], one, layer, n))) for one in methods])
 
 # %% ../nbs/09_audit.ipynb #f12db3f3
 def similarity_of_learners(

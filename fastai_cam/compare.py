@@ -26,11 +26,11 @@ from fastcore.xtras import is_listy
 from fastai.callback.core import GatherPredsCallback
 from fastai.data.core import Datasets, TfmdDL
 from fastai.learner import Learner
-from fastai.torch_core import TensorMask, to_detach
+from fastai.torch_core import TensorMask
 from fastai.vision.core import PILMask, TensorBBox
 from .probe import _each_tensor, bare, check_layers, resolve_layer
 from .tasks import BinaryLabel, MultiLabel, Values
-from .targets import AllClasses, Contrast, Score, Several
+from .targets import AllClasses, Score, Several, Versus
 from .methods import as_method, as_methods, method_name
 from .maps import CAMMap, _save, check_style, plain_html, plain_text
 from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxes_to_masks, curve_area, impute, insertion_deletion
@@ -53,11 +53,13 @@ class _Measuring(CAMCallback):
         super().after_pred()
 
     def _make_maps(self, cap):
-        self.learn.pred = to_detach(self.learn.pred, cpu=False, gather=False)
+        self.learn.pred = _each_tensor(Tensor.detach, self.learn.pred)
         question = cap.question(cap.score(self.target, self._y)).part(slice(0, 1)) # of several labels, the most probable one
         self.results.append(self.work(cap, question, self))
         for cb in self.learn.cbs:
-            if isinstance(cb, GatherPredsCallback): cb.with_preds,cb.with_targs = False,False
+            if isinstance(cb, GatherPredsCallback):
+                cb.with_preds,cb.with_targs = False,False
+                vars(cb)['pred'] = None # it cannot detach every container
 
     def _put_together(self): pass
 
@@ -79,7 +81,7 @@ def _softmax(out): return out.softmax(1) if out.dim() > 1 else out
 def _as_probability(target, cap, question, n_images, dtype=None):
     "A rescorer of `question`, as a probability where it is about a class"
     score,parts = cap.score(question),target.parts
-    is_plain = isinstance(target, Contrast) or any(isinstance(part, Score) or isinstance(part.task, Values) for part in parts)
+    is_plain = isinstance(target, Versus) or any(isinstance(part, Score) or isinstance(part.task, Values) for part in parts)
     if is_plain: return Rescore(cap, score, None, None, n_images, dtype)
     out = target.read(cap.out)
     one_logit = isinstance(parts[0].task.of(out), (BinaryLabel, MultiLabel)) or out.dim() > 3 and out.shape[1]==1
@@ -187,7 +189,7 @@ def _work(methods, metrics, masks, dtype):
         size,n_done = cap.image.shape[-2:],len(callback.results)
         of_batch = None
         if 'masks' in needs:
-            classes = callback.target.classes(cap.out, callback._y)[:,0]
+            classes = callback.target.item_classes(cap.out, callback._y, len(cap))[:,0]
             of_batch = masks[n_done].to(cap.image.device) if masks is not None else _masks_in_labels(callback.labels, classes, size)
             if of_batch is None: raise ValueError(f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
         rescore = _as_probability(callback.target, cap, question, 64, dtype) if 'rescore' in needs else None
@@ -355,7 +357,7 @@ def _trust_work(method, share, n_random, steps, seed):
         beaten = (elsewhere < drop).sum(0)
         return [(maps[i].cpu(), dict(score=whole[i].item(), drop=drop[i].item(), drop_elsewhere=elsewhere[:,i].mean().item(), random_drops=elsewhere[:,i].tolist(), n_random=n_random, n_beaten=int(beaten[i]),
                      chance_p=(1 + n_random - int(beaten[i]))/(n_random + 1), faithfulness=own[i].item(), baselines={name: values[i].item() for name,values in others.items()}, randomized_similarity=float(np.nan_to_num(similar[i].item()))),
-                     int(callback.target.classes(cap.out, callback._y)[i,0])) for i in range(len(cap))]
+                     int(callback.target.item_classes(cap.out, callback._y, len(cap))[i,0])) for i in range(len(cap))]
     return examine
 
 @patch

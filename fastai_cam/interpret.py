@@ -19,7 +19,7 @@ from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner
 from .probe import check_layers
 from .tasks import Values
-from .targets import Region
+from .targets import Actual, Predicted, Region
 from .methods import as_methods
 from .state import check_learner, learner_as_found
 from .source import dl_source
@@ -93,8 +93,8 @@ class CAMInterpretation(ClassificationInterpretation):
         image:int=0 # Which of the images, where several go into the model for one item
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
-        actual = Region('actual', 'actual') # in segmentation, where the mask says that it is
-        questions = dict(pred=None, actual=actual, both=['predicted', actual])
+        actual = Region(Actual(), 'actual') # in segmentation, where the mask says that it is
+        questions = dict(pred=None, actual=actual, both=[Predicted(), actual])
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
         if show != 'pred' and isinstance(task_of(self.learn), Values): raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
         losses,idxs = self._ranked(k, largest)

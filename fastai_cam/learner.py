@@ -11,6 +11,7 @@ __all__ = ['class_names', 'task_of', 'CAMCallback', 'cam_head', 'cam_learner']
 from typing import Any, Callable, Sequence
 
 import numpy as np
+import PIL.Image
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.torch_core import to_detach
-from fastai.vision.core import TensorPoint
+from fastai.torch_core import TensorImageBase, TensorMask
+from fastai.data.transforms import RegressionSetup
+from fastai.vision.core import PILMask, TensorBBox, TensorPoint
 from fastai.vision.learner import create_head, vision_learner
-from .tasks import MultiLabel, NOT_ASKED, Points, SingleLabel, Task, Values
+from .tasks import MultiLabel, NOT_ASKED, NoAnswer, Points, SingleLabel, Task, Values
 from .probe import Probe, _each_tensor, bare, check_layers
 from .targets import AllClasses, Several, as_target
 from .methods import as_methods, enlarge, method_name
@@ -51,21 +53,40 @@ _of_labels = nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss, F.bi
 
 def _is_loss(loss, known): return any(isinstance(loss, one) if isinstance(one, type) else loss is one for one in known)
 
+_of_embeddings = nn.MarginRankingLoss, F.margin_ranking_loss
+_embedding_words = 'triplet', 'contrastive', 'embedding', 'ntxent', 'infonce', 'simclr'
+
 def task_of(
     learn:Learner # Learner whose output is to be understood
 ) -> Task:
-    "What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, or points"
+    "What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points, or no answer"
     loss,vocab = getattr(learn.loss_func, 'func', learn.loss_func),class_names(learn.dls) # fastai wraps torch's
-    if _label_type(learn) is TensorPoint: return Points()
-    if _is_loss(loss, _of_labels): return MultiLabel(vocab, getattr(learn.loss_func, 'thresh', .5))
-    if _is_loss(loss, _of_values): return Values()
-    return SingleLabel(vocab)
+    found,types = _task_of_loss(loss, getattr(learn.loss_func, 'thresh', .5), vocab),_label_types(learn)
+    drawn = [_drawn(kind) for kind in types]
+    if drawn and all(drawn): return NoAnswer(drawn[0]) # boxes beside names are another matter: classes can be asked about
+    if types and isinstance(types[-1], type) and issubclass(types[-1], TensorPoint): return Points()
+    is_number = types and types[-1] is RegressionSetup and isinstance(found, SingleLabel) # whatever the loss function is called
+    return Values() if is_number else found
 
-def _label_type(learn):
-    "The fastai type of the labels, where the data says so"
-    tls = getattr(learn.dls.valid_ds, 'tls', None)
-    if not tls or len(tls) < 2: return None
-    return next((t for t in reversed(getattr(tls[-1], 'types', [])) if isinstance(t, type) and issubclass(t, Tensor)), None)
+def _task_of_loss(loss, thresh, vocab):
+    name = getattr(loss, '__name__', type(loss).__name__).lower().replace('_', '')
+    if _is_loss(loss, _of_embeddings) or any(word in name for word in _embedding_words): return NoAnswer('embedding')
+    if _is_loss(loss, _of_labels): return MultiLabel(vocab, thresh)
+    return Values() if _is_loss(loss, _of_values) else SingleLabel(vocab)
+
+def _drawn(kind):
+    "What labels of this type show that has no class: a picture, or boxes"
+    if not isinstance(kind, type) or issubclass(kind, (PILMask, TensorMask)): return None
+    if issubclass(kind, TensorBBox): return 'boxes'
+    return 'picture' if issubclass(kind, (PIL.Image.Image, TensorImageBase)) else None
+
+def _label_types(learn):
+    "What each label is, where fastai's data sets say so: its type, or the transform that makes numbers of it"
+    sets = getattr(learn.dls.valid_ds, 'tls', None) or []
+    def what(tl):
+        if any(isinstance(tfm, RegressionSetup) for tfm in getattr(tl.tfms, 'fs', [])): return RegressionSetup
+        return (getattr(tl, 'types', None) or [None])[-1]
+    return [what(tl) for tl in sets[getattr(learn.dls, 'n_inp', 1):]]
 
 def _target(learn, cls):
     "The target that `cls` means for this learner; `ValueError` where the task has no such thing"
@@ -120,7 +141,7 @@ class CAMCallback(Callback):
         self._keep_message(self._put_together)
 
     def _make_maps(self, cap):
-        self.learn.pred = to_detach(self.learn.pred, cpu=False, gather=False)
+        self.learn.pred = _each_tensor(Tensor.detach, self.learn.pred) # whatever holds it stays what it is
         y = self._y
         score = cap.score(self.target, y)
         if has_bar(self.learn): cap.bar = bar_of_long_work
@@ -128,13 +149,15 @@ class CAMCallback(Callback):
         finest = max((m.shape[2:] for m in maps), key=lambda size: size.numel())
         self.found_maps.append(torch.cat([enlarge(m, finest) for m in maps], dim=1)) # fullgrad beside gradcam: maps of one size
         n = len(self.methods)
-        self.found_classes.append(self.target.classes(cap.out, y).detach().cpu().repeat(1, n))
+        self.found_classes.append(self.target.item_classes(cap.out, y, len(cap)).detach().cpu().repeat(1, n))
         regions = self.target.regions(cap.out, y)
         if regions is not None: self.found_regions.append(regions.cpu().repeat(1, n, *[1]*(regions.dim() - 2)))
         self.task = self.target.parts[0].task.of(self.target.read(cap.out))
         if not isinstance(cap.out, Tensor) or cap.out.dim() > 3: # pictures of probabilities would fill the memory, and a title has no place for several outputs
             for cb in self.learn.cbs:
-                if isinstance(cb, GatherPredsCallback): cb.with_preds,cb.with_targs = False,cb.with_targs and isinstance(y, Tensor) and y.dim() < 3
+                if isinstance(cb, GatherPredsCallback):
+                    cb.with_preds,cb.with_targs = False,cb.with_targs and isinstance(y, Tensor) and y.dim() < 3
+                    vars(cb)['pred'] = None # it would detach what it is not to keep, and cannot detach a namedtuple
 
     def _put_together(self):
         sizes = {tuple(m.shape[2:]) for m in self.found_maps}

@@ -11,11 +11,15 @@ __all__ = ['EVERY_STAGE', 'LAST_TWO_STAGES', 'as_found', 'describe_layers', 'bod
            'Question', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
 
 # %% ../nbs/00_probe.ipynb #42ff7925
+from collections import OrderedDict, defaultdict, deque
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
+from copyreg import _slotnames
 import math
 import warnings
 from difflib import get_close_matches
+from numbers import Number
+from types import ModuleType
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -42,6 +46,77 @@ def as_found(
             yield model
         finally:
             for module,training in modes: module.training = training
+
+# %% ../nbs/00_probe.ipynb #7be4d913
+_BUILT_IN = OrderedDict, defaultdict, dict, deque, list, tuple # what a container is at bottom: the special ones first
+
+def _base(values):
+    "The built-in container that `values` is one of; `object` for a thing with attributes; `None` where no tensor is looked for"
+    found = next((kind for kind in _BUILT_IN if issubclass(type(values), kind)), None)
+    if found is not None: return found
+    return None if callable(values) or isinstance(values, (str, bytes, Number, ModuleType, type(None))) else object # what can be called is no data
+
+def _items(base, values): return list(base.values(values) if issubclass(base, dict) else [] if base is object else base.__iter__(values))
+
+def _attributes(values):
+    "What an object holds beside its items: its `__dict__`, and what is in slots"
+    found = {}
+    for name in () if type(values) in _BUILT_IN else ('__dict__', *_slotnames(type(values))):
+        try: found[name] = object.__getattribute__(values, name) # a `__getattr__` of the user's may raise anything
+        except AttributeError: pass
+    return found
+
+def _tensors(values):
+    "The tensors in `values`, in order; a tensor that has a name as well as a place (`out.logits` and `out['logits']`) once"
+    found,seen = [],set()
+    def look(part, is_named):
+        if isinstance(part, Tensor):
+            if not (is_named and id(part) in seen): found.append(part)
+        elif id(part) in seen or (base := _base(part)) is None: return
+        else:
+            seen.add(id(part))
+            for item in _items(base, part): look(item, is_named)
+            for attribute in _attributes(part).values(): look(attribute, True)
+        seen.add(id(part))
+    look(values, False)
+    return found
+
+def _each_tensor(func, values, done=None):
+    "`values`, a tensor or anything that holds tensors, with `func` of every tensor: a copy of the same type; what holds none is handed on as it is"
+    if done is None:
+        if isinstance(values, Tensor): return func(values)
+        done = {}
+    if id(values) not in done: done[id(values)] = func(values) if isinstance(values, Tensor) else _rebuilt(func, values, done)
+    return done[id(values)]
+
+def _rebuilt(func, values, done):
+    "A container or object like `values`, made without running code of its class; `done` knows what was made, for what is shared or goes in circles"
+    base,kind = _base(values),type(values)
+    if base is None or not _tensors(values): return values
+    if base is tuple:
+        done[id(values)] = values # for what refers back to it: a tuple is made last
+        items = [_each_tensor(func, item, done) for item in tuple.__iter__(values)]
+        try: new = tuple.__new__(kind, items)
+        except TypeError: new = kind(items) # as `torch.max` returns
+        done[id(values)] = new
+    else:
+        try: done[id(values)] = new = base.__new__(kind)
+        except TypeError: return values # a type written in C, which cannot be made like this
+        if base is defaultdict: new.default_factory = values.default_factory
+        if base is deque: deque.__init__(new, (), values.maxlen)
+        if issubclass(base, dict):
+            for key,item in base.items(values): base.__setitem__(new, key, _each_tensor(func, item, done))
+        elif base is not object:
+            for item in base.__iter__(values): base.append(new, _each_tensor(func, item, done))
+    for name,part in _attributes(values).items():
+        copied = _each_tensor(func, part, done)
+        object.__setattr__(new, name, dict(part) if name=='__dict__' and copied is part else copied) # frozen, too
+    return new
+
+def _replaced(old, new, args, kwargs):
+    "The inputs `args` and `kwargs` with the tensor `new` in the place of `old`"
+    swap = lambda inp: new if inp is old else inp
+    return _each_tensor(swap, tuple(args)),_each_tensor(swap, kwargs)
 
 # %% ../nbs/00_probe.ipynb #0b41dfda
 def describe_layers(
@@ -137,31 +212,17 @@ def to_spatial(
     layout = find_layout(activation.shape, image_size) if isinstance(activation, Tensor) else None
     return None if layout is None else layout.spatial(activation)
 
-def _each_tensor(func, values):
-    "`values`, a tensor or a tuple, list or dict of these, with `func` of every tensor"
-    if isinstance(values, Tensor): return func(values)
-    if isinstance(values, dict): return {key:_each_tensor(func, val) for key,val in values.items()}
-    if hasattr(values, '_fields'): return type(values)(*[_each_tensor(func, val) for val in values])
-    if isinstance(values, (list, tuple)): return type(values)(_each_tensor(func, val) for val in values)
-    return values
-
-def _tensors(values):
-    "The tensors in `values`, in order"
-    found = []
-    _each_tensor(found.append, values)
-    return found
-
-def _replaced(old, new, args, kwargs):
-    "The inputs `args` and `kwargs` with the tensor `new` in the place of `old`"
-    swap = lambda inp: new if inp is old else inp
-    return _each_tensor(swap, tuple(args)),_each_tensor(swap, kwargs)
-
 def images_in(
     args:Sequence, # Positional inputs of a model
     kwargs:dict # Named inputs of a model
 ) -> list[Tensor]: # `[B, C, H, W]` or `[B, C, D, H, W]` each
     "The batches of images among the inputs of a model"
     return [inp for inp in _tensors((list(args), kwargs)) if inp.dim() in (4,5) and inp.is_floating_point()]
+
+def _n_items(args, kwargs):
+    "How many items a batch has: as many as images, or as the first input has rows"
+    inputs = images_in(args, kwargs) or [inp for inp in _tensors((list(args), kwargs)) if inp.dim()]
+    return len(inputs[0])
 
 def image_size_of(
     args:Sequence, # Positional inputs of a model
@@ -397,6 +458,9 @@ class Question:
         return Question(lambda out, items: _columns(self.func(out, items))[:,columns], self.items)
 
 def _batch_size(out): return len(_tensors(out)[0])
+def _of_rows(func, args):
+    "`func` of an output and of those rows of `args` that are its items'"
+    return lambda out, items: func(out, *[arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args])
 def _columns(score): return score[:,None] if score.dim()==1 else score
 
 class _Recording:
@@ -477,7 +541,7 @@ class Pass:
         if self._own_image is None: raise ValueError('no input of this model is a batch of images [B, C, H, W], so it cannot be masked or changed: use a method that needs only the layer, such as gradcam')
         return self._own_image.detach().as_subclass(Tensor)
 
-    def __len__(self) -> int: return len(self._all_inputs[0])
+    def __len__(self) -> int: return _n_items(self.args, self.kwargs)
 
     def _inputs(self, image, items):
         "Inputs for `items`, with `image` in the place of the images, laid out channels-last: convolutions run a fifth faster on it"
@@ -624,8 +688,10 @@ class Capture(Pass):
         "`target` of the output, computed with gradients on whatever the grad mode is, and remembered as a `Question`"
         with torch.inference_mode(False):
             if hasattr(target, 'settled'): target,args = Question(target.settled(self.out, *args)),()
+            items = torch.arange(len(self)) # the inputs say how many items there are: an output may be anything
+            if isinstance(target, Question) and target.items is None: target = target.of(items)
             score = target(self.out, *args)
-        question = target if isinstance(target, Question) else Question(lambda out, items: target(out, *[arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args]))
+        question = target if isinstance(target, Question) else Question(_of_rows(target, args), items)
         self._scores.append((score, question))
         return score
 
@@ -663,7 +729,8 @@ class Capture(Pass):
         max_bytes:int=2**28 # Gradients of one chunk at all layers take at most about this much
     ) -> list[Tensor]: # `[B, k]` each
         "`score` in pieces whose gradients fit in memory together; `[score]` itself if all of them do"
-        n = max(1, max_bytes//max(1, sum(act.numel()*4 for act in self._tracked)))
+        sizes = [part.numel() for part in (*self._tracked, score, score, *_tensors(self.out))] # the score's own gradients are as wide as it is
+        n = max(1, max_bytes//max(1, 4*sum(sizes)))
         if score.shape[1] <= n: return [score]
         question,pieces = self._asked(score),[]
         for start in range(0, score.shape[1], n):
@@ -1015,7 +1082,7 @@ class Probe:
         return find_layout(shape, self._image_size, self._survey().grids)
 
     def _check_layout(self, i, layout):
-        name,out,n_items = self.layers[i][0],self._acts[i][-1],len(_tensors((list(self._args), self._kwargs))[0])
+        name,out,n_items = self.layers[i][0],self._acts[i][-1],_n_items(self._args, self._kwargs)
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
         if len(out) != n_items:

@@ -6,23 +6,32 @@ Docs: https://fastai-cam.example/docs/targets.html.md"""
 
 # %% auto #0
 __all__ = ['Target', 'Predicted', 'Actual', 'ClassIndex', 'AllClasses', 'AllValues', 'Score', 'Similarity', 'Several', 'Region',
-           'Output', 'Contrast', 'WhyNot', 'as_target']
+           'Output', 'Versus', 'WhyNot', 'as_target']
 
 # %% ../nbs/01_targets.ipynb #e5eb3463
 import inspect
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from copy import copy
 from difflib import get_close_matches
-from numbers import Integral
+from enum import Enum
+from itertools import groupby
+from numbers import Integral, Number
 from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
 from fastcore.basics import store_attr
-from fastcore.foundation import L
-from .probe import _batch_size
-from .tasks import SingleLabel, Task, Values, as_logits
+from .probe import _batch_size, _each_tensor
+from .tasks import NoAnswer, SingleLabel, Task, Values, as_logits, parts_of
 
 # %% ../nbs/01_targets.ipynb #d1f7333d
+def _plain(value):
+    "A scalar of numpy's or torch's as the Python value it holds; anything else as it is"
+    if not (hasattr(value, 'item') and getattr(value, 'shape', None)==()): return value
+    found = value.item()
+    if not isinstance(found, float) or found.is_integer() or value.dtype.itemsize > 4: return found
+    return float(f'{found:.{6 if value.dtype.itemsize==4 else 3}g}') # .1 in half precision is .0999756, and was written .1
+
 class Target:
     "What is being explained: maps a model's output to one score per item, or to several"
     labels:list[str] = ['']
@@ -41,12 +50,20 @@ class Target:
         y:Any=None # Labels of the batch
     ) -> Tensor: # `[B, K]`
         "The scores: for a classifier, the logit of each class of `classes`"
-        return self.settled(out, y)(out, torch.arange(_batch_size(out)))
+        return self.settled(out, y)(out, None)
+
+    def item_classes(self,
+        out:Any, # Output of the model
+        y:Any, # Labels of the batch
+        n_items:int # How many items there are, which an output need not tell: boxes come in lists, and some models put time first
+    ) -> Tensor: # `[n_items, K]`
+        "`classes`, for any output"
+        return self.classes(out, y)
 
     def settled(self,
         out:Any, # Output of the model for the items themselves
         y:Any=None # Labels of the batch
-    ) -> Callable: # `func(out, items)`: scores `[n, K]` of another output, whose rows belong to `items`
+    ) -> Callable: # `func(out, items)`: scores `[n, K]` of another output, whose rows belong to `items`; `None`: one row an item
         "The same question about other outputs: the class that was predicted for an item stays the one that is asked about"
         return self.task.of(out).asks(out, y, self.classes(out, y), self.where)
 
@@ -61,6 +78,7 @@ class Target:
         task:Task # What the output is
     ) -> 'Target':
         "The same question for a model of another kind"
+        if isinstance(task, NoAnswer) and not isinstance(self, Score): task.refuse()
         found = copy(self)
         found.task = task
         return found
@@ -83,7 +101,7 @@ class Predicted(Target):
     "The class the model predicts, item by item; of several labels, each that is predicted"
     labels = ['predicted']
     def classes(self, out:Any, y:Any=None) -> Tensor:
-        found = self.task.of(out).predicted(out)
+        found = self.task.of(out, y).predicted(out)
         self.labels = ['predicted']*found.shape[1]
         return found
 
@@ -91,17 +109,21 @@ class Actual(Target):
     "The class the label names, item by item; of several labels, each that holds"
     labels,needs_labels = ['actual'],True
     def classes(self, out:Any, y:Any=None) -> Tensor:
-        found = self.task.of(out).actual(out, y)
+        found = self.task.of(out, y).actual(out, y)
         self.labels = ['actual']*found.shape[1]
         return found
 
 class ClassIndex(Target):
-    "The same class for every item"
+    "The same class for every item, by its position: a number by itself is a name where the classes have numbers for names"
     def __init__(self,
         index:int, # Column of the output
-        label:str|None=None # Name to show
+        label:str|None=None # Name to show; `None`: the name that the vocab has for it, where there is one
     ):
-        self.index,self.labels = index,[str(index) if label is None else label]
+        index = _plain(index)
+        if not isinstance(index, Integral) or isinstance(index, bool):
+            raise TypeError(f'ClassIndex takes the position of a class, not {type(index).__name__}')
+        if index < 0: raise ValueError(f'class {index} does not exist: indices start at 0')
+        self.index,self.labels,self.is_named = int(index),[str(index) if label is None else label],label is not None
     def classes(self, out:Any, y:Any=None) -> Tensor:
         n = self.task.of(out).n_classes(out)
         if self.index >= n: raise ValueError(f'class {self.index} does not exist: the model has {n} outputs, 0 to {n-1}')
@@ -124,7 +146,7 @@ class AllValues(Target):
         most:int=6 # How many, at most
     ): self.most = most
     def classes(self, out:Any, y:Any=None) -> Tensor:
-        self.labels = self.task.of(out).column_names(out)[:self.most]
+        self.labels = self.task.of(out, y).column_names(out)[:self.most]
         return torch.arange(len(self), device=out.device).expand(len(out), -1)
 
 class Score(Target):
@@ -135,16 +157,23 @@ class Score(Target):
         self.func,self.labels = func,[getattr(func, '__name__', type(func).__name__).replace('<lambda>', 'score')]
         self.takes_labels = _n_required(func) > 1
 
-    def classes(self, out:Any, y:Tensor|None=None) -> Tensor: return torch.full((_batch_size(out), 1), -1)
-    def __call__(self, out:Any, y:Tensor|None=None) -> Tensor:
+    def classes(self, out:Any, y:Any=None) -> Tensor: return self.item_classes(out, y, _batch_size(out))
+    def item_classes(self, out:Any, y:Any, n_items:int) -> Tensor: return torch.full((n_items, 1), -1)
+    def __call__(self, out:Any, y:Any=None) -> Tensor: return self._asked(out, y)
+    def _asked(self, out, y, n_items=None):
+        "The score, one an item: of `n_items`, where it is known how many there are"
         score = self.func(out, y) if self.takes_labels else self.func(out)
-        batch = _batch_size(out)
-        if not isinstance(score, Tensor) or score.shape not in ((batch,), (batch,1)):
-            got = f'shape {list(score.shape)}' if isinstance(score, Tensor) else f'a {type(score).__name__}'
-            raise ValueError(f'the function given as cls must return one score per item (shape [{batch}]), but it returned {got}')
-        return score.reshape(-1, 1)
-    def settled(self, out:Any, y:Tensor|None=None) -> Callable:
-        return lambda other, items: self(other, y[items.to(y.device)] if isinstance(y, Tensor) else y)
+        is_right = isinstance(score, Tensor) and (score.dim()==1 or score.dim()==2 and score.shape[1]==1)
+        if is_right and n_items in (None, len(score)): return score.reshape(-1, 1)
+        got = f'shape {list(score.shape)}' if isinstance(score, Tensor) else f'a {type(score).__name__}'
+        batch = len(out) if n_items is None and isinstance(out, Tensor) and out.dim()==2 else 'batch' if n_items is None else n_items
+        raise ValueError(f'the function given as cls must return one score per item (shape [{batch}]), but it returned {got}')
+    def settled(self, out:Any, y:Any=None) -> Callable:
+        def ask(other, items):
+            if items is None: return self._asked(other, y)
+            own = _each_tensor(lambda labels: labels[items.to(labels.device)] if labels.dim() else labels, y)
+            return self._asked(other, own, len(items))
+        return ask
     def regions(self, out:Any, y:Any=None) -> Tensor|None: return None
 
 class Similarity(Score):
@@ -153,7 +182,7 @@ class Similarity(Score):
         reference:Tensor, # Embedding to compare with, `[D]`
         label:str='similarity' # What to show
     ):
-        self.reference,self.takes_labels = reference.detach(),False
+        self.reference = reference.detach()
         super().__init__(lambda out: torch.cosine_similarity(as_logits(out), self.reference.to(out)[None], dim=1))
         self.labels = [label]
 
@@ -166,20 +195,42 @@ class Several(Target):
         self.needs_labels = any(target.needs_labels for target in self.targets)
     @property
     def labels(self) -> list[str]: return [label for target in self.targets for label in target.labels]
-    def classes(self, out:Any, y:Tensor|None=None) -> Tensor:
-        found = [target.classes(out, y) for target in self.targets]
+    def classes(self, out:Any, y:Any=None) -> Tensor: return self.item_classes(out, y, _batch_size(out))
+    def item_classes(self, out:Any, y:Any, n_items:int) -> Tensor:
+        found = [target.item_classes(out, y, n_items) for target in self.targets]
         return torch.cat([classes.to(found[0].device) for classes in found], dim=1)
-    def settled(self, out:Any, y:Tensor|None=None) -> Callable:
-        settled = [target.settled(out, y) for target in self.targets]
-        return lambda other, items: torch.cat([ask(other, items) for ask in settled], dim=1)
+    def _together(self):
+        "The targets, with neighbours made one that ask alike: classes asked one by one cost the cube of their number"
+        found = []
+        for ask,alike in groupby(self.targets, _alike):
+            alike = list(alike)
+            found += [_Classes(alike)] if isinstance(ask, tuple) and len(alike) > 1 else alike
+        return found
+    def settled(self, out:Any, y:Any=None) -> Callable:
+        settled = [target.settled(out, y) for target in self._together()]
+        return settled[0] if len(settled)==1 else lambda other, items: torch.cat([ask(other, items) for ask in settled], dim=1)
     def regions(self, out:Any, y:Any=None) -> Tensor|None:
-        found = [target.regions(out, y) for target in self.targets]
-        size = next((regions.shape[2:] for regions in found if regions is not None), None)
-        if size is None: return None
-        return torch.cat([torch.zeros(_batch_size(out), target.classes(out, y).shape[1], *size, dtype=torch.bool) if regions is None else regions.cpu() for target,regions in zip(self.targets, found)], dim=1)
+        targets = self._together()
+        found = [target.regions(out, y) for target in targets]
+        known = next((regions for regions in found if regions is not None), None)
+        if known is None: return None
+        def nowhere(target):
+            n = target.item_classes(out, y, len(known)).shape[1]
+            return torch.zeros(len(known), n, *known.shape[2:], dtype=torch.bool)
+        return torch.cat([nowhere(target) if regions is None else regions.cpu() for target,regions in zip(targets, found)], dim=1)
     def of_task(self, task:Task) -> Target: return Several([target.of_task(task) for target in self.targets])
     @property
     def parts(self) -> list[Target]: return [part for target in self.targets for part in target.parts]
+
+def _alike(target):
+    "Targets of which this is the same can be asked together: classes of one task over one region"
+    is_plain = type(target).settled is Target.settled and type(target).regions is Target.regions
+    return (id(target.task), id(target.where)) if is_plain else id(target)
+
+class _Classes(Target):
+    "The classes of several targets that are asked alike"
+    def __init__(self, targets): self.targets,self.task,self.where = targets,targets[0].task,targets[0].where
+    def classes(self, out:Any, y:Any=None) -> Tensor: return torch.cat([target.classes(out, y) for target in self.targets], dim=1)
 
 class Region(Target):
     "A class over a part of the picture, for models that say something at every pixel (Seg-Grad-CAM, https://arxiv.org/abs/2002.11434)"
@@ -196,7 +247,8 @@ class Region(Target):
         "The target itself, with its names looked up"
         target = copy(as_target(self.cls, vocab, n_classes))
         parts = target.parts
-        if any(isinstance(part, Score) for part in parts) or isinstance(target, Contrast): raise ValueError('a Region is about a class: give its name or index, not a function or a Contrast')
+        if any(isinstance(part, Score) for part in parts) or isinstance(target, Versus):
+            raise ValueError('a Region is about a class: give its name or index, not a function or a Versus')
         def placed(one):
             found = copy(one)
             found.where,found.needs_labels = self.where,one.needs_labels or isinstance(self.where, str) and self.where=='actual'
@@ -208,7 +260,7 @@ class Output(Target):
     "A question about one of several things that a model returns"
     n_known:int|None = None # how many classes the vocab names
     def __init__(self,
-        which:Any, # Key of a dict, or index of a list or tuple
+        which:Any, # Key of a dict, index of a list or tuple, or name of an attribute
         cls:Any=None # What is asked of it, as `as_target` takes it
     ): store_attr()
     def resolved(self,
@@ -216,25 +268,33 @@ class Output(Target):
         n_classes:int|None=None # How many classes there are, where no vocab says so
     ) -> 'Output':
         "The same question with its names looked up"
-        found,is_index = copy(self),isinstance(self.cls, Integral) and not isinstance(self.cls, bool)
-        found.cls = as_target(self.cls) if is_index else as_target(self.cls, vocab, n_classes) # the vocab may be about another of the outputs
-        found.n_known = None if vocab is None else len(vocab)
+        found,names = copy(self),_Names(vocab, n_classes, is_sure=False) # the vocab may be about another of the outputs
+        found.cls,found.n_known = as_target(self.cls, names),None if names.values is None else names.n
         return found
     def _target(self): return self.cls if isinstance(self.cls, Target) else as_target(self.cls)
     def read(self, out:Any) -> Any:
-        try: return out[self.which]
-        except (KeyError, IndexError, TypeError):
-            known = f'they are {", ".join(map(repr, out))}' if isinstance(out, dict) else f'there are {len(out)}' if isinstance(out, (list, tuple)) else f'it returns a {type(out).__name__}'
-            raise ValueError(f'the model has no output {self.which!r}: {known}') from None
+        try:
+            if not isinstance(out, Tensor): return out[self.which]
+        except (KeyError, IndexError, TypeError): pass
+        if isinstance(self.which, str) and not isinstance(out, (Tensor, dict)):
+            found = getattr(out, self.which, None)
+            if found is not None and not callable(found): return found
+        if isinstance(out, Tensor): known = f'it returns one tensor, of shape {list(out.shape)}'
+        else: known = f'there are {len(out)}' if type(out) in (list, tuple) else f'they are {parts_of(out)}'
+        raise ValueError(f'the model has no output {self.which!r}: {known}')
     @property
-    def labels(self) -> list[str]: return [f'{self.which}: {label}' for label in self._target().labels]
+    def labels(self) -> list[str]:
+        asked = ['predicted' if self.cls is None else self.cls] if not isinstance(self.cls, Target) else self.cls.labels
+        return [f'{self.which}: {label}' for label in asked]
     @property
     def needs_labels(self) -> bool: return self._target().needs_labels
     @property
     def parts(self) -> list[Target]: return self._target().parts
-    def classes(self, out:Any, y:Any=None) -> Tensor:
+    def classes(self, out:Any, y:Any=None) -> Tensor: return self.item_classes(out, y, _batch_size(self.read(out)))
+    def item_classes(self, out:Any, y:Any, n_items:int) -> Tensor:
         target,part = self._target(),self.read(out)
-        classes = target.classes(part, y)
+        classes = target.item_classes(part, y, n_items)
+        if all(isinstance(one, Score) for one in target.parts): return classes # a function takes any part
         is_about_the_vocab = self.n_known is None or target.parts[0].task.of(part).n_classes(part)==self.n_known
         return classes if is_about_the_vocab else classes.clamp(max=-1)
     def settled(self, out:Any, y:Any=None) -> Callable:
@@ -243,10 +303,10 @@ class Output(Target):
     def regions(self, out:Any, y:Any=None) -> Tensor|None: return self._target().regions(self.read(out), y)
     def of_task(self, task:Task) -> Target:
         found = copy(self)
-        found.cls = self._target().of_task(task)
+        found.cls = self._target().of_task(task.of_part())
         return found
 
-class Contrast(Target):
+class Versus(Target):
     "Why `one` rather than `other`: the difference of their scores, in which what speaks for both cancels out"
     def __init__(self,
         one:Any, # Class name, index, `'predicted'`, `'actual'` or `Target`
@@ -256,11 +316,12 @@ class Contrast(Target):
     def resolved(self,
         vocab:Sequence|None=None, # Names of the classes
         n_classes:int|None=None # How many classes there are, where no vocab says so
-    ) -> 'Contrast':
-        "The same contrast with its names looked up"
+    ) -> 'Versus':
+        "The same question with its names looked up"
         found = copy(self)
         found.one,found.other = as_target(self.one, vocab, n_classes),as_target(self.other, vocab, n_classes)
-        if len(found.one) != 1: raise ValueError(f'a Contrast is about one class, not {len(found.one)}: the classes it is compared with may be several')
+        if len(found.one) != 1:
+            raise ValueError(f'a Versus is about one class, not {len(found.one)}: the classes it is compared with may be several')
         return found
 
     def _resolved(self): return self if isinstance(self.one, Target) and isinstance(self.other, Target) else self.resolved()
@@ -280,18 +341,20 @@ class Contrast(Target):
     @property
     def parts(self) -> list[Target]: return [part for side in (self._resolved().one, self._resolved().other) for part in side.parts]
 
-    def classes(self, out:Any, y:Tensor|None=None) -> Tensor: return torch.full((_batch_size(out), 1), -1)
+    def classes(self, out:Any, y:Any=None) -> Tensor: return self.item_classes(out, y, _batch_size(out))
+    def item_classes(self, out:Any, y:Any, n_items:int) -> Tensor: return torch.full((n_items, 1), -1)
     def settled(self, out:Any, y:Any=None) -> Callable:
         sides = self._resolved()
-        if sides.one.classes(out, y).shape[1] != 1: raise ValueError('a Contrast is about one class, and several labels are predicted for some item: name the label to explain')
+        if sides.one.item_classes(out, y, 1).shape[1] != 1:
+            raise ValueError('a Versus is about one class, and several labels are predicted for some item: name the label to explain')
         one,other = sides.one.settled(out, y),sides.other.settled(out, y)
         return lambda new, items: one(new, items) - other(new, items).mean(1, keepdim=True)
 
-class WhyNot(Contrast):
+class WhyNot(Versus):
     "Why the predicted class and not `other`; empty where `other` is what was predicted"
     def __init__(self,
         other:Any # Class name, index, `'actual'` or `Target`, or a list of these
-    ): super().__init__('predicted', other)
+    ): super().__init__(Predicted(), other) # not by its keyword, which may be the name of a class
     @property
     def labels(self) -> list[str]: return [super().labels[0].replace('predicted rather than', 'why not')]
 
@@ -300,54 +363,145 @@ def _n_required(func):
     except (TypeError, ValueError): return 1
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in params)
 
-# %% ../nbs/01_targets.ipynb #4971a80c
+# %% ../nbs/01_targets.ipynb #3d9ac57e
+def _as_number(name):
+    "The number that a name is or reads as; `None` for other names"
+    if isinstance(name, bool) or not isinstance(name, (Number, str)): return None
+    try: return float(name) if isinstance(name, str) else name
+    except ValueError: return None
+
+class _Names:
+    "The names of the classes, looked up by value: it makes no difference whether 2 is an `int`, a float or a scalar of numpy's"
+    def __init__(self,
+        vocab:Any=None, # Names, in the order of the output
+        n_classes:int|None=None, # How many classes there are, where no vocab says so
+        is_sure:bool=True # Are they the names of the output that is asked about, and not of another one?
+    ):
+        self.is_sure,self.by_value,self.by_text,self.by_number = is_sure,{},{},{}
+        values = vocab.values if isinstance(vocab, _Names) else vocab
+        self.values = None if values is None else [_plain(value) for value in values]
+        self.n = vocab.n if isinstance(vocab, _Names) else n_classes if values is None else len(self.values)
+        for i,value in enumerate(self.values or []):
+            if isinstance(value, Hashable): self.by_value.setdefault(value, []).append(i)
+            for text in {str(value), value.name if isinstance(value, Enum) else str(value)}: self.by_text.setdefault(text, []).append(i)
+            if _as_number(value) is not None: self.by_number.setdefault(_as_number(value), []).append(i)
+        numbers = [value for value in self.values or [] if isinstance(value, Number)]
+        self.is_numeric,self.is_boolean = bool(numbers),all(isinstance(value, bool) for value in numbers)
+        self.is_binary = all(number in (0, 1) for number in numbers) # so that True and False may be meant by them
+
+    @property
+    def texts(self) -> list[str]: return [str(value) for value in self.values or []]
+
+    def find(self,
+        asked:Any # Name
+    ) -> int|None: # Its position; `None` where no class has that name
+        "Look a name up: as it is, as it is written, and as a number"
+        found = self.by_value.get(asked, []) if isinstance(asked, Hashable) else []
+        exact = [i for i in found if isinstance(self.values[i], bool)==isinstance(asked, bool)] # 1 and True are equal
+        found = exact or (found if self.is_binary else []) or self.by_text.get(str(asked), []) or self.by_number.get(_as_number(asked), [])
+        if len(found) > 1:
+            where = ', '.join(map(str, found))
+            raise ValueError(f'{len(found)} classes are named {str(asked)!r}, at the positions {where}: say which is meant, e.g. cls=ClassIndex({found[0]})')
+        return found[0] if found else None
+
+    def target(self,
+        index:int, # Position of a class
+        by_name:bool=False # Was it asked for by its name?
+    ) -> ClassIndex:
+        "The target of a class, with its name"
+        is_known = by_name or self.is_sure and self.values is not None and index < self.n
+        return ClassIndex(index, str(self.values[index]) if is_known else None)
+
+    @property
+    def listed(self) -> str: return ', '.join(repr(name) for name in self.values[:10]) + (f', … ({self.n} in all)' if self.n > 10 else '')
+
+def _of_number(number, names):
+    "A number: a name where classes have numbers for names, else a position; `ValueError` where it may be either"
+    position,is_index = names.find(number),isinstance(number, Integral) and not isinstance(number, bool)
+    if position is not None and (not is_index or position==number or names.is_sure and names.is_numeric and not names.is_boolean):
+        return names.target(position, by_name=True)
+    if position is not None and names.is_sure and not 0 <= number < names.n:
+        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, and cls={names.texts[position]!r} asks for the one '
+                         'of that name')
+    if position is not None:
+        other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure else '')
+        raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: '
+                         f'write cls={names.texts[position]!r} or cls=ClassIndex({number})')
+    if names.is_numeric and not names.is_boolean:
+        raise ValueError(f'no class is named {number}: the classes are {names.listed}, and cls=ClassIndex(position) asks for one by its position, '
+                         f'0 to {names.n-1}')
+    if not is_index: raise TypeError(_what_cls_is(number))
+    n = names.n if names.is_sure else None
+    if number < 0 or (n is not None and number >= n):
+        raise ValueError(f'class {number} does not exist: ' + (f'the classes are 0 to {n-1}' if n is not None else 'indices start at 0'))
+    return names.target(int(number))
+
 _keywords = dict(predicted=Predicted, actual=Actual)
 
+def _of_name(name, names):
+    position = names.find(name)
+    if position is not None: return names.target(position, by_name=True)
+    if name in _keywords: return _keywords[name]()
+    if name=='all':
+        if names.n is None:
+            raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
+        return AllClasses(names.texts or range(names.n))
+    if not names.values: raise ValueError(f'there is no vocab to look up class {name!r} in: give its index instead')
+    lower = {known.lower(): known for known in names.texts}
+    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)]
+    close = close or [known for known in names.texts if name.lower() in known.lower()][:3]
+    hint = f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {names.listed}'
+    raise ValueError(f'no class is named {name!r}: {hint}')
+
+# %% ../nbs/01_targets.ipynb #4971a80c
 def as_target(
     cls:Any=None, # Name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, a `Target`, or a list of these; `None`: the predicted class
     vocab:Sequence|None=None, # Names of the classes
     n_classes:int|None=None, # How many classes there are, where no vocab says so
     task:Task|None=None # What the output is; `None`: classes that exclude each other, or what the target says itself
 ) -> Target:
-    "The target that `cls` means; `ValueError` or `TypeError` if it means none"
+    """The target that `cls` means; `ValueError` or `TypeError` if it means none. A name goes before a keyword. Where classes have numbers
+    for names, a number is a name, and `ClassIndex(number)` asks by position; elsewhere a number is a position"""
     if task is not None: return _of_task(cls, vocab, n_classes, task)
     if cls is None: return Predicted()
-    if isinstance(cls, (Contrast, Region, Output)): return cls.resolved(vocab, n_classes)
+    names = vocab if isinstance(vocab, _Names) else _Names(vocab, n_classes)
+    if isinstance(cls, (Versus, Region, Output)): return cls.resolved(names)
+    if isinstance(cls, ClassIndex): return cls if cls.is_named else names.target(cls.index)
     if isinstance(cls, Target): return cls
-    if cls is Predicted or cls is Actual: return cls()
-    if isinstance(cls, str): return _named(cls, vocab, n_classes)
-    if isinstance(cls, Tensor) and cls.dim()==0 or hasattr(cls, 'item') and not getattr(cls, 'shape', True): cls = cls.item()
-    n = len(vocab) if vocab is not None else n_classes
-    for index,known in enumerate(vocab if isinstance(cls, (bool, int, float)) and vocab is not None else []): # classes that are called 1, 2, 3 or True
-        if type(known) is type(cls) and known==cls: return ClassIndex(index, str(known))
-    if isinstance(cls, Integral) and not isinstance(cls, bool):
-        if cls < 0 or (n is not None and cls >= n):
-            raise ValueError(f'class {cls} does not exist: ' + (f'the classes are 0 to {n-1}' if n is not None else 'indices start at 0'))
-        return ClassIndex(int(cls), None if vocab is None else str(vocab[int(cls)]))
-    if isinstance(cls, (list, tuple, L, range)):
-        if len(cls)==0: raise ValueError('the list of classes is empty: name at least one, or leave cls=None for the predicted class')
-        return Several([as_target(one, vocab, n_classes) for one in cls])
-    if callable(cls): return Score(cls)
-    raise TypeError(f"cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, not {type(cls).__name__}")
+    if isinstance(cls, type) and issubclass(cls, (Predicted, Actual, AllValues)): return cls()
+    cls = _plain(cls)
+    if isinstance(cls, str): return _of_name(cls, names)
+    if isinstance(cls, Number): return _of_number(cls, names)
+    if isinstance(cls, Hashable) and cls in names.by_value: return names.target(names.find(cls), by_name=True) # a date, a member of an Enum
+    if isinstance(cls, Enum): return as_target(cls.name if names.find(cls.value) is None else cls.value, names)
+    if isinstance(cls, Tensor) or not callable(cls): return _of_list(cls, names)
+    if isinstance(cls, type) and issubclass(cls, Target):
+        raise TypeError(f'cls is a {cls.__name__} and not the class itself: say {cls.__name__}(…)')
+    return Score(cls)
+
+def _what_cls_is(cls):
+    return f"cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, not {type(cls).__name__}"
+
+def _of_list(cls, names):
+    "The targets that a list means, or anything else that has an order: an array, a tensor, an `Index`, a vocab"
+    if isinstance(cls, (Mapping, Set, Iterator)): raise TypeError(f'{_what_cls_is(cls)}: maps come in the order that is asked for, so make it a list')
+    if isinstance(cls, bytes) or not (isinstance(cls, Iterable) or hasattr(cls, '__getitem__')): raise TypeError(_what_cls_is(cls))
+    if len(getattr(cls, 'shape', [0])) > 1:
+        raise ValueError(f'cls is a list of classes, and not a table of shape {list(cls.shape)}: give one row of it')
+    if len(cls)==0: raise ValueError('the list of classes is empty: name at least one, or leave cls=None for the predicted class')
+    return Several([as_target(one, names) for one in (cls.tolist() if isinstance(cls, Tensor) else cls)])
 
 def _of_task(cls, vocab, n_classes, task):
     "The target that `cls` means for a model of this task"
     if vocab is None and n_classes==1: n_classes = None # a single column may stand for yes and no
-    if not isinstance(task, Values): return as_target(cls, vocab, n_classes).of_task(task)
+    if isinstance(task, NoAnswer) and (cls is None or isinstance(cls, (str, Number))): task.refuse()
+    if isinstance(task, NoAnswer) or not isinstance(task, Values): return as_target(cls, vocab, n_classes).of_task(task)
     if cls is None: return AllValues().of_task(task)
     target = as_target(cls, task.names, n_classes)
     if any(isinstance(part, (Predicted, Actual)) for part in target.parts): task.predicted(None) # says what to do instead
     return target.of_task(task)
 
-def _named(name, vocab, n_classes):
-    names = [] if vocab is None else [str(known) for known in vocab]
-    if name in names: return ClassIndex(names.index(name), name)
-    if name in _keywords: return _keywords[name]()
-    if name=='all':
-        if not names and n_classes is None: raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
-        return AllClasses(names or range(n_classes))
-    if not names: raise ValueError(f'there is no vocab to look up class {name!r} in: give its index instead')
-    lower = {known.lower(): known for known in names}
-    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)] or [known for known in names if name.lower() in known.lower()][:3]
-    hint = f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {", ".join(map(repr, names[:10]))}' + (f', … ({len(names)} in all)' if len(names) > 10 else '')
-    raise ValueError(f'no class is named {name!r}: {hint}')
+def __getattr__(name):
+    if name=='Contrast':
+        raise ImportError('Contrast is called Versus now, as fastai has an augmentation of that name: from fastai_cam.targets import Versus')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -10,7 +10,7 @@ from torch import nn
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, L, Learner, MaskBlock, MSELossFlat,
                                MultiCategoryBlock, Normalize, PILImage, PILMask, RandomResizedCrop, RegressionBlock, Resize, imagenet_stats)
 
-from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Contrast, Explain, Output, Probe, Rescore, baseline_images, boxes_to_masks, impute, upsample
+from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Versus, Explain, Output, Probe, Rescore, baseline_images, boxes_to_masks, impute, upsample
 from fastai_cam.audit import randomization_similarity
 from fastai_cam.compare import _elsewhere, _interval, _masks_of_items
 from fastai_cam.source import dl_source
@@ -177,7 +177,7 @@ def test_of_several_labels_the_most_probable_one():
 
 def test_a_contrast_is_measured_as_it_is(learn, interp):
     expected = measured(learn, 'gradcam', ['insertion'], lambda out: lambda out: out[:, 0] - out[:, 2])
-    found = interp.compare_cams('gradcam', metrics='insertion', n=None, cls=Contrast('a', 'c'), baselines=False)
+    found = interp.compare_cams('gradcam', metrics='insertion', n=None, cls=Versus('a', 'c'), baselines=False)
     assert_close(found.per_item['gradcam', 'default']['insertion'], expected['insertion'])
 
 

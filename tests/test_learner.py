@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import ImageDataLoaders, PILImage, Resize, RocAucBinary, accuracy, resnet18, vision_learner
 
-from fastai_cam.all import CAMCallback, CAMInterpretation, Capture, Contrast, Images, METHODS, Probe, WhyNot, as_method, cam_head, cam_learner, upsample
+from fastai_cam.all import CAMCallback, CAMInterpretation, Capture, Versus, Images, METHODS, Probe, WhyNot, as_method, cam_head, cam_learner, upsample
 
 
 def small_learner(dls, **kwargs):
@@ -283,7 +283,7 @@ def test_options_and_names_of_methods(dls):
 def test_contrasts(dls):
     "Grad-CAM of a contrast is the difference of the Grad-CAMs; the title says what was asked"
     learn = small_learner(dls)
-    left, right, contrast = learn.get_cams(dls.valid, cls=['left', 'right', Contrast('left', 'right')]).maps.unbind(1)
+    left, right, contrast = learn.get_cams(dls.valid, cls=['left', 'right', Versus('left', 'right')]).maps.unbind(1)
     assert torch.allclose(contrast, left - right, atol=1e-6) and contrast.abs().max() > 0
     odds = learn.get_cams(dls.valid).preds.log()
     learn.model[1][-1].bias.data[0] -= (odds[:, 0] - odds[:, 1]).median() # untrained, it says left to everything
@@ -292,7 +292,7 @@ def test_contrasts(dls):
     assert not why_not.maps[is_left].any() and is_left.any() and (~is_left).any()
     assert torch.allclose(why_not.maps[~is_left], (right - left)[~is_left], atol=1e-6)
     assert why_not[0].title.endswith('map: why not left')
-    with pytest.raises(ValueError, match="no class is named 'middle'"): learn.get_cams(dls.valid, cls=Contrast('left', 'middle'))
+    with pytest.raises(ValueError, match="no class is named 'middle'"): learn.get_cams(dls.valid, cls=Versus('left', 'middle'))
 
 
 def test_many_classes_fit_in_memory_piece_by_piece(dls, monkeypatch):

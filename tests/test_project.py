@@ -60,6 +60,19 @@ def test_rooms_import_earlier_rooms_only():
         assert imported <= set(ROOMS[:i]), f'{room} imports {imported - set(ROOMS[:i])}'
 
 
+def test_nothing_of_fastai_is_replaced_by_a_star_import():
+    import fastai.vision.all as theirs
+    import fastai_cam.all as ours
+    replaced = [name for name in ours.__all__ if hasattr(theirs, name) and getattr(theirs, name) is not getattr(ours, name)]
+    assert not replaced, f'{replaced}: names of fastai.vision.all that are something else here'
+
+
+def test_a_name_that_was_renamed_says_so():
+    with pytest.raises(ImportError, match='Contrast is called Versus now'): from fastai_cam.targets import Contrast
+    with pytest.raises(AttributeError, match='has no attribute'): __import__('fastai_cam.targets', fromlist=['x']).nothing
+    assert 'Contrast' not in __import__('fastai_cam.all', fromlist=['x']).__all__
+
+
 def test_hooks_and_modes_live_in_probe_only():
     for room in set(ROOMS) - {"probe"}:
         text = (ROOT/f'fastai_cam/{room}.py').read_text()

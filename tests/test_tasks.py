@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastai.vision.all import (BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MSELossFlat,
-                               MultiCategoryBlock, Normalize, PILImage, PILMask, PointBlock, RegressionBlock, TfmdDL, TitledStr, Transform, TransformBlock, imagenet_stats, load_learner)
+from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, L1LossFlat, Learner,
+                               MaskBlock, MSELossFlat, MultiCategoryBlock, Normalize, PILImage, PILImageBW, PILMask, PointBlock, PointScaler, RegressionBlock, TensorBBox, TfmdDL,
+                               TitledStr, Transform, TransformBlock, imagenet_stats, load_learner, resnet18, unet_learner, vision_learner)
+from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam.learner import task_of
 from fastai_cam.maps import to_pixels
 from fastai_cam.probe import Probe
-from fastai_cam.targets import Output, Predicted, Region, Several, Similarity
-from fastai_cam.tasks import NOT_ASKED, BinaryLabel, MultiLabel, SingleLabel, Task, Values
+from fastai_cam.targets import ClassIndex, Output, Predicted, Region, Several, Similarity, Versus, WhyNot
+from fastai_cam.tasks import NOT_ASKED, BinaryLabel, MultiLabel, NoAnswer, Points, SingleLabel, Task, Values
 
 
 def square_of(i):
@@ -457,3 +459,112 @@ def test_a_model_with_low_rank_corrections():
     cams = learn.get_cams([0], cls=1)
     assert close(cams.maps[0], by_hand(learn, [x[:1]], lambda out: out[0, 1], model[0])) # after the correction, not inside it
     with Probe(learn.model) as p: assert p(x).names==['base_model.0']
+
+
+# --- outputs in which no number is an answer by itself
+
+def grey(i): return np.array(picture(i)).mean(2).astype(np.float32)
+def depth_of(i): return torch.tensor(grey(i))[None]/255
+def halves(i): return (depth_of(i) > .5).float()
+def box_of(i): left, top, _ = square_of(i); return [[left, top, left + 18, top + 18]]
+def own_loss(out, *y, **kwargs): return sum(part.flatten(1).mean(1) for part in (out if isinstance(out, tuple) else (out,)))
+def mean_of(out): return out.flatten(1).mean(1)
+class TripletLoss(nn.Module):
+    def forward(self, out, y): return out.mean()
+
+BOXES = TransformBlock(type_tfms=TensorBBox.create, item_tfms=PointScaler)
+def draws(n, flat=False):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, n, 4, 4), *([nn.Flatten(1, 2)] if flat else []))
+
+UNANSWERED = {'picture, mean squares': (ImageBlock, picture, draws(3), MSELossFlat(), 'picture'), 'picture, absolute': (ImageBlock, picture, draws(3), L1LossFlat(), 'picture'),
+              'picture, a loss of their own': (ImageBlock, picture, draws(3), own_loss, 'picture'), 'picture, cross entropy': (ImageBlock, picture, draws(3), BCEWithLogitsLossFlat(), 'picture'),
+              'grey': (ImageBlock(cls=PILImageBW), lambda i: PILImageBW.create(np.array(picture(i))[..., 0]), draws(1), own_loss, 'picture'),
+              'code of a picture': (ImageBlock, picture, net(9), own_loss, 'picture'), 'depth': (TransformBlock, depth_of, draws(1), MSELossFlat(), 'picture'),
+              'depth, a loss of their own': (TransformBlock, depth_of, draws(1), own_loss, 'picture'), 'depth without a channel': (TransformBlock, lambda i: depth_of(i)[0], draws(1, flat=True), nn.HuberLoss(), 'picture'),
+              'density in a mask': (MaskBlock, mask_of, draws(1), MSELossFlat(), 'picture'), 'heatmaps of points': (PointBlock, corner_of, draws(5), own_loss, 'picture'),
+              'boxes': (BOXES, box_of, net(4), MSELossFlat(), 'boxes'), 'boxes, smooth': (BOXES, box_of, net(4), nn.SmoothL1Loss(), 'boxes'), 'boxes, a loss of their own': (BOXES, box_of, net(4), own_loss, 'boxes'),
+              'triplets': (CategoryBlock, colour_of, net(16), nn.TripletMarginLoss(), 'embedding'), 'triplets by name': (CategoryBlock, colour_of, net(2), TripletLoss(), 'embedding')}
+
+@pytest.mark.parametrize('kind', UNANSWERED)
+def test_what_has_no_answer_by_itself_is_refused_and_asked_with_a_function(kind):
+    block, get_y, model, loss, what = UNANSWERED[kind]
+    learn = learner(dls_of(ImageBlock, block, get_y=get_y), model, loss_func=loss)
+    says = dict(picture='returns a picture', boxes='returns boxes', embedding='returns an embedding')[what]
+    by_labels = None, 'predicted', 'actual', 'all', 0, [0, 1], ClassIndex(0), Predicted, Region(0), Versus(0, 1), Output(0, 0), [mean_of, None]
+    by_output = None, 0, [0, 1], ClassIndex(0), Region(0), Versus(0, 1), [mean_of, 0]
+    by_both = None, 'predicted', [mean_of, None], Region('predicted'), WhyNot(0)
+    for cls in {SingleLabel: by_both, NoAnswer: by_labels}.get(type(task_of(learn)), by_output):
+        with pytest.raises(ValueError, match=f'{says}.*pass cls=') as found: learn.get_cams([0], cls=cls)
+        assert '\n' not in str(found.value)
+    if 'triplets' in kind: return # its loss needs three
+    x, _ = learn.dls.valid.one_batch()
+    cams = learn.get_cams([0, 1], cls=mean_of)
+    assert cams.classes.tolist()==[-1, -1]
+    for i in range(2):
+        with Probe(learn.model) as p: names = p(x).names
+        assert torch.allclose(cams.maps[i], by_hand(learn, [x[i:i+1]], lambda out: mean_of(out)[0], learn.model.get_submodule(names[0])), atol=1e-6)
+    cams.show()
+
+
+def test_real_learners_of_pictures(tmp_path):
+    dls = dls_of(ImageBlock, ImageBlock, get_y=picture)
+    learn = learner(dls, unet_learner(dls, resnet18, pretrained=False, n_out=3, loss_func=L1LossFlat()).model, loss_func=L1LossFlat())
+    with pytest.raises(ValueError, match='returns a picture'): learn.show_cam(0)
+    assert learn.get_cams(0, cls=mean_of).maps.shape==(1, 2, 2)
+    learn.export(tmp_path/'model.pkl')
+    with pytest.raises(ValueError, match='returns a picture'): load_learner(tmp_path/'model.pkl').show_cam(picture(12))
+    noise = dls_of(TransformBlock, ImageBlock, getters=[lambda i: torch.randn(100), picture])
+    gan = GANLearner.wgan(noise, basic_generator(64, 3), basic_critic(64, 3))
+    for cls in (None, 0, 'predicted'):
+        with pytest.raises(ValueError, match='returns a picture'): gan.get_cams([0], cls=cls)
+
+
+class BoxesAndNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.boxes, self.names = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU()), nn.Linear(8, 4), nn.Linear(8, 3)
+    def forward(self, x):
+        features = self.body(x).mean((2, 3))
+        return self.boxes(features), self.names(features)
+
+def test_a_detector_is_asked_about_the_part_that_has_classes():
+    dls = dls_of(ImageBlock, BBoxBlock, BBoxLblBlock, n_inp=1, getters=[picture, box_of, lambda i: [colour_of(i)]])
+    learn = learner(dls, BoxesAndNames(), loss_func=own_loss)
+    with pytest.raises(ValueError, match=r'is a tuple \(0 to 1\): say which part is meant with cls=Output\(part, class\)'): learn.get_cams([0])
+    both = learner(dls, nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)), loss_func=own_loss)
+    with pytest.raises(ValueError, match='the vocab names 3 classes, but the model returns 7 numbers'): both.get_cams([0]) # coordinates and classes in one row
+    names = learner(dls, net(3), loss_func=own_loss)
+    assert names.get_cams([0], cls='red').classes.tolist()==[list(dls.vocab).index('red')]
+    x = dls.valid.one_batch()[0]
+    found = learn.get_cams([0], cls=[Output(1, 'red'), Output(1), lambda out: out[0][:, 2]])
+    best = int(learn.model.eval()(x[:1])[1].argmax())
+    for k, score in enumerate((lambda out: out[1][0, list(dls.vocab).index('red')], lambda out: out[1][0, best], lambda out: out[0][0, 2])):
+        assert close(found.maps[0, k], by_hand(learn, [x[:1]], score, learn.model.body))
+
+
+def test_what_has_an_answer_still_gives_it(segmenter):
+    def task(block, get_y, model, loss=None): return task_of(learner(dls_of(ImageBlock, block, get_y=get_y), model, loss_func=loss or own_loss))
+    assert type(task_of(segmenter)) is SingleLabel
+    assert type(task(RegressionBlock(n_out=3), lambda i: [1., 2., 3.], net(3))) is Values # whatever the loss function is called
+    assert type(task(RegressionBlock, left_of, net(1), MSELossFlat())) is Values
+    assert type(task(RegressionBlock, is_red, net(1), BCEWithLogitsLossFlat())) is MultiLabel
+    assert type(task(PointBlock, corner_of, net(2))) is Points
+    assert type(task(MaskBlock(['a', 'b']), mask_of, draws(3))) is SingleLabel
+    regression = learner(dls_of(ImageBlock, RegressionBlock(n_out=3), get_y=lambda i: [1., 2., 3.]), net(3), loss_func=own_loss)
+    assert regression.get_cams([0]).labels==['value 0', 'value 1', 'value 2']
+    masks = learner(dls_of(ImageBlock, TransformBlock, get_y=halves), draws(1), loss_func=own_loss) # zeros and ones are a mask
+    assert masks.get_cams([0]).task=='segmentation'
+    for out, what in ((torch.rand(2, 3), Values), (torch.rand(2, 17, 2), Values), (torch.rand(2, 5, 1, 1), Values), (torch.rand(2, 2, 40), Values), (torch.rand(2, 1, 8, 8), NoAnswer), (torch.rand(2, 8, 8), NoAnswer), (torch.rand(2, 3, 4, 4, 4), NoAnswer)):
+        assert type(Values().of(out)) is what, out.shape
+    for points in (torch.rand(2, 5, 2), torch.rand(2, 10)): assert type(Points().of(points)) is Points
+
+
+def test_real_points_and_values():
+    for block, get_y, n, labels in ((PointBlock, corner_of, 2, ['x', 'y']), (RegressionBlock(n_out=2), lambda i: [1., 2.], 2, ['value 0', 'value 1'])):
+        dls = dls_of(ImageBlock, block, get_y=get_y)
+        learn = vision_learner(dls, resnet18, pretrained=False, n_out=n)
+        learn.remove_cb(learn.progress)
+        cams = learn.get_cams([0])
+        assert cams.labels==labels and cams.maps.shape==(1, 2, 2, 2)
