@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader as TorchLoader, Dataset, RandomSampler, SequentialSampler, SubsetRandomSampler, get_worker_info
+from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler, get_worker_info
 from fastcore.basics import GetAttr, patch, store_attr
 from fastcore.foundation import L
 from fastcore.imports import noop
@@ -41,7 +41,7 @@ from .state import learner_as_found
 def _first_sample(learn):
     "A sample as the learner's data set gives it; `None` where there is none"
     for ds in (getattr(dl, 'dataset', None) for dl in reversed(learn.dls.loaders[:2])):
-        if hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds): return ds[0]
+        if _is_indexed(ds) and len(ds): return ds[0]
     return None
 
 def n_inputs(
@@ -50,15 +50,17 @@ def n_inputs(
     "How many things go into the model for one item"
     known = getattr(learn.dls, 'n_inp', None)
     if known is not None: return known
-    sample = _first_sample(learn) # torch's loaders do not say it, and the loop takes all but the last
+    with learner_as_found(learn): sample = _first_sample(learn) # torch's loaders do not say it, and the loop takes all but the last
     return max(1, len(sample) - 1) if isinstance(sample, (tuple, list)) else 1
+
+def _is_indexed(ds): return hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and not isinstance(ds, IterableDataset)
 
 def _is_fastai_data(learn): return isinstance(getattr(learn.dls.valid, 'dataset', None), (Datasets, TfmdLists))
 
 def _is_labelled(learn, dl):
     ds = dl.dataset
     if isinstance(ds, Datasets): return len(ds.tls) > max(ds.n_inp, n_inputs(learn)) # a test set of several inputs does not know how many these are
-    if not hasattr(ds, '__getitem__') or len(ds)==0: return False
+    if not _is_indexed(ds) or len(ds)==0: return False
     sample = ds[0]
     return isinstance(sample, (tuple, list)) and len(sample) > n_inputs(learn)
 
@@ -415,7 +417,7 @@ def _sampled(dl):
 
 def _from_torch(dl):
     "PyTorch's loader as fastai's; as it is where its batches are of its own making"
-    if not hasattr(dl.dataset, '__getitem__') or dl.batch_size is None and dl.batch_sampler is None: return dl
+    if not _is_indexed(dl.dataset) or dl.batch_size is None and dl.batch_sampler is None: return dl
     idxs,n = _sampled(dl),len(dl.dataset)
     if idxs is not None and dl.batch_size is None and sorted(idxs)==list(range(n)): idxs = None
     bs = dl.batch_size or len(next(iter(dl.batch_sampler), [])) or 64
@@ -437,7 +439,7 @@ def _as_loader(learn, dl):
     own = next((loader for loader in learn.dls.loaders if getattr(loader, 'dataset', None) is dl), None)
     if own is not None: return _as_loader(learn, own)
     valid = _valid(learn)
-    if isinstance(dl, Dataset) and hasattr(dl, '__getitem__') and isinstance(valid.dataset, _TorchData): return valid.new(_TorchData(dl, range(len(dl))), n=len(dl))
+    if _is_indexed(dl) and isinstance(getattr(valid, 'dataset', None), _TorchData): return valid.new(_TorchData(dl, range(len(dl))), n=len(dl))
     if isinstance(dl, (Datasets, TfmdLists)) and _is_fastai_data(learn): return valid.new(dl)
     raise TypeError(f'a {type(dl).__name__} is a data set, and this learner does not say how its batches are made: pass a DataLoader of it')
 
@@ -555,9 +557,11 @@ def _pixels(array):
     elif array.min() < 0 or array.max() > 255: raise ValueError(f'pixel values are 0 to 255, but this {what} has {array.min()} to {array.max()}')
     return np.uint8(array.round())
 
-def _check_file(path):
-    if re.match('[a-z][a-z0-9+.-]+:/', str(path), re.IGNORECASE):
-        raise ValueError(f'{str(path)!r} is a web address: download it first, e.g. with urlsave(url, \'photo.jpg\'), and pass the file')
+def _check_file(file):
+    if str(file)=='': raise ValueError('the path is empty: pass the file to explain')
+    if re.match('[a-z][a-z0-9+.-]+:/', str(file), re.IGNORECASE): # a `Path` has lost one of the slashes
+        raise ValueError(f"{_short(file)!r} is an address, not a file: download it first, e.g. with urlsave(address, 'photo.jpg'), and pass that")
+    path = Path(file).expanduser()
     where = '' if path.is_absolute() else f' (it is relative to {str(Path.cwd())!r})'
     if not path.exists(): raise FileNotFoundError(f'there is no file {str(path)!r}: check the path{where}')
     if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder: pass its files, e.g. get_image_files({str(path)!r})')
@@ -593,10 +597,8 @@ def _image_class(learn):
 def _as_image(learn, item):
     "One picture as `test_dl` takes it: a checked path, or a new image of the learner's class (the user's own is never changed)"
     if isinstance(item, (str, Path)):
-        if str(item)=='': raise ValueError('the path is empty: pass the file to explain')
-        path = Path(item).expanduser()
-        _check_file(path)
-        return path
+        _check_file(item)
+        return Path(item).expanduser()
     if isinstance(item, (np.ndarray, Tensor)): item = Image.fromarray(_pixels(item))
     elif not isinstance(item, Image.Image): item = _from_bytes(item)
     cls = _image_class(learn)
