@@ -302,7 +302,7 @@ class _Batches(list):
     "Batches that are held, as a watched loader"
     def __init__(self, batches, items, decode, image=0):
         super().__init__(batches)
-        self.items,self.n = items,len(items)
+        self.items,self.dataset,self.n = items,items,len(items)
         self.anew = partial(_Seen, items, self._read, decode, image)
         self.seen = self.anew()
 
@@ -520,7 +520,9 @@ def _held_source(learn, dl, idxs, max_n, items, image):
     if not batches: raise ValueError('the DataLoader gave no batch: it has no items')
     if idxs is not None: # one a batch, as they may come from anywhere
         ends = np.cumsum([len(_tensors(batch)[0]) for batch in batches]).tolist()
-        at = [(bisect_right(ends, i), i) for i in list(idxs)[:max_n]]
+        wrong = [i for i in idxs if not -n <= i < n]
+        if wrong: raise IndexError(f'item {wrong[0]} is out of range: the DataLoader gives {n} items, 0 to {n-1}')
+        at = [(bisect_right(ends, i % n), i % n) for i in list(idxs)[:max_n]]
         batches = [_rows(batches[b], slice(i - ends[b] + len(_tensors(batches[b])[0]), i - ends[b] + len(_tensors(batches[b])[0]) + 1)) for b,i in at]
     total = sum(len(_tensors(batch)[0]) for batch in batches)
     known = items or getattr(dl, 'items', None)
@@ -663,13 +665,23 @@ def _is_own(learn, item):
     "Is a tuple, dict or row what this learner's items are?"
     return _is_fastai_data(learn) and _entry(_first_pipeline(learn), item)[1] is not None
 
-def _n_valid(learn): return len(learn.dls.valid.dataset) if hasattr(getattr(learn.dls.valid, 'dataset', None), '__len__') else 0
+def _as_row(learn, item):
+    "A row of the learner's own table that came as a dict, or as `itertuples` gives it"
+    row = dict(item) if isinstance(item, Mapping) else item._asdict() if hasattr(item, '_asdict') else None
+    if row is None or _is_own(learn, item): return item
+    columns = getattr(getattr(learn.dls.valid, 'items', None), 'columns', ())
+    return pd.Series({name: row.get(name) for name in columns}) if set(columns) & set(row) else item # a reader may count the columns
+
+def _n_valid(learn):
+    "How many items the validation set has; `None` where its loader would have to be gone through"
+    valid = _valid(learn)
+    return len(valid.dataset) if isinstance(valid, DataLoader) and (_says_its_items(valid) or valid.n==0) else None
 
 def _of_numbers(learn, values):
     "A tensor or array of one dimension: indices, or a mask that says which items"
     if values.dtype in (torch.bool, np.dtype(bool)):
         n = _n_valid(learn)
-        if len(values) != n: raise IndexError(f'a mask of items has one value for each of the {n} of the validation set, and this one has {len(values)}')
+        if n is not None and len(values) != n: raise IndexError(f'a mask of items has one value for each of the {n} of the validation set, and this one has {len(values)}')
         return [i for i,chosen in enumerate(values.tolist()) if chosen]
     return values.tolist()
 
@@ -685,6 +697,7 @@ def _of_table(learn, item):
 
 def _listed(learn, item, max_n):
     "`item` as a list of items"
+    item = _as_row(learn, item)
     if isinstance(item, (pd.DataFrame, pd.Series, pd.Index)): return _of_table(learn, item)
     if isinstance(item, (Mapping, tuple)) and (_is_own(learn, item) or n_inputs(learn) > 1 and _is_fastai_data(learn)): return [item]
     if isinstance(item, (list, tuple, L, range, KeysView, ValuesView)): return list(item)
@@ -700,7 +713,7 @@ def _as_scalar(one):
 
 def _check_index(learn, one):
     n = _n_valid(learn)
-    if -n <= one < n: return
+    if n is None or -n <= one < n: return
     known = f'the validation set has {n} items, 0 to {n-1}' if n else 'this learner has no validation set (it was exported and loaded), so pass a path or an image'
     raise IndexError(f'item {one} is out of range: {known}')
 
@@ -730,15 +743,17 @@ def _model_batch(learn):
             for batch in dl_source(learn, dl, max_n=1).dl: return batch
     return None
 
+def _is_input(item): return isinstance(item, Tensor) and item.is_floating_point()
+
 def _is_batch(learn, item):
     "Is `item` a batch of the learner's, as `dls.one_batch()` gives it?"
     if not isinstance(item, (tuple, list, L)) or len(item) < 2 or not all(isinstance(part, Tensor) and part.dim() for part in item): return False
     if len({len(part) for part in item}) > 1 or not any(part.dim() > 2 for part in item): return False
-    like = _tensors(_model_batch(learn))
+    batch = _model_batch(learn)
+    if batch is None: return len(item)==2 and _is_input(item[0]) and item[0].dim() in (4,5) and item[1].dim() in (1,2) # there is nothing to compare with
+    like = _tensors(batch)
     if len(item) not in (len(like), n_inputs(learn)) or n_inputs(learn)==len(item)==1: return False
     return all(part.dim()==one.dim() and part.is_floating_point()==one.is_floating_point() for part,one in zip(item, like))
-
-def _is_input(item): return isinstance(item, Tensor) and item.is_floating_point()
 
 def _as_batches(learn, items):
     "Float tensors, each an input as the model gets it or a batch of these, as one batch"
@@ -797,7 +812,7 @@ def as_source(
     if loader is not None: return dl_source(learn, loader, max_n=max_n, image=image)
     if _is_batch(learn, item): return _batch_of_user(learn, item, max_n, image)
     if _is_sample(learn, item): return _sample_source(learn, [item], image)
-    items = [_as_scalar(one) for one in _listed(learn, item, max_n)]
+    items = [_as_row(learn, _as_scalar(one)) for one in _listed(learn, item, max_n)]
     if not items: raise ValueError('the list of items is empty: pass at least one path, image or index')
     for one in filter(_is_index, items): _check_index(learn, one)
     several_inputs = n_inputs(learn) > 1 and _is_fastai_data(learn)
@@ -805,11 +820,13 @@ def as_source(
         plain = _is_index(one) or isinstance(one, _files) or _is_picture(one) or several_inputs or _is_own(learn, one) or _is_sample(learn, one)
         if not plain: raise _refused(learn, one)
     flat = [part for one in items for part in (one if _is_stack_of_pictures(learn, one) else [one])][:max_n]
-    if all(map(_is_index, flat)): return dl_source(learn, valid, [int(one) % _n_valid(learn) for one in flat], image=image)
+    n_valid = _n_valid(learn)
+    flat = [(int(one) if n_valid is None else int(one) % n_valid) if _is_index(one) else one for one in flat]
+    if all(map(_is_index, flat)): return dl_source(learn, valid, flat, image=image)
     if all(_is_sample(learn, one) for one in flat): return _sample_source(learn, flat, image)
     if several_inputs: return dl_source(learn, learn.dls.test_dl(flat), items=flat, image=image) # what an item is, its getters know
     if any(map(_is_input, items)): return _input_source(learn, items, max_n)
-    return _item_source(learn, [int(one) % _n_valid(learn) if _is_index(one) else one for one in flat], image)
+    return _item_source(learn, flat, image)
 
 def _is_stack_of_pictures(learn, one):
     "A tensor of bytes with several pictures, where the learner opens pictures"

@@ -20,7 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.load import SkipItemException
 from fastai.text.data import SortedDL
-from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, Learner, MaskBlock,
+from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, FuncSplitter, ImageBlock, ImageDataLoaders, IntToFloatTensor, ItemGetter, Learner, MaskBlock,
                                Normalize, PILImage, ProgressCallback, Resize, TensorImage, TfmdDL, Transform, TransformBlock, get_image_files, imagenet_stats, parent_label, set_seed)
 
 from fastai_cam import source
@@ -642,3 +642,44 @@ def test_an_input_has_the_rank_of_the_learners_own(shape):
         assert len(decode_images(dl, batches[0]))==n and decode_images(dl, batches[0])[0].shape==shape
     for wrong in (x[0][0], x[None]):
         with pytest.raises(ValueError, match=f'has rank {wrong.dim()}'): as_source(learn, wrong)
+
+
+def test_checks_of_a_learner_with_loaders_of_torch():
+    "Loaders of torch know no device; the model does"
+    loader = TorchLoader(Reads(), 5)
+    learn = learner(DataLoaders(loader, loader), loss_func=nn.CrossEntropyLoss())
+    assert learn.cam_trust(1, n_random=2, steps=2) is not None and learn.sanity_check([0, 1, 2], n_steps=2) is not None
+    interp = CAMInterpretation.from_learner(learn)
+    assert len(interp.compare_cams(['gradcam'], n=3))==5
+    many = TorchLoader(TensorDataset(torch.rand(24, 3, 32, 32), torch.arange(24)%2), 8)
+    CAMInterpretation.from_learner(learn, dl=many).find_shortcuts()
+
+
+def test_rows_of_a_table_and_batches_without_a_validation_set(pictures, tmp_path):
+    rows = table_of(pictures)
+    dls = ImageDataLoaders.from_df(rows, pictures, item_tfms=Resize(64), num_workers=0, bs=4, valid_pct=.5, seed=1)
+    learn = learner(dls)
+    reference = learn.get_cams(pictures/rows['name'][2]).maps
+    for row in (rows.iloc[2], rows.iloc[2].to_dict(), dict(name=rows['name'][2]), list(rows.itertuples())[2], [rows.iloc[2].to_dict()], rows.iloc[2:3]):
+        assert torch.allclose(learn.get_cams(row).maps, reference, atol=1e-6)
+    x, y = dls.valid.one_batch()
+    learn.export(tmp_path/'learn.pkl')
+    from fastai.vision.all import load_learner
+    loaded = load_learner(tmp_path/'learn.pkl')
+    cams = loaded.get_cams((x, y), cls='actual')
+    assert torch.equal(cams.targs, y.as_subclass(Tensor)) and torch.allclose(cams.maps, learn.get_cams(list(range(4)), cls='actual').maps, atol=1e-6)
+    assert torch.allclose(loaded.get_cams(x[0]).maps, learn.get_cams(0).maps, atol=1e-6)
+    with pytest.raises(IndexError, match='no validation set'): loaded.get_cams(torch.tensor([0]))
+
+
+def test_loaders_whose_data_set_holds_batches_or_nothing(learn):
+    xs = [(TWELVE[i], LABELS[i]) for i in range(6)]
+    batches = [tuple(map(torch.stack, zip(*xs[:3]))), tuple(map(torch.stack, zip(*xs[3:])))]
+    for loader in (DataLoader(batches, bs=None, num_workers=0), DataLoader(xs, bs=4, indexed=False, num_workers=0), DataLoader(xs, bs=4, num_workers=0)):
+        learn = learner(DataLoaders(loader, loader), loss_func=nn.CrossEntropyLoss())
+        for item, which in ((loader, range(6)), ([4, -5], [4, 1]), (3, [3])):
+            cams = learn.get_cams(item)
+            assert torch.equal(cams.targs, LABELS[list(which)]) and all(torch.equal(torch.as_tensor(cams.images[i]), TWELVE[j]) for i, j in enumerate(which))
+        with pytest.raises(IndexError, match='item 6 is out of range'): learn.get_cams(6)
+        interp = CAMInterpretation.from_learner(learn)
+        assert torch.equal(interp.top_losses_cams(3).targs, LABELS[interp.top_losses(3)[1]]) and len(interp.compare_cams(['gradcam'], n=3))==5
