@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler, get_worker_info
+from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler
 from fastcore.basics import GetAttr, patch, store_attr
 from fastcore.foundation import L
 from fastcore.imports import noop
@@ -59,7 +60,8 @@ def _is_fastai_data(learn): return isinstance(getattr(learn.dls.valid, 'dataset'
 
 def _is_labelled(learn, dl):
     ds = dl.dataset
-    if isinstance(ds, Datasets): return len(ds.tls) > max(ds.n_inp, n_inputs(learn)) # a test set of several inputs does not know how many these are
+    if isinstance(ds, Datasets): # a test set of several inputs does not know how many these are
+        return len(ds.tls) > max(ds.n_inp, n_inputs(learn))
     if not _is_indexed(ds) or len(ds)==0: return False
     sample = ds[0]
     return isinstance(sample, (tuple, list)) and len(sample) > n_inputs(learn)
@@ -68,7 +70,9 @@ def _image_at(batch, image=0):
     "Where, among the tensors of a batch, its images are"
     parts = _tensors(batch)
     found = images_in(parts, {}) or parts[:1] # rows and sequences are no images, yet they are what goes in
-    if not -len(found) <= image < len(found): raise ValueError(f'image={image} does not exist: a batch holds {len(found)} image{"s" if len(found) > 1 else ""} an item, counted from 0')
+    if not -len(found) <= image < len(found):
+        several = 's' if len(found) > 1 else ''
+        raise ValueError(f'image={image} does not exist: a batch holds {len(found)} image{several} an item, counted from 0')
     return next(i for i,part in enumerate(parts) if part is found[image])
 
 def decode_images(
@@ -151,8 +155,9 @@ class _Seen:
 
 # %% ../nbs/04_source.ipynb #50a7ce08
 def _as_many(images, n):
-    if len(images) != n: raise ValueError(f'the transforms made {len(images)} images of {n} items, so it is not known which picture belongs to which map: leave out the transform that does, or show the maps without images')
-    return images
+    if len(images) == n: return images
+    raise ValueError(f'the transforms made {len(images)} images of {n} items, so it is not known which picture belongs to which map: '
+                     'leave out the transform that does, or show the maps without images')
 
 def _rows(batch, rows): return _each_tensor(lambda part: part[rows], batch)
 
@@ -212,7 +217,8 @@ def _check(self:_Seen, batch, items, wanted):
         if i not in wanted or b < 0: continue # nothing has gone through that it could differ from
         then = self.batches[b][1][i - self._items_of(b)[0]]
         if (then - now).abs().max() <= 1e-4*then[-1].clamp(min=1e-6): continue
-        raise ValueError(f'the picture of {_name(self.items, self.positions[i])} is no longer the one that its map was made of: its file has changed since, or transforms draw at random in worker processes; make this map again, by itself')
+        raise ValueError(f'the picture of {_name(self.items, self.positions[i])} is no longer the one that its map was made of: its file '
+                         'has changed since, or transforms draw at random in worker processes; make this map again, by itself')
 
 # %% ../nbs/04_source.ipynb #50a7ce16
 def _short(thing):
@@ -235,10 +241,12 @@ class _Watched:
     _note = None
     def do_item(self, s):
         try: found = super().do_item(s)
-        except Exception as e: raise _ItemError(f'{_name(getattr(self.dataset, "items", []), s)} cannot be read: {_why(e)}') from e
-        if found is None and get_worker_info() is not None:
-            raise _ItemError(f'{_name(getattr(self.dataset, "items", []), s)} is skipped by a transform, and in worker processes it is not known which items are left: use num_workers=0')
-        return found
+        except Exception as e: raise _ItemError(f'{self._named(s)} cannot be read: {_why(e)}') from e
+        if found is not None or get_worker_info() is None: return found
+        raise _ItemError(f'{self._named(s)} is skipped by a transform, and in worker processes it is not known which items are left: '
+                         'use num_workers=0')
+
+    def _named(self, s): return _name(getattr(self.dataset, 'items', []), s)
 
     def create_batches(self, samps):
         "As fastai's, and it notes which of the items are in a batch, and where its random numbers begin"
@@ -324,7 +332,7 @@ class _Batches(list):
 
 # %% ../nbs/04_source.ipynb #50a7ce18
 class Source:
-    "What will be run and shown: a loader of batches, whether these have labels, what the items are, their images, and what else goes into the model"
+    "What will be run and shown: a loader of batches, whether these have labels, the items and their images, and what else goes into the model"
     def __init__(self,
         dl:Any, # Loader of batches, each a tuple with the inputs first, that notes what it gives
         labelled:bool, # Do the batches have labels?
@@ -422,31 +430,38 @@ def _from_torch(dl):
     if idxs is not None and dl.batch_size is None and sorted(idxs)==list(range(n)): idxs = None
     bs = dl.batch_size or len(next(iter(dl.batch_sampler), [])) or 64
     chosen = {} if idxs is None else dict(get_idxs=_Chosen(idxs))
-    return DataLoader(_TorchData(dl.dataset, range(n)), bs=bs, num_workers=dl.num_workers, create_batch=_Collate(dl.collate_fn), retain=_as_it_is, **chosen)
+    made = dict(create_batch=_Collate(dl.collate_fn), retain=_as_it_is, **chosen)
+    return DataLoader(_TorchData(dl.dataset, range(n)), bs=bs, num_workers=dl.num_workers, **made)
 
 # %% ../nbs/04_source.ipynb #50a7ce23
 def _valid(learn):
     "The validation loader, as fastai's where it is PyTorch's"
-    if len(learn.dls.loaders) < 2: raise ValueError('learn.dls has a single DataLoader, and items go through the transforms of the validation set: make it DataLoaders(train, valid)')
+    if len(learn.dls.loaders) < 2:
+        raise ValueError('learn.dls has a single DataLoader, and items go through the transforms of the validation set: make it DataLoaders(train, valid)')
     return _from_torch(learn.dls.valid) if isinstance(learn.dls.valid, TorchLoader) else learn.dls.valid
 
 def _as_loader(learn, dl):
     "`dl` as a loader that can be gone through; `None` if it is nothing of the kind"
     if isinstance(dl, (DataLoader, _Batches)): return dl
     if isinstance(dl, TorchLoader): return _from_torch(dl)
-    if isinstance(dl, DataLoaders): raise TypeError('a DataLoaders holds several sets of items: pass one of its DataLoaders, dls.valid or dls.train')
+    if isinstance(dl, DataLoaders):
+        raise TypeError('a DataLoaders holds several sets of items: pass one of its DataLoaders, dls.valid or dls.train')
     if not isinstance(dl, (Datasets, TfmdLists, Dataset)): return None
     own = next((loader for loader in learn.dls.loaders if getattr(loader, 'dataset', None) is dl), None)
     if own is not None: return _as_loader(learn, own)
     valid = _valid(learn)
-    if _is_indexed(dl) and isinstance(getattr(valid, 'dataset', None), _TorchData): return valid.new(_TorchData(dl, range(len(dl))), n=len(dl))
+    if _is_indexed(dl) and isinstance(getattr(valid, 'dataset', None), _TorchData):
+        every = list(range(len(dl)))
+        return valid.new(_TorchData(dl, every), n=len(dl), get_idxs=_Chosen(every)) # not those that the sampler of another set chose
     if isinstance(dl, (Datasets, TfmdLists)) and _is_fastai_data(learn): return valid.new(dl)
     raise TypeError(f'a {type(dl).__name__} is a data set, and this learner does not say how its batches are made: pass a DataLoader of it')
 
 def _texts(learn, dl, n_items):
-    "What goes into the model beside images, as far as it decodes to text (the question of visual question answering); `None` if nothing does"
-    if n_inputs(learn) < 2 or not hasattr(dl, 'decode_batch'): return None
-    found = [' '.join(str(part) for part in item[:n_inputs(learn)] if isinstance(part, str)) for batch in dl for item in dl.decode_batch(batch, max_n=n_items)]
+    "What goes into the model beside images, as far as it decodes to text (a question about the picture); `None` if nothing does"
+    n = n_inputs(learn)
+    if n < 2 or not hasattr(dl, 'decode_batch'): return None
+    decoded = [item[:n] for batch in dl for item in dl.decode_batch(batch, max_n=n_items)]
+    found = [' '.join(str(part) for part in item if isinstance(part, str)) for item in decoded]
     return found if any(found) else None
 
 def _some(dl, chosen, workers=None):
@@ -472,6 +487,16 @@ def _names_of(dl, idxs):
     if not hasattr(known, '__getitem__'): return idxs
     return [(known.iloc[i] if hasattr(known, 'iloc') else known[i]) for i in idxs]
 
+def _over_its_items(learn, dl):
+    "`dl` over a data set of the items that it goes through, as validation sees them, and how many these are"
+    ds,chosen = dl.dataset,_chosen_by(dl)
+    n = len(ds) if chosen is None else len(chosen)
+    if getattr(ds, 'split_idx', None)==0 and len(ds) and _is_fastai_data(learn): # training items
+        like = learn.dls.valid_ds if type(learn.dls.valid_ds) is type(ds) else None # its transforms know the learner's classes
+        part = _part_of(ds, list(range(n)) if chosen is None else chosen, like, split_idx=1)
+        return learn.dls.valid.new(part, num_workers=dl.fake_l.num_workers),n
+    return (dl if chosen is None else dl.new(_part_of(ds, chosen))),n
+
 def dl_source(
     learn:Learner, # Learner whose loop will run
     dl:DataLoader, # fastai's `DataLoader`, or PyTorch's
@@ -484,17 +509,12 @@ def dl_source(
     loader = _as_loader(learn, dl)
     if loader is None: raise TypeError(f'dl is a DataLoader, not {type(dl).__name__}: make one with learn.dls.test_dl(items, with_labels=True)')
     if not isinstance(loader, DataLoader) or not _says_its_items(loader): return _held_source(learn, loader, idxs, max_n, items, image)
-    chosen,labelled = _chosen_by(loader),_is_labelled(learn, loader)
-    if getattr(loader.dataset, 'split_idx', None)==0 and len(loader.dataset) and _is_fastai_data(learn): # training items: as validation sees them
-        every = list(range(len(loader.dataset))) if chosen is None else chosen
-        like = learn.dls.valid_ds if type(learn.dls.valid_ds) is type(loader.dataset) else None
-        part = _part_of(loader.dataset, every, like, split_idx=1)
-        loader,n = learn.dls.valid.new(part, num_workers=loader.fake_l.num_workers),len(every)
-    elif chosen is not None: loader,n = loader.new(_part_of(loader.dataset, chosen)),len(chosen)
-    else: n = len(loader.dataset)
+    labelled,(loader,n) = _is_labelled(learn, loader),_over_its_items(learn, loader)
     idxs = list(range(n) if idxs is None else idxs)[:max_n]
-    if not idxs: raise ValueError('the DataLoader has no items: a learner that was exported and loaded has no validation set, so pass the item to explain')
-    anew = partial(_Seen, _names_of(loader, idxs) if items is None else items, partial(_read, learn, loader, idxs), partial(decode_images, loader, image=image), image)
+    if not idxs:
+        raise ValueError('the DataLoader has no items: a learner that was exported and loaded has no validation set, so pass the item to explain')
+    names = _names_of(loader, idxs) if items is None else items
+    anew = partial(_Seen, names, partial(_read, learn, loader, idxs), partial(decode_images, loader, image=image), image)
     return Source(_watch(_some(loader, idxs), anew), labelled, lambda: _texts(learn, _some(loader, idxs), len(idxs)))
 
 # %% ../nbs/04_source.ipynb #50a7ce26
@@ -507,28 +527,31 @@ def _batch_source(learn, batches, labelled, items, image=0, dl=None):
     decode = partial(_decode_foreign, _valid(learn)) if dl is None else partial(decode_images, dl)
     return Source(_Batches(batches, items, partial(decode, image=image), image), labelled)
 
-def _held_source(learn, dl, idxs, max_n, items, image):
-    "The batches of a loader as they come"
-    batches,n = [],0
-    rng = copy(getattr(dl, 'rng', None))
+def _size(batch): return len(_tensors(batch)[0])
+
+def _went_through(dl, max_n):
+    "The batches of a loader as they come, of at most `max_n` items, and how many these are"
+    batches,n,rng = [],0,copy(getattr(dl, 'rng', None))
     for batch in dl:
         batch = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        batches.append(_rows(batch, slice(max_n - n)) if max_n and idxs is None else batch)
-        n += len(_tensors(batch)[0])
-        if max_n and idxs is None and n >= max_n: break
-    if rng is not None: dl.rng = rng # another pass shuffles as it would have
+        batches.append(_rows(batch, slice(max_n - n)) if max_n else batch)
+        n += _size(batches[-1])
+        if max_n and n >= max_n: break
+    if rng is not None: dl.rng = rng # its next pass shuffles as it would have
     if not batches: raise ValueError('the DataLoader gave no batch: it has no items')
+    return batches,n
+
+def _held_source(learn, dl, idxs, max_n, items, image):
+    "A loader that does not say what is in its batches"
+    batches,n = _went_through(dl, max_n if idxs is None else None)
+    places = list(range(n))
     if idxs is not None: # one a batch, as they may come from anywhere
-        ends = np.cumsum([len(_tensors(batch)[0]) for batch in batches]).tolist()
         wrong = [i for i in idxs if not -n <= i < n]
         if wrong: raise IndexError(f'item {wrong[0]} is out of range: the DataLoader gives {n} items, 0 to {n-1}')
-        at = [(bisect_right(ends, i % n), i % n) for i in list(idxs)[:max_n]]
-        batches = [_rows(batches[b], slice(i - ends[b] + len(_tensors(batches[b])[0]), i - ends[b] + len(_tensors(batches[b])[0]) + 1)) for b,i in at]
-    total = sum(len(_tensors(batch)[0]) for batch in batches)
-    known = items or getattr(dl, 'items', None)
-    if not isinstance(dl, _Batches): known = items
-    which = list(range(total)) if idxs is None else [i for _,i in at]
-    names = which if known is None else [known[i] for i in which]
+        places = [i % n for i in list(idxs)[:max_n]]
+        batches = list(_Batches(batches, range(n), noop)._read(places, None))
+    known = dl.items if isinstance(dl, _Batches) else items
+    names = places if known is None else [known[i] for i in places]
     return _batch_source(learn, batches, len(batches[0]) > n_inputs(learn), names, image, dl if isinstance(dl, TfmdDL) else None)
 
 # %% ../nbs/04_source.ipynb #50a7ce28
@@ -538,10 +561,11 @@ def _check_finite(x, what):
 
 def _channels_last(array, what):
     "An image as `[H, W]` or `[H, W, C]`"
-    if array.ndim not in (2,3): raise ValueError(f'an image {what} is [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {list(array.shape)})')
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype==bool): raise ValueError(f'an image {what} holds numbers, not {array.dtype}')
-    if array.ndim==3 and array.shape[-1] not in (1,3,4):
-        if array.shape[0] not in (1,3,4): raise ValueError(f'an image has 1, 3 or 4 channels, first or last, but this {what} has shape {list(array.shape)}')
+    shape,is_number = list(array.shape),np.issubdtype(array.dtype, np.number) or array.dtype==bool
+    if array.ndim not in (2,3): raise ValueError(f'an image {what} is [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {shape})')
+    if not is_number: raise ValueError(f'an image {what} holds numbers, not {array.dtype}')
+    if array.ndim==3 and shape[-1] not in (1,3,4):
+        if shape[0] not in (1,3,4): raise ValueError(f'an image has 1, 3 or 4 channels, first or last, but this {what} has shape {shape}')
         array = array.transpose(1,2,0)
     return array[...,0] if array.ndim==3 and array.shape[-1]==1 else array
 
@@ -554,15 +578,18 @@ def _pixels(array):
     if np.issubdtype(array.dtype, np.floating):
         _check_finite(array, what)
         if array.min() < 0 or array.max() > 255:
-            raise ValueError(f'pixel values are 0 to 1 or 0 to 255, but this {what} has {array.min():.3g} to {array.max():.3g}: pass a normalised input as a float tensor')
+            raise ValueError(f'pixel values are 0 to 1 or 0 to 255, but this {what} has {array.min():.3g} to {array.max():.3g}: '
+                             'pass a normalised input as a float tensor')
         array = array*255 if array.max() <= 1 else array
-    elif array.min() < 0 or array.max() > 255: raise ValueError(f'pixel values are 0 to 255, but this {what} has {array.min()} to {array.max()}')
+    elif array.min() < 0 or array.max() > 255:
+        raise ValueError(f'pixel values are 0 to 255, but this {what} has {array.min()} to {array.max()}')
     return np.uint8(array.round())
 
 def _check_file(file):
     if str(file)=='': raise ValueError('the path is empty: pass the file to explain')
     if re.match('[a-z][a-z0-9+.-]+:/', str(file), re.IGNORECASE): # a `Path` has lost one of the slashes
-        raise ValueError(f"{_short(file)!r} is an address, not a file: download it first, e.g. with urlsave(address, 'photo.jpg'), and pass that")
+        raise ValueError(f"{_short(file)!r} is an address, not a file: download it first, e.g. with urlsave(address, 'photo.jpg'), "
+                         'and pass that')
     path = Path(file).expanduser()
     where = '' if path.is_absolute() else f' (it is relative to {str(Path.cwd())!r})'
     if not path.exists(): raise FileNotFoundError(f'there is no file {str(path)!r}: check the path{where}')
@@ -578,12 +605,14 @@ def _from_bytes(item):
         if at is not None: item.seek(0)
         content = item.read()
         if at is not None: item.seek(at) # the user's file is where it was
-        if isinstance(content, str): raise TypeError("a file that is open as text cannot be read as an image: open it with 'rb', or pass its path")
+        if isinstance(content, str):
+            raise TypeError("a file that is open as text cannot be read as an image: open it with 'rb', or pass its path")
     else: content = bytes(item)
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except Exception: raise ValueError('the bytes given are not an image that can be read: pass the whole content of an image file') from None
+    except Exception:
+        raise ValueError('the bytes given are not an image that can be read: pass the whole content of an image file') from None
     return image
 
 # %% ../nbs/04_source.ipynb #50a7ce29
@@ -620,7 +649,7 @@ def _is_of(item, kind):
     except TypeError: return False # an annotation that is no class
 
 def _entry(tl, item):
-    "The item, and the index of the transform that takes it; a path is a string where the learner's items are strings, and the other way round"
+    "The item, and the index of the transform that takes it; a path is a string where the learner's items are, and the other way round"
     forms = [item] if not isinstance(item, _files) else [item, Path(item).expanduser() if isinstance(item, str) else str(item)]
     for form in forms:
         for at,kind in enumerate(tl.types or []):
@@ -630,21 +659,26 @@ def _entry(tl, item):
 def _opens_pictures(tl):
     "Index of the transform that opens files as pictures; `None` where the learner reads its items itself"
     types = list(tl.types or [])
-    def opens(kind, made): return isinstance(kind, tuple) and {str, Image.Image} <= set(kind) and isinstance(made, type) and issubclass(made, PILBase)
+    def opens(kind, made):
+        return isinstance(kind, tuple) and {str, Image.Image} <= set(kind) and isinstance(made, type) and issubclass(made, PILBase)
     return next((at for at,pair in enumerate(zip(types, types[1:])) if opens(*pair)), None)
 
 def _through(tl, item, start, stop):
     "`item` behind some of the transforms, which are the learner's own getters and readers"
+    found = item
     try:
-        for tfm in tl.tfms.fs[start:stop]: item = tfm(item, split_idx=1)
-    except Exception as e: raise ValueError(f'{_name([item], 0) if isinstance(item, _files) else "the item given"} cannot be read: {_why(e)}'.replace('item 0 (', 'the item (')) from e
-    return item
+        for tfm in tl.tfms.fs[start:stop]: found = tfm(found, split_idx=1)
+    except Exception as e: raise ValueError(f'the item given, {_short(repr(item))}, cannot be read: {_why(e)}') from e
+    return found
 
 def _refused(learn, item):
     kind,own = type(item).__name__,_first_pipeline(learn).types
     if _opens_pictures(_first_pipeline(learn)) is None and own:
-        return TypeError(f'this learner reads its items itself, each a {getattr(own[0], "__name__", own[0])}, and cannot read a {kind}: pass one of these, an index into the validation set, or a float tensor that is a model input')
-    return TypeError(f'an item is a path, image, array, tensor, bytes, an index into the validation set, a list of these or a DataLoader, not {kind}: other things can be put into learn.dls.test_dl(...), which gives a DataLoader')
+        reads = getattr(own[0], '__name__', own[0])
+        return TypeError(f'this learner reads its items itself, each a {reads}, and cannot read a {kind}: pass one of these, an index into '
+                         'the validation set, or a float tensor that is a model input')
+    return TypeError('an item is a path, image, array, tensor, bytes, an index into the validation set, a list of these or a DataLoader, '
+                     f'not {kind}: other things can be put into learn.dls.test_dl(...), which gives a DataLoader')
 
 def _as_item(learn, item):
     "The item as it enters the learner's pipeline, and where"
@@ -681,7 +715,8 @@ def _of_numbers(learn, values):
     "A tensor or array of one dimension: indices, or a mask that says which items"
     if values.dtype in (torch.bool, np.dtype(bool)):
         n = _n_valid(learn)
-        if n is not None and len(values) != n: raise IndexError(f'a mask of items has one value for each of the {n} of the validation set, and this one has {len(values)}')
+        if n is not None and len(values) != n:
+            raise IndexError(f'a mask of items has one value for each of the {n} of the validation set, and this one has {len(values)}')
         return [i for i,chosen in enumerate(values.tolist()) if chosen]
     return values.tolist()
 
@@ -699,12 +734,12 @@ def _listed(learn, item, max_n):
     "`item` as a list of items"
     item = _as_row(learn, item)
     if isinstance(item, (pd.DataFrame, pd.Series, pd.Index)): return _of_table(learn, item)
-    if isinstance(item, (Mapping, tuple)) and (_is_own(learn, item) or n_inputs(learn) > 1 and _is_fastai_data(learn)): return [item]
+    if isinstance(item, (Mapping, tuple)) and (_is_own(learn, item) or _takes_several(learn)): return [item]
     if isinstance(item, (list, tuple, L, range, KeysView, ValuesView)): return list(item)
     if isinstance(item, Iterator) and not hasattr(item, 'read'): return list(islice(item, max_n))
-    if isinstance(item, Tensor) and item.dim()==1 and not item.is_floating_point() and not item.is_complex(): return _of_numbers(learn, item)
-    if isinstance(item, np.ndarray) and item.ndim==1 and not np.issubdtype(item.dtype, np.inexact): return _of_numbers(learn, item) if item.dtype==bool else item.tolist()
-    return [item]
+    if not isinstance(item, (Tensor, np.ndarray)) or item.ndim != 1: return [item]
+    is_inexact = item.is_floating_point() or item.is_complex() if isinstance(item, Tensor) else np.issubdtype(item.dtype, np.inexact)
+    return [item] if is_inexact else _of_numbers(learn, item)
 
 def _as_scalar(one):
     "A tensor or array without dimensions as the number it is"
@@ -714,7 +749,8 @@ def _as_scalar(one):
 def _check_index(learn, one):
     n = _n_valid(learn)
     if n is None or -n <= one < n: return
-    known = f'the validation set has {n} items, 0 to {n-1}' if n else 'this learner has no validation set (it was exported and loaded), so pass a path or an image'
+    known = f'the validation set has {n} items, 0 to {n-1}'
+    if not n: known = 'this learner has no validation set (it was exported and loaded), so pass a path or an image'
     raise IndexError(f'item {one} is out of range: {known}')
 
 # %% ../nbs/04_source.ipynb #50a7ce34
@@ -726,9 +762,10 @@ def _is_sample(learn, item):
     "Is `item` what the learner's data set gives for one item, label and all?"
     if not isinstance(item, tuple) or len(item) < 2: return False
     ds = learn.dls.valid_ds
-    if isinstance(ds, Datasets): return len(item)==len(ds.tls) and all(tl.types and _is_of(part, tl.types[-1]) for part,tl in zip(item, ds.tls))
-    sample = _first_sample(learn)
-    return isinstance(sample, tuple) and len(item)==len(sample) and all(type(a) is type(b) and getattr(a, 'ndim', 0)==getattr(b, 'ndim', 0) for a,b in zip(item, sample))
+    if isinstance(ds, Datasets):
+        return len(item)==len(ds.tls) and all(tl.types and _is_of(part, tl.types[-1]) for part,tl in zip(item, ds.tls))
+    sample,form = _first_sample(learn),lambda sample: [(type(part), getattr(part, 'ndim', 0)) for part in sample]
+    return isinstance(sample, tuple) and form(item)==form(sample)
 
 def _sample_source(learn, samples, image):
     valid = _valid(learn)
@@ -747,44 +784,55 @@ def _is_input(item): return isinstance(item, Tensor) and item.is_floating_point(
 
 def _is_batch(learn, item):
     "Is `item` a batch of the learner's, as `dls.one_batch()` gives it?"
-    if not isinstance(item, (tuple, list, L)) or len(item) < 2 or not all(isinstance(part, Tensor) and part.dim() for part in item): return False
-    if len({len(part) for part in item}) > 1 or not any(part.dim() > 2 for part in item): return False
+    if not isinstance(item, (tuple, list, L)) or len(item) < 2: return False
+    if not all(isinstance(part, Tensor) and part.dim() for part in item) or len({len(part) for part in item}) > 1: return False
+    if not any(part.dim() > 1 for part in item): return False # of indices
     batch = _model_batch(learn)
-    if batch is None: return len(item)==2 and _is_input(item[0]) and item[0].dim() in (4,5) and item[1].dim() in (1,2) # there is nothing to compare with
+    if batch is None: # there is nothing to compare with
+        return len(item)==2 and _is_input(item[0]) and item[0].dim() in (4,5) and item[1].dim() in (1,2)
     like = _tensors(batch)
-    if len(item) not in (len(like), n_inputs(learn)) or n_inputs(learn)==len(item)==1: return False
+    if len(item) not in (len(like), n_inputs(learn)): return False
     return all(part.dim()==one.dim() and part.is_floating_point()==one.is_floating_point() for part,one in zip(item, like))
+
+def _check_ranks(items, rank, one):
+    "Are all tensors inputs of that rank, or batches of these?"
+    shape = '[C, H, W] or a batch [B, C, H, W]'
+    if rank != 3: shape = f'of {rank} dimensions' + ('' if one is None else f', e.g. {list(one.shape[1:])},') + ' or a batch of these'
+    for item in items:
+        if item.dim() not in (rank, rank + 1):
+            raise ValueError(f'a float tensor is a model input {shape}, but this one has rank {item.dim()} (shape {list(item.shape)})')
+        if item.numel()==0: raise ValueError(f'the tensor is empty (shape {list(item.shape)})')
+        _check_finite(item, 'tensor')
 
 def _as_batches(learn, items):
     "Float tensors, each an input as the model gets it or a batch of these, as one batch"
     like = _model_batch(learn)
     one = None if like is None or not _tensors(like) else _tensors(like)[_image_at(like)]
-    rank = one.dim() - 1 if one is not None else 4 if any(item.dim()==5 for item in items) else 3
-    shape = '[C, H, W] or a batch [B, C, H, W]' if rank==3 else f'of {rank} dimensions' + ('' if one is None else f', e.g. {list(one.shape[1:])},') + ' or a batch of these'
-    for item in items:
-        if item.dim() not in (rank, rank + 1): raise ValueError(f'a float tensor is a model input {shape}, but this one has rank {item.dim()} (shape {list(item.shape)})')
-        if item.numel()==0: raise ValueError(f'the tensor is empty (shape {list(item.shape)})')
-        _check_finite(item, 'tensor')
+    rank = (4 if any(item.dim()==5 for item in items) else 3) if one is None else one.dim() - 1
+    _check_ranks(items, rank, one)
     items = [item if item.dim()==rank + 1 else item[None] for item in items]
-    if len({item.shape[1:] for item in items}) > 1: raise ValueError(f'tensors of different shapes make no batch: {", ".join(str(list(item.shape[1:])) for item in items)}')
+    shapes = [list(item.shape[1:]) for item in items]
+    if any(shape != shapes[0] for shape in shapes): raise ValueError(f'tensors of different shapes make no batch: {", ".join(map(str, shapes))}')
     x = torch.cat([item.detach() for item in items])
     return x.to(one.dtype) if x.dtype==torch.float64 and one is not None and one.is_floating_point() else x # NumPy's numbers are double
 
 # %% ../nbs/04_source.ipynb #50a7ce36
 def _input_source(learn, items, max_n):
-    if not all(map(_is_input, items)): raise TypeError('float tensors are model inputs and cannot be mixed with files, images or indices in one list: ask for them separately')
-    x = _as_batches(learn, items)[:max_n]
-    valid = _valid(learn)
+    if not all(map(_is_input, items)):
+        raise TypeError('float tensors are model inputs and cannot be mixed with files, images or indices in one list: ask for them separately')
+    x,valid = _as_batches(learn, items)[:max_n],_valid(learn)
     normalizes = any(isinstance(tfm, Normalize) for tfm in getattr(getattr(valid, 'after_batch', None), 'fs', []))
     if normalizes and x.min() >= 0 and x.max() <= 1:
-        warnings.warn('a float tensor is taken as a model input that is normalised already, and these values, all in 0 to 1, look like an image that is not: pass an array or (x*255).byte() to have it transformed')
+        warnings.warn('a float tensor is taken as a model input that is normalised already, and these values, all in 0 to 1, look like an '
+                      'image that is not: pass an array or (x*255).byte() to have it transformed')
     bs = getattr(valid, 'bs', None) or len(x)
     return _batch_source(learn, [(x[i:i+bs],) for i in range(0, len(x), bs)], False, list(x))
 
 def _item_source(learn, items, image):
     "Items that the learner's own pipeline takes, at whatever transform each of them enters"
     if not _is_fastai_data(learn):
-        raise TypeError(f"this learner's data ({type(learn.dls.valid_ds).__name__}) has no transforms that turn a file or an image into an input: pass a float tensor, as its DataLoader gives it")
+        raise TypeError(f"this learner's data ({type(learn.dls.valid_ds).__name__}) has no transforms that turn a file or an image into an "
+                        'input: pass a float tensor, as its DataLoader gives it')
     tl = _first_pipeline(learn)
     known = tl.items
     raw = [(known.iloc[one] if hasattr(known, 'iloc') else known[one]) if _is_index(one) else one for one in items]
@@ -799,6 +847,25 @@ def _batch_of_user(learn, item, max_n, image):
     batch = tuple(part[:max_n] for part in item)
     return _batch_source(learn, [batch], len(batch) > n_inputs(learn), list(range(len(batch[0]))), image, _valid(learn))
 
+def _takes_several(learn): return n_inputs(learn) > 1 and _is_fastai_data(learn)
+
+def _is_stack(learn, one):
+    "A tensor of integers with several pictures, where the learner opens pictures"
+    if not isinstance(one, Tensor) or one.dim() != 4 or one.is_floating_point() or not _is_fastai_data(learn): return False
+    return _opens_pictures(_first_pipeline(learn)) is not None
+
+def _checked_items(learn, item, max_n):
+    "The items in `item`, each of them something that can be explained, indices counted from the front"
+    items = [_as_row(learn, _as_scalar(one)) for one in _listed(learn, item, max_n)]
+    if not items: raise ValueError('the list of items is empty: pass at least one path, image or index')
+    several,n = _takes_several(learn),_n_valid(learn)
+    for one in items:
+        if _is_index(one): _check_index(learn, one)
+        elif isinstance(one, _files) or _is_picture(one) or several or _is_own(learn, one) or _is_sample(learn, one): continue
+        else: raise _refused(learn, one)
+    items = [(int(one) if n is None else int(one) % n) if _is_index(one) else one for one in items]
+    return [part for one in items for part in (one if _is_stack(learn, one) else [one])]
+
 def as_source(
     learn:Learner, # Learner whose loop will run
     item:Any, # As `learn.show_cam` takes it
@@ -807,27 +874,16 @@ def as_source(
 ) -> Source:
     "Whatever `item` is, as batches for the learner's loop; raises before any work if it cannot be"
     valid = _valid(learn)
-    if item is None: return dl_source(learn, valid, max_n=min(max_n or 64, getattr(valid, 'bs', None) or getattr(valid, 'batch_size', None) or 64), image=image)
+    if item is None:
+        bs = getattr(valid, 'bs', None) or getattr(valid, 'batch_size', None) or 64
+        return dl_source(learn, valid, max_n=min(max_n or bs, bs), image=image)
     loader = _as_loader(learn, item)
     if loader is not None: return dl_source(learn, loader, max_n=max_n, image=image)
     if _is_batch(learn, item): return _batch_of_user(learn, item, max_n, image)
     if _is_sample(learn, item): return _sample_source(learn, [item], image)
-    items = [_as_row(learn, _as_scalar(one)) for one in _listed(learn, item, max_n)]
-    if not items: raise ValueError('the list of items is empty: pass at least one path, image or index')
-    for one in filter(_is_index, items): _check_index(learn, one)
-    several_inputs = n_inputs(learn) > 1 and _is_fastai_data(learn)
-    for one in items: # all of them, though max_n may leave some out
-        plain = _is_index(one) or isinstance(one, _files) or _is_picture(one) or several_inputs or _is_own(learn, one) or _is_sample(learn, one)
-        if not plain: raise _refused(learn, one)
-    flat = [part for one in items for part in (one if _is_stack_of_pictures(learn, one) else [one])][:max_n]
-    n_valid = _n_valid(learn)
-    flat = [(int(one) if n_valid is None else int(one) % n_valid) if _is_index(one) else one for one in flat]
-    if all(map(_is_index, flat)): return dl_source(learn, valid, flat, image=image)
-    if all(_is_sample(learn, one) for one in flat): return _sample_source(learn, flat, image)
-    if several_inputs: return dl_source(learn, learn.dls.test_dl(flat), items=flat, image=image) # what an item is, its getters know
+    items = _checked_items(learn, item, max_n)[:max_n]
+    if all(map(_is_index, items)): return dl_source(learn, valid, items, image=image)
+    if all(_is_sample(learn, one) for one in items): return _sample_source(learn, items, image)
+    if _takes_several(learn): return dl_source(learn, learn.dls.test_dl(items), items=items, image=image) # what an item is, its getters know
     if any(map(_is_input, items)): return _input_source(learn, items, max_n)
-    return _item_source(learn, flat, image)
-
-def _is_stack_of_pictures(learn, one):
-    "A tensor of bytes with several pictures, where the learner opens pictures"
-    return isinstance(one, Tensor) and one.dim()==4 and not one.is_floating_point() and _is_fastai_data(learn) and _opens_pictures(_first_pipeline(learn)) is not None
+    return _item_source(learn, items, image)
