@@ -66,6 +66,7 @@ def _is_labelled(learn, dl):
     sample = ds[0]
     return isinstance(sample, (tuple, list)) and len(sample) > n_inputs(learn)
 
+# %% ../nbs/04_source.ipynb #50a7ce37
 def _image_at(batch, image=0):
     "Where, among the tensors of a batch, its images are"
     parts = _tensors(batch)
@@ -176,6 +177,7 @@ def fetch(self:_Seen,
     if again: found.update(self._read_again(sorted(again)))
     return [found[i] for i in places]
 
+# %% ../nbs/04_source.ipynb #50a7ce38
 @patch
 def _batch_of(self:_Seen, i): return bisect_right(self.starts, i) - 1 if i < len(self.positions) else -1 # -1: not gone through yet
 
@@ -198,6 +200,7 @@ def _drawn_again(self:_Seen, b, wanted):
     images = _as_many(self.decode(batch), len(items))
     return {i: images[i - items[0]] for i in wanted}
 
+# %% ../nbs/04_source.ipynb #50a7ce59
 @patch
 def _read_again(self:_Seen, wanted):
     found,todo = {},iter(wanted)
@@ -236,6 +239,7 @@ def _why(e): return f'{type(e).__name__}: {_short(e)}' if str(e) else type(e).__
 class _ItemError(ValueError):
     "An item that cannot be read, which the message names"
 
+# %% ../nbs/04_source.ipynb #50a7ce60
 class _Watched:
     "Comes before a loader's class: notes what goes out, and names what cannot be read"
     _note = None
@@ -290,6 +294,7 @@ def _noted(self:_Watched):
         yield batch
     seen.finished,self.seen = True,seen
 
+# %% ../nbs/04_source.ipynb #50a7ce39
 @patch
 def __reduce_ex__(self:_Watched, protocol):
     own = {key:val for key,val in self.__dict__.items() if key not in ('seen', 'anew', 'it', '_note')}
@@ -306,6 +311,7 @@ def _watch(dl, anew):
     dl.anew,dl.seen = anew,anew()
     return dl
 
+# %% ../nbs/04_source.ipynb #50a7ce40
 class _Batches(list):
     "Batches that are held, as a watched loader"
     def __init__(self, batches, items, decode, image=0):
@@ -332,7 +338,7 @@ class _Batches(list):
 
 # %% ../nbs/04_source.ipynb #50a7ce18
 class Source:
-    "What will be run and shown: a loader of batches, whether these have labels, the items and their images, and what else goes into the model"
+    "What will be run and shown: a loader of batches, whether these have labels, the items, their images, and what else is put in"
     def __init__(self,
         dl:Any, # Loader of batches, each a tuple with the inputs first, that notes what it gives
         labelled:bool, # Do the batches have labels?
@@ -373,6 +379,7 @@ def _part_of(ds, idxs, tfms=None, split_idx=None):
     if isinstance(ds, TfmdLists): return part(ds, tfms or ds)
     return _Part(ds, idxs)
 
+# %% ../nbs/04_source.ipynb #50a7ce41
 _makes_items = 'sample', 'create_batches', 'create_item' # methods of a loader that decide what is in a batch, beside `get_idxs`
 
 def _says_its_items(dl):
@@ -437,7 +444,8 @@ def _from_torch(dl):
 def _valid(learn):
     "The validation loader, as fastai's where it is PyTorch's"
     if len(learn.dls.loaders) < 2:
-        raise ValueError('learn.dls has a single DataLoader, and items go through the transforms of the validation set: make it DataLoaders(train, valid)')
+        raise ValueError('learn.dls has a single DataLoader, and items go through the transforms of the validation set: '
+                         'make it DataLoaders(train, valid)')
     return _from_torch(learn.dls.valid) if isinstance(learn.dls.valid, TorchLoader) else learn.dls.valid
 
 def _as_loader(learn, dl):
@@ -456,6 +464,7 @@ def _as_loader(learn, dl):
     if isinstance(dl, (Datasets, TfmdLists)) and _is_fastai_data(learn): return valid.new(dl)
     raise TypeError(f'a {type(dl).__name__} is a data set, and this learner does not say how its batches are made: pass a DataLoader of it')
 
+# %% ../nbs/04_source.ipynb #50a7ce42
 def _texts(learn, dl, n_items):
     "What goes into the model beside images, as far as it decodes to text (a question about the picture); `None` if nothing does"
     n = n_inputs(learn)
@@ -507,12 +516,14 @@ def dl_source(
 ) -> Source:
     "A `DataLoader`, or the items `idxs` of one"
     loader = _as_loader(learn, dl)
-    if loader is None: raise TypeError(f'dl is a DataLoader, not {type(dl).__name__}: make one with learn.dls.test_dl(items, with_labels=True)')
+    if loader is None:
+        raise TypeError(f'dl is a DataLoader, not {type(dl).__name__}: make one with learn.dls.test_dl(items, with_labels=True)')
     if not isinstance(loader, DataLoader) or not _says_its_items(loader): return _held_source(learn, loader, idxs, max_n, items, image)
     labelled,(loader,n) = _is_labelled(learn, loader),_over_its_items(learn, loader)
     idxs = list(range(n) if idxs is None else idxs)[:max_n]
     if not idxs:
-        raise ValueError('the DataLoader has no items: a learner that was exported and loaded has no validation set, so pass the item to explain')
+        raise ValueError('the DataLoader has no items: a learner that was exported and loaded has no validation set, '
+                         'so pass the item to explain')
     names = _names_of(loader, idxs) if items is None else items
     anew = partial(_Seen, names, partial(_read, learn, loader, idxs), partial(decode_images, loader, image=image), image)
     return Source(_watch(_some(loader, idxs), anew), labelled, lambda: _texts(learn, _some(loader, idxs), len(idxs)))
@@ -562,7 +573,8 @@ def _check_finite(x, what):
 def _channels_last(array, what):
     "An image as `[H, W]` or `[H, W, C]`"
     shape,is_number = list(array.shape),np.issubdtype(array.dtype, np.number) or array.dtype==bool
-    if array.ndim not in (2,3): raise ValueError(f'an image {what} is [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {shape})')
+    if array.ndim not in (2,3):
+        raise ValueError(f'an image {what} is [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {shape})')
     if not is_number: raise ValueError(f'an image {what} holds numbers, not {array.dtype}')
     if array.ndim==3 and shape[-1] not in (1,3,4):
         if shape[0] not in (1,3,4): raise ValueError(f'an image has 1, 3 or 4 channels, first or last, but this {what} has shape {shape}')
@@ -585,6 +597,7 @@ def _pixels(array):
         raise ValueError(f'pixel values are 0 to 255, but this {what} has {array.min()} to {array.max()}')
     return np.uint8(array.round())
 
+# %% ../nbs/04_source.ipynb #50a7ce43
 def _check_file(file):
     if str(file)=='': raise ValueError('the path is empty: pass the file to explain')
     if re.match('[a-z][a-z0-9+.-]+:/', str(file), re.IGNORECASE): # a `Path` has lost one of the slashes
@@ -663,6 +676,7 @@ def _opens_pictures(tl):
         return isinstance(kind, tuple) and {str, Image.Image} <= set(kind) and isinstance(made, type) and issubclass(made, PILBase)
     return next((at for at,pair in enumerate(zip(types, types[1:])) if opens(*pair)), None)
 
+# %% ../nbs/04_source.ipynb #50a7ce44
 def _through(tl, item, start, stop):
     "`item` behind some of the transforms, which are the learner's own getters and readers"
     found = item
@@ -720,6 +734,7 @@ def _of_numbers(learn, values):
         return [i for i,chosen in enumerate(values.tolist()) if chosen]
     return values.tolist()
 
+# %% ../nbs/04_source.ipynb #50a7ce45
 def _of_table(learn, item):
     "The items in a pandas object: a row of the learner's own table, rows of it, or a column"
     if isinstance(item, pd.DataFrame):
@@ -780,6 +795,7 @@ def _model_batch(learn):
             for batch in dl_source(learn, dl, max_n=1).dl: return batch
     return None
 
+# %% ../nbs/04_source.ipynb #50a7ce46
 def _is_input(item): return isinstance(item, Tensor) and item.is_floating_point()
 
 def _is_batch(learn, item):
@@ -794,6 +810,7 @@ def _is_batch(learn, item):
     if len(item) not in (len(like), n_inputs(learn)): return False
     return all(part.dim()==one.dim() and part.is_floating_point()==one.is_floating_point() for part,one in zip(item, like))
 
+# %% ../nbs/04_source.ipynb #50a7ce47
 def _check_ranks(items, rank, one):
     "Are all tensors inputs of that rank, or batches of these?"
     shape = '[C, H, W] or a batch [B, C, H, W]'
@@ -812,14 +829,16 @@ def _as_batches(learn, items):
     _check_ranks(items, rank, one)
     items = [item if item.dim()==rank + 1 else item[None] for item in items]
     shapes = [list(item.shape[1:]) for item in items]
-    if any(shape != shapes[0] for shape in shapes): raise ValueError(f'tensors of different shapes make no batch: {", ".join(map(str, shapes))}')
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f'tensors of different shapes make no batch: {", ".join(map(str, shapes))}')
     x = torch.cat([item.detach() for item in items])
     return x.to(one.dtype) if x.dtype==torch.float64 and one is not None and one.is_floating_point() else x # NumPy's numbers are double
 
 # %% ../nbs/04_source.ipynb #50a7ce36
 def _input_source(learn, items, max_n):
     if not all(map(_is_input, items)):
-        raise TypeError('float tensors are model inputs and cannot be mixed with files, images or indices in one list: ask for them separately')
+        raise TypeError('float tensors are model inputs and cannot be mixed with files, images or indices in one list: '
+                        'ask for them separately')
     x,valid = _as_batches(learn, items)[:max_n],_valid(learn)
     normalizes = any(isinstance(tfm, Normalize) for tfm in getattr(getattr(valid, 'after_batch', None), 'fs', []))
     if normalizes and x.min() >= 0 and x.max() <= 1:
@@ -847,6 +866,7 @@ def _batch_of_user(learn, item, max_n, image):
     batch = tuple(part[:max_n] for part in item)
     return _batch_source(learn, [batch], len(batch) > n_inputs(learn), list(range(len(batch[0]))), image, _valid(learn))
 
+# %% ../nbs/04_source.ipynb #50a7ce48
 def _takes_several(learn): return n_inputs(learn) > 1 and _is_fastai_data(learn)
 
 def _is_stack(learn, one):
@@ -866,6 +886,7 @@ def _checked_items(learn, item, max_n):
     items = [(int(one) if n is None else int(one) % n) if _is_index(one) else one for one in items]
     return [part for one in items for part in (one if _is_stack(learn, one) else [one])]
 
+# %% ../nbs/04_source.ipynb #50a7ce61
 def as_source(
     learn:Learner, # Learner whose loop will run
     item:Any, # As `learn.show_cam` takes it
@@ -884,6 +905,6 @@ def as_source(
     items = _checked_items(learn, item, max_n)[:max_n]
     if all(map(_is_index, items)): return dl_source(learn, valid, items, image=image)
     if all(_is_sample(learn, one) for one in items): return _sample_source(learn, items, image)
-    if _takes_several(learn): return dl_source(learn, learn.dls.test_dl(items), items=items, image=image) # what an item is, its getters know
+    if _takes_several(learn): return dl_source(learn, learn.dls.test_dl(items), items=items, image=image) # its getters know what an item is
     if any(map(_is_input, items)): return _input_source(learn, items, max_n)
     return _item_source(learn, items, image)
