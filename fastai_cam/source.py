@@ -250,10 +250,14 @@ class _Watched:
         raise _ItemError(f'{self._named(s)} is skipped by a transform, and in worker processes it is not known which items are left: '
                          'use num_workers=0')
 
+    def do_batch(self, b):
+        try: return super().do_batch(b)
+        except Exception as e:
+            raise _ItemError(f'the items make no batch ({_why(e)}): images of different sizes need Resize among the item_tfms, or a call each') from e
+
     def _named(self, s): return _name(getattr(self.dataset, 'items', []), s)
 
-    def create_batches(self, samps):
-        "As fastai's, and it notes which of the items are in a batch, and where its random numbers begin"
+    def create_batches(self, samps): # as fastai's, and it notes which items are in a batch, and where its random numbers begin
         self.it,done = iter(self.dataset),[]
         def items():
             for place,s in enumerate(samps):
@@ -481,14 +485,13 @@ def _some(dl, chosen, workers=None):
 def _read(learn, dl, idxs, places, states):
     "The batches of the items at `places` again; from random states, one batch"
     chosen = [idxs[i] for i in places]
-    with learner_as_found(learn):
-        if states is None: yield from _some(dl, chosen)
-        else:
-            loader = _some(dl, chosen, 0)
-            loader.before_iter()
-            _set_random_states(states)
-            batch = next(loader.create_batches(iter(chosen)))
-            yield loader.after_batch(batch if loader.device is None else to_device(batch, loader.device))
+    with learner_as_found(learn): # left before anybody sees a batch: a generator would leave it when it is collected
+        if states is None: return list(_some(dl, chosen))
+        loader = _some(dl, chosen, 0)
+        loader.before_iter()
+        _set_random_states(states)
+        batch = next(loader.create_batches(iter(chosen)))
+        return [loader.after_batch(batch if loader.device is None else to_device(batch, loader.device))]
 
 # %% ../nbs/04_source.ipynb #50a7ce24
 def _names_of(dl, idxs):

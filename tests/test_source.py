@@ -683,3 +683,31 @@ def test_loaders_whose_data_set_holds_batches_or_nothing(learn):
         with pytest.raises(IndexError, match='item 6 is out of range'): learn.get_cams(6)
         interp = CAMInterpretation.from_learner(learn)
         assert torch.equal(interp.top_losses_cams(3).targs, LABELS[interp.top_losses(3)[1]]) and len(interp.compare_cams(['gradcam'], n=3))==5
+
+
+@pytest.mark.parametrize('kind', ['torch', 'python'])
+def test_looking_at_pictures_leaves_no_trace(pictures, monkeypatch, kind):
+    "Also where a picture turns out to be another one: random states and the learner are as they were"
+    monkeypatch.setattr(source, '_kept_bytes', 0)
+    dls = loaders(pictures, item_tfms=crop_by(DRAWS[kind]))
+    learn = learner(dls)
+    cams, x = inputs_of(learn, lambda: learn.get_cams(dls.valid.new(num_workers=1)))
+    good = learn.get_cams(dls.valid)
+    def state(): return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), [m.training for m in learn.model.modules()], list(learn.cbs), dls.valid.rng.getstate()
+    learn.model.train()
+    before = state()
+    assert len(good.images.load())==12 and state()==before
+    try: cams.images[7]
+    except ValueError as e: assert state()==before and 'no longer' in str(e) # while the traceback is alive
+    else: raise AssertionError('another picture was shown')
+
+
+def test_items_that_make_no_batch(tmp_path):
+    files = [tmp_path/f'{i}.png' for i in range(8)]
+    for i, file in enumerate(files): Image.new('RGB', (32 + 8*(i==5), 32)).save(file)
+    dls = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=lambda f: int(f.stem)%2, splitter=lambda o: (list(range(4)), list(range(8)))).dataloaders(None, bs=4, num_workers=0)
+    learn = learner(dls)
+    for call in (lambda: learn.get_cams([4, 5]), lambda: learn.get_cams(files[4:6]), lambda: learn.get_cams(dls.valid), lambda: learn.get_cams(dls.valid.new(num_workers=1))):
+        with pytest.raises(ValueError, match='the items make no batch .*images of different sizes need Resize among the item_tfms, or a call each') as caught: call()
+        assert '\n' not in str(caught.value)
+    assert learn.get_cams(5).images[0].shape==(3, 32, 40)
