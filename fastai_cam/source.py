@@ -8,7 +8,7 @@ Docs: https://fastai-cam.example/docs/source.html.md"""
 __all__ = ['n_inputs', 'decode_images', 'Source', 'dl_source', 'as_source']
 
 # %% ../nbs/04_source.ipynb #50a7ce03
-import io, random, re, warnings
+import io, os, random, re, warnings
 from bisect import bisect_right
 from collections.abc import Iterator, KeysView, Mapping, ValuesView
 from copy import copy
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, Subset, get_worker_info
 from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler
 from fastcore.basics import GetAttr, patch, store_attr
 from fastcore.foundation import L
@@ -221,7 +221,8 @@ def _check(self:_Seen, batch, items, wanted):
         then = self.batches[b][1][i - self._items_of(b)[0]]
         if (then - now).abs().max() <= 1e-4*then[-1].clamp(min=1e-6): continue
         raise ValueError(f'the picture of {_name(self.items, self.positions[i])} is no longer the one that its map was made of: its file '
-                         'has changed since, or transforms draw at random in worker processes; make this map again, by itself')
+                         'has changed since, or its transforms draw at random in a way that cannot be repeated; make this map again, '
+                         'by itself')
 
 # %% ../nbs/04_source.ipynb #50a7ce16
 def _short(thing):
@@ -253,7 +254,8 @@ class _Watched:
     def do_batch(self, b):
         try: return super().do_batch(b)
         except Exception as e:
-            raise _ItemError(f'the items make no batch ({_why(e)}): images of different sizes need Resize among the item_tfms, or a call each') from e
+            raise _ItemError(f'the items make no batch ({_why(e)}): images of different sizes need Resize among the '
+                             'item_tfms, or a call each') from e
 
     def _named(self, s): return _name(getattr(self.dataset, 'items', []), s)
 
@@ -461,6 +463,7 @@ def _as_loader(learn, dl):
     if not isinstance(dl, (Datasets, TfmdLists, Dataset)): return None
     own = next((loader for loader in learn.dls.loaders if getattr(loader, 'dataset', None) is dl), None)
     if own is not None: return _as_loader(learn, own)
+    if isinstance(dl, Subset): return _as_loader(learn, dl.dataset).new(get_idxs=_Chosen(list(dl.indices)))
     valid = _valid(learn)
     if _is_indexed(dl) and isinstance(getattr(valid, 'dataset', None), _TorchData):
         every = list(range(len(dl)))
@@ -603,12 +606,14 @@ def _pixels(array):
 # %% ../nbs/04_source.ipynb #50a7ce43
 def _check_file(file):
     if str(file)=='': raise ValueError('the path is empty: pass the file to explain')
-    if re.match('[a-z][a-z0-9+.-]+:/', str(file), re.IGNORECASE): # a `Path` has lost one of the slashes
+    if re.match('data:|[a-z][a-z0-9+.-]+:/', str(file), re.IGNORECASE): # a `Path` has lost one of the slashes
         raise ValueError(f"{_short(file)!r} is an address, not a file: download it first, e.g. with urlsave(address, 'photo.jpg'), "
                          'and pass that')
     path = Path(file).expanduser()
     where = '' if path.is_absolute() else f' (it is relative to {str(Path.cwd())!r})'
-    if not path.exists(): raise FileNotFoundError(f'there is no file {str(path)!r}: check the path{where}')
+    try: exists = path.exists()
+    except OSError: exists = False # no name that a file can have
+    if not exists: raise FileNotFoundError(f'there is no file {_short(path)!r}: check the path{where}')
     if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder: pass its files, e.g. get_image_files({str(path)!r})')
     try:
         with Image.open(path) as image: image.load() # all of it: a file that was cut off is found here, and named
@@ -707,6 +712,8 @@ def _as_item(learn, item):
     if entry is not None: return own,entry
     made = next((at for at,kind in enumerate(tl.types or []) if isinstance(kind, type) and issubclass(kind, PILBase)), None)
     if made is not None and _is_picture(item): return _as_image(learn, item),made
+    last = tl.types[-1] if tl.types else None
+    if isinstance(item, Tensor) and isinstance(last, type) and issubclass(last, Tensor): return item.as_subclass(last),len(tl.types) - 1
     raise _refused(learn, item)
 
 # %% ../nbs/04_source.ipynb #50a7ce33
@@ -760,7 +767,8 @@ def _listed(learn, item, max_n):
     return [item] if is_inexact else _of_numbers(learn, item)
 
 def _as_scalar(one):
-    "A tensor or array without dimensions as the number it is"
+    "A tensor or array without dimensions as the number it is, and what names a file as a path"
+    if isinstance(one, os.PathLike) and not isinstance(one, Path): return Path(one)
     is_number = isinstance(one, (Tensor, np.ndarray)) and one.ndim==0 and not isinstance(one, np.generic)
     return one.item() if is_number and ('int' in str(one.dtype)) else one
 
@@ -907,7 +915,9 @@ def as_source(
     if _is_sample(learn, item): return _sample_source(learn, [item], image)
     items = _checked_items(learn, item, max_n)[:max_n]
     if all(map(_is_index, items)): return dl_source(learn, valid, items, image=image)
-    if all(_is_sample(learn, one) for one in items): return _sample_source(learn, items, image)
+    are_samples = [_is_sample(learn, one) for one in items]
+    if any(are_samples) and all(yes or _is_index(one) for yes,one in zip(are_samples, items)):
+        return _sample_source(learn, [one if yes else valid.dataset[one] for yes,one in zip(are_samples, items)], image)
     if _takes_several(learn): return dl_source(learn, learn.dls.test_dl(items), items=items, image=image) # its getters know what an item is
     if any(map(_is_input, items)): return _input_source(learn, items, max_n)
     return _item_source(learn, items, image)

@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections import namedtuple
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader as TorchLoader, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader as TorchLoader, IterableDataset, RandomSampler, SubsetRandomSampler, Subset, TensorDataset, WeightedRandomSampler
 from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
@@ -122,7 +122,7 @@ def test_worker_processes_that_draw_show_what_went_in_or_say_so(pictures, monkey
     assert all(same_pictures(cams, x))
     monkeypatch.setattr(source, '_kept_bytes', 0)
     cams, x = inputs_of(learn, lambda: learn.get_cams(several))
-    with pytest.raises(ValueError, match='transforms draw at random in worker processes'): cams.images[7]
+    with pytest.raises(ValueError, match='transforms draw at random in a way that cannot be repeated'): cams.images[7]
 
 
 def test_a_model_that_writes_into_its_input_and_a_user_who_does(dls):
@@ -415,6 +415,9 @@ def test_pictures_of_a_learner_that_reads_paths_itself(pictures, tmp_path):
     for picture in (array, Image.fromarray(array), torch.from_numpy(array), PILImage.create(array)):
         assert torch.allclose(learn.get_cams(picture).maps, learn.get_cams(3).maps, atol=1e-6)
     assert torch.allclose(learn.get_cams([array, items[15], 3]).maps, learn.get_cams([3, 3, 3]).maps, atol=1e-6)
+    read, items = readers['array_files'] # it makes a tensor in the end
+    for tensor in (torch.from_numpy(array).permute(2, 0, 1), TensorImage(array).permute(2, 0, 1)):
+        assert torch.allclose(read.get_cams([tensor, items[15]]).maps, read.get_cams([3, 3]).maps, atol=1e-6)
     for name, wrong in (('ids', array), ('array_files', Image.fromarray(array)), ('dicts', 'a.png'), ('rows_read', dict(a=1))):
         with pytest.raises(TypeError, match='this learner reads its items itself'): readers[name][0].get_cams(wrong)
 
@@ -521,8 +524,11 @@ def test_forms_that_mean_pictures(dls, learn, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path/'mine.png').write_bytes(content)
     for home in ('~/mine.png', Path('~/mine.png')): assert torch.allclose(learn.get_cams(home).maps, reference[:1], atol=1e-6)
-    for address in ('https://example.com/a.jpg', 'http://example.com/a.jpg', 's3://bucket/a.jpg', Path('https://example.com/a.jpg'), ['ftp://example.com/a.jpg']):
+    for address in ('https://example.com/a.jpg', 'http://example.com/a.jpg', 's3://bucket/a.jpg', 'data:image/png;base64,AAAA', Path('https://example.com/a.jpg'), ['ftp://example.com/a.jpg']):
         with pytest.raises(ValueError, match=r"is an address, not a file: download it first, e.g. with urlsave\(address, 'photo.jpg'\)"): learn.get_cams(address)
+    assert torch.allclose(learn.get_cams(PurePosixPath(files[0])).maps, reference[:1], atol=1e-6)
+    for name in ('a'*5000, 'a\0b.png', 'none.png'):
+        with pytest.raises(FileNotFoundError, match='there is no file'): learn.get_cams(name)
     with pytest.raises(TypeError, match="open it with 'rb'"), open(__file__) as text: learn.get_cams(text)
     with pytest.raises(TypeError, match='pass its column of paths'): learn.get_cams(pd.DataFrame(dict(file=files)))
 
@@ -559,7 +565,8 @@ def test_batches_and_samples_with_their_labels(dls, learn):
         assert torch.allclose(cams.maps, right.maps, atol=1e-6) and torch.equal(cams.targs, right.targs) and torch.allclose(cams.losses, right.losses, atol=1e-5), form
         assert all((torch.as_tensor(a) - torch.as_tensor(b)).abs().max()==0 for a, b in zip(cams.images.load(), right.images.load()))
     assert len(learn.get_cams((x, y), max_n=2))==2 and learn.get_cams((x,)).targs is None and len(learn.get_cams(dls.train.one_batch()))==5
-    for form, item, which in (('a sample', dls.valid_ds[3], [3]), ('samples', [dls.valid_ds[3], dls.valid_ds[1]], [3, 1])):
+    for form, item, which in (('a sample', dls.valid_ds[3], [3]), ('samples', [dls.valid_ds[3], dls.valid_ds[1]], [3, 1]), ('with an index', [dls.valid_ds[3], 4, -12], [3, 4, 0]),
+                              ('a subset', Subset(dls.valid_ds, [3, 1, 4]), [3, 1, 4])):
         cams = learn.get_cams(item, cls='actual')
         assert torch.allclose(cams.maps, right.maps[which], atol=1e-6) and torch.equal(cams.targs, right.targs[which]), form
     assert torch.allclose(learn.get_cams([x[0], x[1]]).maps, learn.get_cams([0, 1]).maps, atol=1e-6) # two inputs are no batch
