@@ -336,7 +336,7 @@ def _check_asked(learn, method, layer, n, how='cascading', n_steps=8):
 def _batches(learn, source):
     "The inputs of each batch, as plain tensors"
     n_inp = getattr(source.dl, 'n_inp', n_inputs(learn))
-    return [_each_tensor(lambda inp: inp.as_subclass(Tensor), tuple(to_device(batch, learn.dls.device))[:n_inp]) for batch in source.dl]
+    return [_each_tensor(lambda inp: inp.as_subclass(Tensor), tuple(to_device(batch, next(learn.model.parameters()).device))[:n_inp]) for batch in source.dl]
 
 def _first_maps(methods, cap, question):
     "The map of the first question of each item, by method: `[B, *space]`"

@@ -716,13 +716,13 @@ def find_shortcuts(self:CAMInterpretation,
     name = lambda c: str(vocab[c]) if vocab is not None and len(vocab) > c else f'class {c}'
     groups = _groups(known, min_items)
     with learner_as_found(learn), Probe(bare(learn.model), layer, grad=False) as probe:
-        cap = probe(known.images[:2].to(learn.dls.device))
+        cap = probe(known.images[:2].to(next(learn.model.parameters()).device))
         cap.prepare(1000)
         def predict(images):
-            outs = [cap.outputs(images[piece].to(learn.dls.device)) for piece in _pieces(len(images), None, cap.image.device)]
+            outs = [cap.outputs(images[piece].to(next(learn.model.parameters()).device)) for piece in _pieces(len(images), None, cap.image.device)]
             return torch.cat([task.of(out).probabilities(out.float()).cpu().as_subclass(Tensor) for out in outs])
         known = known._replace(alone=_surroundings_alone(known.images, known.maps, predict))
         tester = _Tester(known, predict, seed)
-        decode = lambda images: decode_images(source.dl, (to_device(images, learn.dls.device),))
+        decode = lambda images: decode_images(source.dl, (to_device(images, next(learn.model.parameters()).device),))
         shortcuts = [_as_shortcut(tester, result, name(result['suspect'].cls), decode) for result in _found_by(tester, groups, learn)]
     return Shortcuts(shortcuts, {name(c): len(group) for c,group in groups.items()}, source.images, known.maps)
