@@ -17,15 +17,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from copy import copy, deepcopy
 import math
 import warnings
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 from difflib import get_close_matches
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
@@ -52,14 +51,15 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_l
 
 def _locks_of(model):
     "The locks of the parts of a model: one, unless parts of it were locked before they were put together"
-    with _LOCKS_GUARD:
+    def found():
         parts = list(bare(model).modules())
         own = next((_LOCKS[part] for part in parts if part in _LOCKS), None) or threading.RLock()
         return sorted({_LOCKS.setdefault(part, own) for part in parts}, key=id) # in one order for all, so that nobody waits for each other
+    with _LOCKS_GUARD: return found() # on one line: between two, an interrupt would leave it locked
 
 @contextmanager
 def _holding(first, *others):
-    with first, _holding(*others) if others else nullcontext(): yield
+    with first, _holding(*others) if others else nullcontext(): yield # on one line, too
 
 def model_lock(
     model:nn.Module # A model, perhaps wrapped
@@ -80,13 +80,77 @@ def as_found(
 
 @contextmanager
 def _in_eval_mode(model):
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training] # the others are left alone: another block may have to put them back
     def restore():
-        for module,training in modes: module.training = training
+        for module in training: module.training = True
     with _undoing(restore): model.eval(); yield
 
 def _is_compiled(module): # by `module.compile()`, or by `torch.compile(module)`
     return getattr(module, '_compiled_call_impl', None) is not None or isinstance(getattr(module, '_orig_mod', None), nn.Module)
+
+# %% ../nbs/00_probe.ipynb #6e3b19d4
+def _in_this_thread(hook):
+    "`hook`, for calls from the thread that made it: what other threads run meanwhile is theirs"
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident()==thread else None
+
+def _remove_hooks(*handles):
+    for of_kind in handles:
+        while of_kind: of_kind[-1].remove(); of_kind.pop() # forgotten only when it is gone
+
+def _weakly(method, *args):
+    "A hook that does not keep its probe alive: a probe that an interrupt has cut off from its block goes, and takes its hooks along"
+    found = WeakMethod(method)
+    return lambda *called, **kwargs: None if found() is None else found()(*args, *called, **kwargs)
+
+@contextmanager
+def _hooked(
+    hooks:Iterable[tuple[nn.Module,Callable]] # Modules, and for each a hook to be called after its forward
+) -> Iterator[None]:
+    "Hooks, for as long as the block runs"
+    handles = []
+    with _undoing(lambda: _remove_hooks(handles)):
+        for module,hook in hooks: handles.append(module.register_forward_hook(_in_this_thread(hook)))
+        yield
+
+@contextmanager
+def _returning(
+    replacements:dict[nn.Module,Sequence[Callable|None]] # What the next calls of a module return instead of running: functions; `None`: it runs
+) -> Iterator[None]:
+    "Modules return something else in their next calls; after the last of these they run"
+    found = {module: module.__dict__.get('forward') for module in replacements}
+    def restore():
+        for module,forward in found.items():
+            if forward is None: module.__dict__.pop('forward', None)
+            else: module.forward = forward
+    with _undoing(restore):
+        for module,outs in replacements.items(): module.forward = _forward_returning(module.forward, list(outs), threading.get_ident())
+        yield
+
+def _forward_returning(own, outs, thread):
+    def forward(*args, **kwargs):
+        if threading.get_ident() != thread or not outs: return own(*args, **kwargs)
+        out = outs.pop(0)
+        return own(*args, **kwargs) if out is None else out()
+    return forward
+
+def _is_cuda(inp): return inp.is_cuda
+
+@contextmanager
+def _differentiable_rnns(
+    model:nn.Module, # Model that is going to run
+    inputs:Sequence[Tensor] # What goes in
+) -> Iterator[None]:
+    "On CUDA, cuDNN gives a recurrent layer gradients only in training mode: it gets that mode, without the dropout, the only thing the mode changes there"
+    plain = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
+    rnns = [module for module in model.modules() if isinstance(module, nn.RNNBase) and type(module).forward in plain and not module.training]
+    found = [(module, module.dropout) for module in rnns] if any(map(_is_cuda, inputs)) else []
+    def restore():
+        for module,dropout in found: module.training,module.dropout = False,dropout
+    with _undoing(restore):
+        for module,_ in found: module.training,module.dropout = True,0.
+        yield
+
 
 # %% ../nbs/00_probe.ipynb #0b41dfda
 def describe_layers(
@@ -219,6 +283,12 @@ def image_size_of(
     if not -len(images) <= image < len(images): raise ValueError(f'image={image} does not exist: the model takes {len(images)} image{"s" if len(images) > 1 else ""} an item, counted from 0')
     return tuple(images[image].shape[2:])
 
+def _activation_in(out, n_items):
+    "The activation in what a layer returned: the tensor, or of several in a container the first that has a row an item and more than one place; `None`: there is none"
+    found = [t for t in _tensors(out) if t.dim() > 2 and t.is_floating_point()]
+    if isinstance(out, Tensor): return next(iter(found), None)
+    return next((t for t in found if len(t)==n_items and t.shape[1:].numel() > max(t.shape[1:])), next(iter(found), None))
+
 def describe_output(
     out:Any # What a layer or a model returned
 ) -> str: # For error messages
@@ -229,12 +299,10 @@ def _watched_pass(model, args, kwargs, wanted, note, grad=False):
     "One pass of the first item, in which `note(name, module, out)` sees what the modules that `wanted` picks return"
     first = lambda inp: inp[:1] if inp.dim() else inp
     def hook(name): return lambda module, inputs, out: note(name, module, out)
-    with ExitStack() as stack:
-        stack.enter_context(as_found(model))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        for name,module in model.named_modules():
-            if name and wanted(module): stack.callback(module.register_forward_hook(hook(name)).remove)
-        return model(*_each_tensor(first, tuple(args)), **_each_tensor(first, kwargs))
+    args,kwargs = _each_tensor(first, tuple(args)),_each_tensor(first, kwargs)
+    hooks = [(module, hook(name)) for name,module in model.named_modules() if name and wanted(module)]
+    rnns = _differentiable_rnns(model, _tensors((list(args), kwargs)) if grad else [])
+    with as_found(model), torch.set_grad_enabled(grad), rnns, _hooked(hooks): return model(*args, **kwargs)
 
 def _has_parameters(module): return next(module.parameters(), None) is not None
 
@@ -452,14 +520,11 @@ class _Recording:
         ancestors = [model.get_submodule('.'.join(above[:i])) for i in range(len(above)+1)]
         layer = model.get_submodule(name)
         beside = {child for parent in ancestors for child in parent.children()} - set(ancestors) - {layer}
-        with ExitStack() as stack:
-            def note(module, inputs, out): done.append((module, _each_tensor(lambda t: t.detach().clone(), out)))
-            def ended(module, inputs, out):
-                if call is None or self.n_calls <= call: self.n_before = len(done)
-                self.n_calls += 1
-            for module in beside: stack.callback(module.register_forward_hook(note).remove)
-            stack.callback(layer.register_forward_hook(ended).remove)
-            run()
+        def note(module, inputs, out): done.append((module, _each_tensor(lambda t: t.detach().clone(), out)))
+        def ended(module, inputs, out):
+            if call is None or self.n_calls <= call: self.n_before = len(done)
+            self.n_calls += 1
+        with _hooked([*((module, note) for module in beside), (layer, ended)]): run()
         self.call = self.n_calls - 1 if call is None else call
         for module,out in done[:self.n_before]: self.calls.setdefault(module, []).append(out)
         sizes = []
@@ -472,18 +537,13 @@ class _Recording:
         return _each_tensor(lambda t: t[items] if one is None else t[one].expand(len(items), *t.shape[1:]), out)
 
 @contextmanager
-def _returning(module, outs):
-    "`module` returns what the next of the functions `outs` gives instead of running; where that is `None`, and after the last of them, it runs"
-    found,own,n = module.__dict__.get('forward'),module.forward,[0]
-    def forward(*args, **kwargs):
-        n[0] += 1
-        if n[0] > len(outs) or outs[n[0]-1] is None: return own(*args, **kwargs)
-        return outs[n[0]-1]()
-    module.forward = forward
-    try: yield
-    finally:
-        if found is None: del module.__dict__['forward']
-        else: module.forward = found
+def _looking_away(probes):
+    watching = [probe for probe in probes if not probe._paused]
+    def restore():
+        for probe in watching: probe._paused = False
+    with _undoing(restore):
+        for probe in watching: probe._paused = True
+        yield
 
 class Pass:
     "A forward pass that ran, and that can be run again in whole or in part; nothing here is recorded by autograd but `again`"
@@ -496,7 +556,7 @@ class Pass:
         extras:Sequence[Tensor|None]=(), # For each layer, its tokens that are no places
         calls:Sequence[int|None]=(), # Which call of each layer was watched; `None`: the last
         image_index:int=0, # Which of the images is explained, where several go in
-        probes:Sequence['Probe']=() # Probes that must look away while the model is run again
+        probes:Iterable['Probe']=() # Probes that must look away while the model is run again
     ):
         store_attr()
         self.kwargs = kwargs or {}
@@ -536,11 +596,7 @@ class Pass:
     @contextmanager
     def _aside(self):
         "Run the model as it ran, in eval mode and in the same precision, while the probes look away"
-        with ExitStack() as stack:
-            stack.enter_context(as_found(self.model))
-            for probe in self.probes: stack.enter_context(probe.looking_away())
-            stack.enter_context(torch.autocast(**self._autocast))
-            yield
+        with as_found(self.model), _looking_away(self.probes), torch.autocast(**self._autocast): yield
 
     def full_precision(self) -> torch.autocast:
         "A block in which mixed precision is off, for the arithmetic of a method"
@@ -561,8 +617,7 @@ class Pass:
         """Make `outputs` faster before many are asked: a copy of the model with its batch norms folded into the convolutions and its weights channels-last,
         if that can be made and gives the same output for the batch (to 1e-4 of its range; 3e-2 with a `dtype`); the model itself is not touched"""
         if n_images < 64 or self._runs is not self.model or self._autocast['enabled']: return
-        with self._aside(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
+        with self._aside(), torch.no_grad():
             expected = self.model(*self.args, **self.kwargs)
             def try_out(make, tolerance):
                 try: # a model that cannot be traced, or not run in this precision, runs as it is
@@ -601,10 +656,9 @@ class Pass:
         if name not in self._recordings: self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
         recording,(args,kwargs) = self._recordings[name],self._inputs(None, items)
         def run(share):
-            with ExitStack() as stack:
-                for before,outs in recording.calls.items(): stack.enter_context(_returning(before, [lambda out=out: recording.spread(out, items, share) for out in outs]))
-                stack.enter_context(_returning(module, [None]*recording.call + [lambda: act.clone()]))
-                return self.model(*args, **kwargs)
+            replaced = {before: [lambda out=out: recording.spread(out, items, share) for out in outs] for before,outs in recording.calls.items()}
+            replaced[module] = [None]*recording.call + [lambda: act.clone()]
+            with _returning(replaced): return self.model(*args, **kwargs)
         try: return run(True)
         except RuntimeError as e: # an in-place operation on rows that share their memory
             if 'single memory location' not in str(e): raise
@@ -622,9 +676,9 @@ class Pass:
     ) -> 'Capture':
         "Another watched pass, with autograd from its first layer on"
         args,named = self._inputs(image, items)
-        with self._aside(), Probe(self.model, [module for _,module in self.layers] if layers is None else layers, image=self.image_index, **kwargs) as probe:
-            probe.outer = list(self.probes)
-            found = probe(*args, **named)
+        probe = Probe(self.model, [module for _,module in self.layers] if layers is None else layers, image=self.image_index, **kwargs)
+        probe.outer = list(self.probes)
+        with self._aside(), probe: found = probe(*args, **named)
         found.bar = self.bar
         return found
 
@@ -784,9 +838,8 @@ class Capture(Pass):
         try: return self._curvatures(score)
         except RuntimeError as e: # fused attention has no second derivative
             if 'is not implemented' not in str(e): raise
-        with sdpa_kernel(SDPBackend.MATH):
-            whole = self.again()
-            return whole._curvatures(whole.score(self.question(score)))
+        with AttentionMaps(): whole = self.again() # which spells it out
+        return whole._curvatures(whole.score(self.question(score)))
 
     def _curvatures(self, score):
         def product(act, total):
@@ -807,7 +860,7 @@ class Capture(Pass):
             if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
             directions = torch.eye(score.shape[1], dtype=score.dtype, device=score.device)[:,None].expand(-1, *score.shape)
             try: grads = self._vjp(score, inputs, directions)
-            except (RuntimeError, NotImplementedError): # an operation that cannot be batched
+            except (RuntimeError, NotImplementedError, UserWarning): # an operation that cannot be batched, or, where warnings are errors, not well
                 grads = [torch.stack(per_score) for per_score in zip(*[self._vjp(score[:,k].sum(), inputs) for k in range(score.shape[1])])]
             return [grad.transpose(0, 1) for grad in grads]
 
@@ -816,9 +869,7 @@ class Capture(Pass):
         scales = (2.**12, 1.) if any(inp.dtype is torch.float16 for inp in inputs) else (1.,)
         for scale in scales:
             weights = scale*(torch.ones_like(score) if directions is None else directions)
-            with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', message='.*batching rule.*')
-                grads = torch.autograd.grad(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
+            grads = torch.autograd.grad(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
             unused = [name for name,grad in zip(self.names, grads) if grad is None]
             if unused: raise ValueError(f'the score does not depend on layer {unused[0]!r}: choose a layer on the way to the output that is explained')
             grads = [_wide(grad.detach().as_subclass(Tensor)) for grad in grads]
@@ -839,6 +890,9 @@ class Capture(Pass):
                 if (F.linear(pooled, weight, bias) - expected).abs().max() <= tolerance: return weight
         raise ValueError(f'CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer, but what makes the output here is {describe_head(self.model, self.names[-1])}: '
                          "use method='gradcam', which works with any head, or train with `cam_learner(dls, arch)`, whose head makes CAM exact")
+
+# Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
+warnings.filterwarnings('ignore', message='There is a performance drop because we have not yet implemented the batching rule')
 
 def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -919,7 +973,7 @@ class AttentionMaps(TorchFunctionMode):
         self._keep(attention)
         return attention @ value
 
-class Probe:
+class Probe(ExitStack):
     "Watch `layers` of `model` during a forward pass, with autograd on only from the first of them onwards"
     def __init__(self,
         model:nn.Module, # Model to watch
@@ -936,10 +990,14 @@ class Probe:
         store_attr('model,grad,from_input,guided,attention,image,asks')
         self.auto,self.stages = layers is None,layers if _found_by_a_pass(layers) else None
         self.layers = [] if self.auto or self.stages else resolve_layers(model, layers)
-        self._root_hooks,self._layer_hooks,self._blocks,self._paused,self._last,self.outer,self._surveys = [],[],[],False,None,[],{}
+        super().__init__()
+        self._root_hooks,self._layer_hooks,self._paused,self._last,self.outer,self._surveys = [],[],False,None,[],{}
+        self._around = ExitStack() # what is different while a pass runs
         self._reset()
 
-    def _reset(self): self._out,self._acts,self._args,self._kwargs,self._leaf,self._running = None,{},(),{},None,False
+    def _reset(self):
+        self._around.close()
+        self._out,self._acts,self._args,self._kwargs,self._leaf,self._running = None,{},(),{},None,False
 
     # -- attaching: somebody else runs the model
 
@@ -947,21 +1005,30 @@ class Probe:
         """Watch every forward pass of the model from now on; `detach` ends it. Run the model under `torch.no_grad()` or inside another block that sets the grad mode,
         as fastai's loop does: when a pass is interrupted from the keyboard no hook is told, and only such a block puts the mode back"""
         if self._root_hooks: raise RuntimeError('this probe is attached already: call detach() first')
-        self._root_hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-                            self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)]
-        if self.auto and not self.layers and is_body_and_head(self.model): self.layers = resolve_layers(self.model, self.model[0])
-        self._watch()
-        return self
+        try:
+            hooks = self._layer_hooks,self._root_hooks
+            self.callback(_weakly(self._forget))
+            for _ in range(2): self.callback(self._around.close) # an interrupt may come while the first is at work
+            self.enter_context(_undoing(lambda: _remove_hooks(*hooks)))
+            self._thread = threading.get_ident() # passes of other threads are not ours
+            self._root_hooks.append(self.model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True))
+            self._root_hooks.append(self.model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True))
+            if self.auto and not self.layers and is_body_and_head(self.model): self.layers = resolve_layers(self.model, self.model[0])
+            self._watch()
+            return self
+        except BaseException:
+            self.detach()
+            raise
 
-    def detach(self) -> None:
-        "Remove every hook and forget what was captured"
-        for hook in self._root_hooks + self._layer_hooks: hook.remove()
-        self._root_hooks,self._layer_hooks,self._last = [],[],None
+    detach = ExitStack.close # removes every hook and forgets what was captured; not a function of ours, in which it could be interrupted
+
+    def _forget(self):
+        self._last = None
         self._reset()
 
     def _watch(self):
-        for hook in self._layer_hooks: hook.remove()
-        self._layer_hooks = [module.register_forward_hook(self._capture(i)) for i,(_,module) in enumerate(self.layers)]
+        _remove_hooks(self._layer_hooks)
+        for i,(_,module) in enumerate(self.layers): self._layer_hooks.append(module.register_forward_hook(_weakly(self._capture, i)))
 
     def _survey(self):
         "What one item shows about the model, for images of this size"
@@ -977,21 +1044,22 @@ class Probe:
         self.layers = [(seen.name, seen.module) for seen in found]
         self._watch()
 
-    @contextmanager
-    def looking_away(self) -> Iterator[None]:
+    def looking_away(self) -> AbstractContextManager:
         "While the block runs, passes of the model are not watched"
-        found,self._paused = self._paused,True
-        try: yield
-        finally: self._paused = found
+        return _looking_away([self])
+
+    @property
+    def _is_mine(self): return self._running and threading.get_ident()==self._thread
 
     # -- the hooks, in the order in which they fire
 
     def _before(self, module, args, kwargs):
-        if self._paused: return
+        if self._paused or threading.get_ident() != self._thread: return
         self._reset()
         self._args,self._kwargs,self._image_size = args,kwargs,image_size_of(args, kwargs, self.image)
         if not self.layers: self._search()
         self._outer_grad_mode,self._running = torch.is_grad_enabled(),True
+        if self.grad: self._around.enter_context(_differentiable_rnns(self.model, _tensors((list(args), kwargs))))
         torch.set_grad_enabled(self.from_input)
         if not self.from_input: return None
         if self._image_size is None: raise ValueError('no input of this model is a batch of images [B, C, H, W], so there is nothing to take gradients with respect to: use a method that needs only the layer, such as gradcam')
@@ -1000,25 +1068,33 @@ class Probe:
         copied = self._leaf.clone() # an in-place operation may rewrite the copy, never the leaf
         return _replaced(image, copied, args, kwargs)
 
-    def _capture(self, i):
-        def hook(module, inputs, out):
-            if not self._running: return None # the layer was called by itself, not in a pass of the model
-            if not isinstance(out, Tensor) or out.dim() < 3 or not out.is_floating_point():
-                if self.auto: return None # `take` looks for another layer
-                raise ValueError(f'layer {self.layers[i][0]!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid')
-            calls = self._acts.setdefault(i, [])
-            if not self.grad:
-                calls.append(out.detach().clone())
-                return None
-            torch.set_grad_enabled(True)
-            if any(_same_memory(inp, out) for inp in inputs): out = out.clone() # e.g. nn.Identity: what later changes its input would change our copy
-            calls.append(out if out.requires_grad else out.detach().requires_grad_())
-            return calls[-1].clone()
-        return hook
+    def _capture(self, i, module, inputs, out):
+        if not self._is_mine: return None # the layer was called by itself, not in a pass of the model
+        act = _activation_in(out, self._n_items)
+        if act is None:
+            if self.auto: return None # `take` looks for another layer
+            raise ValueError(self._why_not(i, out))
+        calls = self._acts.setdefault(i, [])
+        if not self.grad:
+            calls.append(act.detach().clone())
+            return None
+        torch.set_grad_enabled(True)
+        kept = act.clone() if any(_same_memory(inp, act) for inp in inputs) else act # e.g. nn.Identity: what later changes its input would change our copy
+        calls.append(kept if kept.requires_grad else kept.detach().requires_grad_())
+        handed_on = calls[-1].clone()
+        return _each_tensor(lambda t: handed_on if t is act else t, out)
+
+    def _why_not(self, i, out):
+        return (f'layer {self.layers[i][0]!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] '
+                'with more than one position, or the tokens of a grid')
+
+    @property
+    def _n_items(self): return len(_tensors((list(self._args), self._kwargs))[0])
 
     def _after(self, module, args, kwargs, out):
-        if not self._running: return
+        if not self._is_mine: return
         torch.set_grad_enabled(self._outer_grad_mode)
+        self._around.close()
         self._running,self._out = False,out
 
     def take(self) -> Capture:
@@ -1035,7 +1111,7 @@ class Probe:
         chosen = [self._call(i) for i in range(len(self.layers))]
         for i,layout in enumerate(layouts): self._check_layout(i, layout)
         acts = [self._acts[i][-1 if call is None else call] for i,call in enumerate(chosen)]
-        inputs = dict(args=self._args, kwargs=self._kwargs, layouts=layouts, calls=chosen, image_index=self.image, probes=[self, *self.outer])
+        inputs = dict(args=self._args, kwargs=self._kwargs, layouts=layouts, calls=chosen, image_index=self.image, probes=WeakSet([self, *self.outer]))
         capture = Capture(self.model, self._out, acts, self.layers, self.grad, self._leaf, **inputs)
         self._last = Pass(self.model, self.layers, extras=capture.extras, **inputs) # `tail` may need it
         self._last._recordings = capture._recordings
@@ -1060,7 +1136,7 @@ class Probe:
         return find_layout(shape, self._image_size, self._survey().grids)
 
     def _check_layout(self, i, layout):
-        name,out,n_items = self.layers[i][0],self._acts[i][-1],len(_tensors((list(self._args), self._kwargs))[0])
+        name,out,n_items = self.layers[i][0],self._acts[i][-1],self._n_items
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
         if len(out) != n_items:
@@ -1078,14 +1154,12 @@ class Probe:
     # -- running the model ourselves
 
     def __enter__(self) -> 'Probe':
-        stack = ExitStack()
-        stack.enter_context(as_found(self.model))
-        self.attach()
-        stack.callback(self.detach)
-        self._blocks.append(stack)
-        return self
-
-    def __exit__(self, *exc) -> None: self._blocks.pop().close()
+        try:
+            self.enter_context(as_found(self.model))
+            return self.attach()
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self,
         *args:Any, # What the model takes
@@ -1095,10 +1169,8 @@ class Probe:
         if not self._root_hooks: raise RuntimeError('open the probe first: `with Probe(model, layers) as p: cap = p(x)`')
         plain = lambda inp: inp.clone() if inp.is_inference() else inp
         args,kwargs = _each_tensor(plain, args),_each_tensor(plain, kwargs)
-        with ExitStack() as stack:
-            relus = stack.enter_context(GuidedReLU()) if self.guided else None
-            looks = stack.enter_context(AttentionMaps()) if self.attention else None
-            self.model(*args, **kwargs)
+        relus,looks = GuidedReLU() if self.guided else None,AttentionMaps() if self.attention else None
+        with relus or nullcontext(), looks or nullcontext(): self.model(*args, **kwargs)
         if relus is not None and not relus.n_relus: raise ValueError('guided backpropagation changes what ReLUs do, and this model called none: use a method that works with any activation function, such as gradcam')
         capture = self.take()
         if looks is not None: capture.keep_attention(looks.found)
@@ -1119,7 +1191,7 @@ def alignment(
     generator = torch.Generator().manual_seed(0)
     noise = strength*image.float().std().clamp(min=1e-6)
     (height,width),moved = image.shape[-2:],[]
-    with Probe(model, layer, grad=False) as probe:
+    def disturb(probe):
         before = _wide(probe(*args, **kwargs).acts[0])
         for top,left in ((0,0), (0,1), (1,0), (1,1)):
             rows,columns = (slice((4*side + 1)*length//8, (4*side + 3)*length//8) for side,length in ((top, height), (left, width)))
@@ -1131,6 +1203,7 @@ def alignment(
                 others,named = _replaced(image, disturbed, args, kwargs)
                 change = change + (_wide(probe(*others, **named).acts[0]) - before).abs()
             moved.append(change.sum(tuple(range(change.dim() - 2)))) # of items, channels and depth
+    with Probe(model, layer, grad=False) as probe: disturb(probe)
     share = lambda values, dims: values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     moved = share(share(torch.stack(moved), (1,2)), 0)
     return share(F.adaptive_avg_pool2d(moved[None], 2)[0].flatten(1), 1)
