@@ -28,7 +28,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
-from .layout import Layout, MAX_EXTRA, find_layout
+from .layout import Layout, MAX_EXTRA, find_layout, find_layouts
 
 # %% ../nbs/00_probe.ipynb #4d1c0a6e
 @contextmanager
@@ -52,7 +52,7 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_l
 def _locks_of(model):
     "The locks of the parts of a model: one, unless parts of it were locked before they were put together"
     def found():
-        parts = list(bare(model).modules())
+        parts = list(model.modules())
         own = next((_LOCKS[part] for part in parts if part in _LOCKS), None) or threading.RLock()
         return sorted({_LOCKS.setdefault(part, own) for part in parts}, key=id) # in one order for all, so that nobody waits for each other
     with _LOCKS_GUARD: return found() # on one line: between two, an interrupt would leave it locked
@@ -304,6 +304,49 @@ def _watched_pass(model, args, kwargs, wanted, note, grad=False):
     rnns = _differentiable_rnns(model, _tensors((list(args), kwargs)) if grad else [])
     with as_found(model), torch.set_grad_enabled(grad), rnns, _hooked(hooks): return model(*args, **kwargs)
 
+def _disturbed_quadrants(image, generator, strength=1.):
+    "The batch of images with noise in the middle of one quadrant: upper left, upper right, lower left, lower right"
+    height,width = image.shape[-2:]
+    spread = image.float().std()
+    noise = strength*(spread if spread > 1e-3 else torch.ones_like(spread))
+    for top,left in ((0,0), (0,1), (1,0), (1,1)):
+        rows,columns = (slice((4*side + 1)*length//8, max((4*side + 3)*length//8, (4*side + 1)*length//8 + 1)) for side,length in ((top, height), (left, width)))
+        disturbed = image.clone()
+        part = disturbed[...,rows,columns]
+        disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator).to(noise)).to(part)
+        yield disturbed
+
+def _shares(values, dims): return values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+
+def _moved_quadrants(
+    moved:Tensor # `[4, h, w]`: how much each place changed when a quadrant was disturbed
+) -> Tensor: # `[4, 2, 2]`: how much of the change was in each quadrant
+    "Changes are compared place by place, so that places which change with everything do not count"
+    moved = _shares(_shares(moved, (1,2)), 0)
+    pooled = F.adaptive_avg_pool2d(moved[None], [min(2, side) for side in moved.shape[1:]])[0]
+    return _shares(pooled.expand(4, 2, 2), (1,2))
+
+def _apart(quadrants):
+    "How far apart the changes are when the left or the right of the image is disturbed, and when its upper or its lower half is: 0 (not) to 1"
+    left,upper = quadrants[:,:,0].sum(1),quadrants[:,0].sum(1)
+    return min(left[0] - left[1], left[2] - left[3]).item(), min(upper[0] - upper[2], upper[1] - upper[3]).item()
+
+def _best_reading(readings, moved):
+    "The first reading that what moved bears out; `None`: none"
+    for layout in readings:
+        least = .1 if math.prod(layout.grid) > 4 else .3 # of few places, chance looks like order
+        places = layout.spatial(moved).sum(1)
+        if not bool((places.flatten(1).sum(1) > 0).all()): continue # it does not depend on the whole image
+        across,down = _apart(_moved_quadrants(places))
+        if layout.is_line and max(across, down) > least and (across > down)==(layout.grid[0]==1): return layout
+        if not layout.is_line and min(across, down) > least: return layout
+    return None
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
+                   nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd) # what these return is `[B, C, H, W]`
+
+def _channels_first(shape): return Layout('channels first', shape[2:]) if math.prod(shape[2:]) > 1 else None
+
 def _has_parameters(module): return next(module.parameters(), None) is not None
 
 class Seen:
@@ -314,7 +357,8 @@ class Seen:
         call:int, # Which of its calls in the pass, from 0
         layout:Layout|None, # Where the places are; `None`: there is no space
         n_channels:int, # Channels of its output
-        n_before:int # Layers with parameters of their own that had run by then
+        n_before:int, # Layers with parameters of their own that had run by then
+        shape:tuple|None=None # Shape of its output, of one item; `None`: it is no tensor
     ): store_attr()
     @property
     def is_block(self) -> bool: return any(_has_parameters(part) for part in self.module.children())
@@ -326,25 +370,111 @@ class Survey:
         args:Sequence, # Inputs of a real batch: only their first item is used
         kwargs:dict, # Named inputs
         image:int=0, # Which image is explained, where several go in
-        asks:Callable|None=None # What is asked of the output: a layer must matter for this; `None`: for the first tensor in it
+        asks:Callable|None=None, # What is asked of the output: a layer must matter for this; `None`: for the first tensor in it
+        named:Sequence[nn.Module]=() # Layers that are named, and so looked at whatever they are
     ):
-        store_attr('model,args,kwargs,image,asks')
-        self.image_size,self.grids,self.seen,self.n_ran = image_size_of(args, kwargs, image),[],[],0
-        self._outs,self._calls,self._several = [],{},len(_tensors((list(args), kwargs))) > 1
-        self.out = _watched_pass(model, args, kwargs, _has_parameters, self._note)
+        store_attr('model,args,kwargs,image,asks,named')
+        self.image_size,self.grids,self.lines,self.seen,self.n_ran = image_size_of(args, kwargs, image),[],[],[],0
+        self._outs,self._calls,self._several,self._doubts,self._stacked,self._recent = [],{},len(_tensors((list(args), kwargs))) > 1,{},None,()
+        self._channels_by_length = set() # shapes of sequences whose channels are known to come first
+        self.out = self._run(args, kwargs, self._note)
+        if self._doubts: self._settle()
+
+    def _act(self, module, out):
+        "What counts as the output of a layer: a tensor, or of a layer that is named the activation among several"
+        if module in self.named: return _activation_in(out, 1)
+        return out if isinstance(out, Tensor) and out.is_floating_point() else None
+
+    def _run(self, args, kwargs, note, grad=False):
+        return _watched_pass(self.model, args, kwargs, lambda module: _has_parameters(module) or module in self.named, note, grad)
 
     def _note(self, name, module, out):
         call = self._calls[name] = self._calls.get(name, -1) + 1
         if next(module.parameters(recurse=False), None) is not None: self.n_ran += 1
-        layout,n_channels = None,0
-        if isinstance(out, Tensor) and out.is_floating_point() and len(out)==1:
-            is_seen = isinstance(module, nn.modules.conv._ConvNd) and out.dim()==2 + len(self.image_size or (0,0)) # a convolution leaves no doubt
-            if is_seen and tuple(out.shape[2:]) not in self.grids: self.grids.append(tuple(out.shape[2:]))
-            layout = find_layout(out.shape, self.image_size, self.grids)
-            if layout is not None and layout.kind=='tokens last': layout = None # as many channels as there are places, by chance: a hundred queries of 256 channels; such a layer has to be named
-            if layout is not None: n_channels = layout.spatial(out).shape[1]
-        self.seen.append(Seen(name, module, call, layout, n_channels, self.n_ran))
-        if self._several: self._outs.append(out.detach().clone() if layout is not None else None)
+        act = self._act(module, out)
+        shape = None if act is None else tuple(act.shape)
+        if shape and shape[0] > 1 and len(shape) > 3 and shape[2:].count(1) < len(shape) - 2: self._stacked = self._stacked or (name, shape[0])
+        layout = self._layout_of(len(self.seen), module, act) if shape and shape[0]==1 else None
+        n_channels = 0 if layout is None else layout.spatial(act).shape[1]
+        self.seen.append(Seen(name, module, call, layout, n_channels, self.n_ran, shape))
+        if self._several: self._outs.append(act.detach().clone() if layout is not None else None)
+
+    def _layout_of(self, number, module, out):
+        "Where the places are, as far as the shape says; what it leaves open is noted"
+        n_space,is_named = len(self.image_size or (0,0)),module in self.named
+        if isinstance(module, nn.modules.conv._ConvNd) and out.dim()==2 + n_space: # it leaves no doubt
+            self._recent = tuple(out.shape[2:])
+            if self._recent not in self.grids: self.grids.append(self._recent)
+        if self.image_size is None: return find_layout(out.shape, None)
+        if out.dim()==2 + n_space and isinstance(module, _CHANNELS_FIRST): return _channels_first(out.shape)
+        is_1d = out.dim()==3 and isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)) # [B, C, N] for certain
+        if is_1d:
+            self.lines.append(out.shape[2])
+            self._channels_by_length.add(tuple(out.shape))
+        kinds = ('tokens last',) if tuple(out.shape) in self._channels_by_length else ('tokens', 'tokens last') if is_named else ('tokens',)
+        readings = find_layouts(out.shape, self.image_size, self.grids, self.lines, kinds)
+        if len(readings)==1 and not readings[0].is_line: return readings[0]
+        if readings:
+            if out.dim()==3: readings = sorted(readings, key=self._doubt_about)
+            likely = readings[0] if out.dim() > 3 or readings[0].grid==self._recent else None
+            self._doubts[number] = (readings, likely, out.detach().clone())
+        return None
+
+    def _doubt_about(self, layout):
+        "Least about the places of the last convolution, then about one of their sides or another sequence, then about other grids"
+        length = math.prod(layout.grid)
+        if not layout.is_line: return 0 if layout.grid==self._recent else 2
+        return 1 if length in self.lines or length in self._recent else 3
+
+    def _settle(self):
+        "Which of the readings of a sequence is right: disturb one quadrant of the image after the other, and see where it changes"
+        moved,generator = {number: 0 for number in self._doubts},torch.Generator().manual_seed(0)
+        def changed(image):
+            outs = []
+            self._run(*_replaced(self._own_image, image, self.args, self.kwargs), lambda name, module, out: outs.append(self._act(module, out)))
+            return {number: (_wide(outs[number]) - _wide(before)).abs() for number,(*_,before) in self._doubts.items()}
+        for _ in range(2):
+            found = [changed(image) for image in _disturbed_quadrants(self._own_image.detach()[:1], generator)]
+            moved = {number: moved[number] + torch.cat([one[number] for one in found]) for number in moved}
+        for number,(readings,likely,before) in self._doubts.items():
+            seen,layout = self.seen[number],_best_reading(readings, moved[number]) or likely
+            if layout is None: continue
+            seen.layout,seen.n_channels = layout,layout.spatial(before).shape[1]
+            if self._several: self._outs[number] = before
+
+    def layout_of(self,
+        name:str, # Dotted name of a layer that is named
+        shape:Sequence[int] # Shape of its output, of any number of items
+    ) -> Layout|None: # `None`: it has no space
+        "Where the places are in what a layer returned in its last call"
+        calls = [seen for seen in self.seen if seen.name==name and seen.shape and seen.shape[1:]==tuple(shape[1:])]
+        if calls and (calls[-1].layout or calls[-1].shape[0] != 1 or len(shape)==3): return calls[-1].layout
+        return find_layout(shape, self.image_size, self.grids)
+
+    def is_sequence(self,
+        name:str # Dotted name of a layer that is named
+    ) -> bool:
+        "Does a layer return what may be a sequence of places, of which it is not known which?"
+        return any(self.seen[number].name==name for number in self._doubts)
+
+    def layout_as_named(self,
+        shape:Sequence[int] # `[B, C, H, W]`, as far as is known
+    ) -> Layout|None: # `None`: these are no places
+        "Where the places are in the output of a layer that a user named, whatever grids were seen: a pooling makes its own"
+        if len(shape) != 2 + len(self.image_size or (0,0)): return None
+        tokens = {seen.shape[1] - n for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens' for n in (0, seen.layout.n_extra)}
+        if tokens & set(shape[2:]): return None # heads of an attention
+        return find_layout(shape, self.image_size) or find_layout(shape, None)
+
+    @property
+    def turns_frames(self) -> bool:
+        "Are the images frames, `[B, frames, channels, H, W]`, that the model turns round for its `Conv3d`?"
+        image,inputs = self._own_image[:1],[]
+        hooks = [(module, lambda module, given, out: inputs.extend(given[:1])) for module in self.model.modules() if isinstance(module, nn.Conv3d)]
+        with _hooked(hooks): self._run(self.args, self.kwargs, lambda *_: None)
+        if not inputs: return False
+        turned = image.transpose(1, 2)
+        return inputs[0].shape==turned.shape and (turned.shape != image.shape or torch.equal(inputs[0], turned))
 
     @property
     def spatial(self) -> list[Seen]:
@@ -353,8 +483,11 @@ class Survey:
         return self._spatial
 
     def _find_spatial(self):
-        chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None]
+        chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None and _has_parameters(seen.module)]
         if not chosen:
+            if self._stacked:
+                raise ValueError('this {} runs several images of an item in one batch (layer {!r} returns {} rows for one item), so it is not known which row belongs to which image: '
+                                 'explain the part of it that takes one image, or give it one image an item'.format(type(self.model).__name__, *self._stacked))
             raise ValueError(f'no layer of this {type(self.model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
         chosen = [i for i in chosen if min(self.seen[i].layout.grid) > 1] or chosen # a single row knows only half of where
         if self._several: chosen = self._of_the_image(chosen)
@@ -370,9 +503,8 @@ class Survey:
         other = image.mean() - image + torch.linspace(-1, 1, image.shape[-1], dtype=image.dtype, device=image.device)
         def note(name, module, out):
             before = self._outs[len(changed)]
-            changed.append(before is not None and not torch.equal(before, out))
-        args,kwargs = _replaced(self._own_image, other, self.args, self.kwargs)
-        _watched_pass(self.model, args, kwargs, _has_parameters, note)
+            changed.append(before is not None and not torch.equal(before, self._act(module, out)))
+        self._run(*_replaced(self._own_image, other, self.args, self.kwargs), note)
         found = [i for i in chosen if changed[i]]
         if not found: raise ValueError(f'no layer with space depends on image {self.image} of the inputs of this {type(self.model).__name__}: pass another image, or the layer to look at')
         return found
@@ -383,7 +515,7 @@ class Survey:
         with torch.inference_mode(False), torch.enable_grad():
             image = self._own_image.detach()[:1].clone().requires_grad_()
             args,kwargs = _replaced(self._own_image, image.clone(), self.args, self.kwargs) # which the model may change in place
-            out = _watched_pass(self.model, args, kwargs, _has_parameters, lambda name, module, out: outs.append(out), grad=True)
+            out = self._run(args, kwargs, lambda name, module, out: outs.append(self._act(module, out)), grad=True)
             score = next(t for t in _tensors(out) if t.is_floating_point()) if self.asks is None else self.asks(out)
             if not (isinstance(score, Tensor) and score.requires_grad): return chosen # who asks that will be told
             weights = torch.linspace(1, 2, score.numel(), dtype=score.dtype, device=score.device).view(score.shape) # probabilities add up to 1, and 1 has no gradient
@@ -1033,8 +1165,12 @@ class Probe(ExitStack):
     def _survey(self):
         "What one item shows about the model, for images of this size"
         if self._image_size not in self._surveys:
-            with self.looking_away(): self._surveys[self._image_size] = Survey(self.model, self._args, self._kwargs, self.image, self.asks)
+            with self.looking_away(): self._surveys[self._image_size] = self._make_survey()
         return self._surveys[self._image_size]
+
+    def _make_survey(self):
+        named = [] if self.auto or self.stages else [module for _,module in self.layers]
+        return Survey(self.model, self._args, self._kwargs, self.image, self.asks, named)
 
     def _search(self):
         "Let one item show which layer is the last with space (or where each stage ends), and watch that one"
@@ -1124,23 +1260,32 @@ class Probe(ExitStack):
         name = self.layers[i][0]
         with self.looking_away(): return max((seen.call for seen in self._survey().spatial if seen.name==name), default=None)
 
-    def _layouts(self): return [self._layout(module, self._acts[i][-1].shape) if i in self._acts else None for i,(_,module) in enumerate(self.layers)]
+    def _layouts(self): return [self._layout(name, module, self._acts[i][-1].shape) if i in self._acts else None for i,(name,module) in enumerate(self.layers)]
 
-    def _layout(self, module, shape):
+    def _layout(self, name, module, shape):
         "Where the places are in what a layer returned, from its shape, or, where that leaves doubts, from a survey"
         if len(shape) > 3: # tokens always leave doubts
-            layout = find_layout(shape, self._image_size)
-            if layout is None and len(shape)==2 + len(self._image_size or (0,0)) and math.prod(shape[2:])==1: return None
+            n_space = len(self._image_size or (0,0))
+            readings = find_layouts(shape, self._image_size) if self._image_size else []
+            if not readings and len(shape)==2 + n_space and math.prod(shape[2:])==1: return None
+            if isinstance(module, _CHANNELS_FIRST) and len(shape)==2 + n_space: return _channels_first(shape)
             convolves = any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
-            if layout is not None and convolves: return layout
-        return find_layout(shape, self._image_size, self._survey().grids)
+            if len(readings)==1 and convolves: return readings[0]
+            if self._image_size is None: return find_layout(shape, None)
+        layout = self._survey().layout_of(name, shape)
+        return layout if layout is not None or self.auto or self.stages else self._survey().layout_as_named(shape)
 
     def _check_layout(self, i, layout):
         name,out,n_items = self.layers[i][0],self._acts[i][-1],self._n_items
+        if len(out) != n_items:
+            raise ValueError(f'layer {name!r} returns {len(out)} rows for {n_items} items (windows of an image, several images in one batch, or time before the batch?), so it is not known which belong to which item: name another layer')
+        if out.dim()==3 and layout is None and self._survey().is_sequence(name):
+            raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are could not be told: name a layer before it')
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
-        if len(out) != n_items:
-            raise ValueError(f'layer {name!r} returns {len(out)} rows for {n_items} items (windows of an image, or several images in one batch?), so it is not known which belong to which item: name another layer')
+        if len(self._image_size or ())==3 and self._image_size[0] <= 4 and self._survey().turns_frames:
+            raise ValueError('the images are frames, [batch, frames, channels, height, width], which this model turns round for its Conv3d, so that the planes of a map are frames and those of the picture are colours: '
+                             'turn them before the model (a batch transform that gives [batch, channels, frames, height, width])')
 
     def tail(self,
         act:Tensor, # Activation `[n, C, H, W]` to go on with; without `items`, r variants of the first item, then r of the second, …
@@ -1177,6 +1322,9 @@ class Probe(ExitStack):
         return capture
 
 # %% ../nbs/00_probe.ipynb #b66b4ee8
+_UPPER,_LEFT = (torch.tensor([0,0,1,1]),torch.tensor([0,1,0,1]))
+_SIDES = [F.one_hot(_UPPER, 2)[:,:,None].float(), F.one_hot(_LEFT, 2)[:,None,:].float()] # in which row and column of quadrants each disturbance is
+
 def alignment(
     model:nn.Module, # Model to look into
     *args:Any, # Inputs of a batch; the first image among them is disturbed
@@ -1186,24 +1334,18 @@ def alignment(
     **kwargs:Any
 ) -> Tensor: # `[4, 4]`; row: which quadrant of the image was disturbed (upper left, upper right, lower left, lower right), column: which quadrant of the activation changed; each row adds up to 1
     """Where a layer's output changes when a quadrant of the image does. Right if the largest of each row is on the diagonal.
-    Changes are compared place by place, so that places which change with everything do not count"""
-    image = images_in(args, kwargs)[0]
-    generator = torch.Generator().manual_seed(0)
-    noise = strength*image.float().std().clamp(min=1e-6)
-    (height,width),moved = image.shape[-2:],[]
+    Changes are compared place by place, so that places which change with everything do not count; a single row of places is not asked for above and below"""
+    image,generator = images_in(args, kwargs)[0],torch.Generator().manual_seed(0)
+    def change(probe, before, disturbed):
+        others,named = _replaced(image, disturbed, args, kwargs)
+        change = (_wide(probe(*others, **named).acts[0]) - before).abs()
+        return change.sum(tuple(range(change.dim() - 2))) # of items, channels and depth
     def disturb(probe):
         before = _wide(probe(*args, **kwargs).acts[0])
-        for top,left in ((0,0), (0,1), (1,0), (1,1)):
-            rows,columns = (slice((4*side + 1)*length//8, (4*side + 3)*length//8) for side,length in ((top, height), (left, width)))
-            change = 0
-            for _ in range(n_times):
-                disturbed = image.clone()
-                part = disturbed[...,rows,columns]
-                disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator)).to(part)
-                others,named = _replaced(image, disturbed, args, kwargs)
-                change = change + (_wide(probe(*others, **named).acts[0]) - before).abs()
-            moved.append(change.sum(tuple(range(change.dim() - 2)))) # of items, channels and depth
-    with Probe(model, layer, grad=False) as probe: disturb(probe)
-    share = lambda values, dims: values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    moved = share(share(torch.stack(moved), (1,2)), 0)
-    return share(F.adaptive_avg_pool2d(moved[None], 2)[0].flatten(1), 1)
+        rounds = [[change(probe, before, disturbed) for disturbed in _disturbed_quadrants(image, generator, strength)] for _ in range(n_times)]
+        return sum(map(torch.stack, rounds))
+    with Probe(model, layer, grad=False) as probe: moved = disturb(probe)
+    quadrants = _moved_quadrants(moved)
+    for side in (1,2): # of a single row or column, the side that it does not know is that of the disturbance
+        if moved.shape[side]==1: quadrants = quadrants.sum(side, keepdim=True)*_SIDES[side - 1]
+    return quadrants.flatten(1)
