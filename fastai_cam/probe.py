@@ -654,7 +654,7 @@ class _Recording:
         beside = {child for parent in ancestors for child in parent.children()} - set(ancestors) - {layer}
         def note(module, inputs, out): done.append((module, _each_tensor(lambda t: t.detach().clone(), out)))
         def ended(module, inputs, out):
-            if call is None or self.n_calls <= call: self.n_before = len(done)
+            if call is None or self.n_calls <= call: self.n_before,self.out = len(done),_each_tensor(lambda t: t.detach().clone(), out)
             self.n_calls += 1
         with _hooked([*((module, note) for module in beside), (layer, ended)]): run()
         self.call = self.n_calls - 1 if call is None else call
@@ -662,6 +662,12 @@ class _Recording:
         sizes = []
         for outs in self.calls.values(): _each_tensor(lambda t: sizes.append(t.shape[:1]), outs)
         if any(size != (batch,) for size in sizes): self.calls = {} # not one row an item: all of it has to run
+        self.act = _activation_in(self.out, batch)
+
+    def returned(self, act:Tensor, items:Tensor) -> Any:
+        "What the layer returned for `items`, with `act` in the place of its activation"
+        pick = lambda t: t[items] if t.dim() and len(t)==len(self.act) else t
+        return _each_tensor(lambda t: act.clone() if t is self.act else pick(t), self.out)
 
     def spread(self, out:Any, items:Tensor, share:bool) -> Any:
         "The recorded rows of `items`; a single item's rows share their memory if `share`"
@@ -688,6 +694,7 @@ class Pass:
         extras:Sequence[Tensor|None]=(), # For each layer, its tokens that are no places
         calls:Sequence[int|None]=(), # Which call of each layer was watched; `None`: the last
         image_index:int=0, # Which of the images is explained, where several go in
+        contained:Sequence[bool]=(), # Whether the activation of each layer was one of several things in a container that it returned
         probes:Iterable['Probe']=() # Probes that must look away while the model is run again
     ):
         store_attr()
@@ -779,7 +786,7 @@ class Pass:
         act = self.layouts[layer].restored(act, None if extra is None else extra[items.to(extra.device)])
         with self._aside(), torch.no_grad():
             following = _following(self.model, name)
-            if following is None: return self._resumed(name, module, act, items, self.calls[layer])
+            if following is None or self.contained[layer]: return self._resumed(name, module, act, items, self.calls[layer])
             for step in following: act = step(act)
             return act
 
@@ -789,7 +796,7 @@ class Pass:
         recording,(args,kwargs) = self._recordings[name],self._inputs(None, items)
         def run(share):
             replaced = {before: [lambda out=out: recording.spread(out, items, share) for out in outs] for before,outs in recording.calls.items()}
-            replaced[module] = [None]*recording.call + [lambda: act.clone()]
+            replaced[module] = [None]*recording.call + [lambda: recording.returned(act, items)]
             with _returning(replaced): return self.model(*args, **kwargs)
         try: return run(True)
         except RuntimeError as e: # an in-place operation on rows that share their memory
@@ -842,7 +849,7 @@ class Capture(Pass):
     ) -> 'Capture':
         "The same capture with one of its layers"
         one = copy(self)
-        for name in ('_tracked', 'layers', 'layouts', 'extras', 'calls'): setattr(one, name, [getattr(self, name)[layer]])
+        for name in ('_tracked', 'layers', 'layouts', 'extras', 'calls', 'contained'): setattr(one, name, [getattr(self, name)[layer]])
         one._kept = (self._kept[0], self._kept[1] and [self._kept[1][layer]])
         return one
 
@@ -1129,6 +1136,7 @@ class Probe(ExitStack):
 
     def _reset(self):
         self._around.close()
+        self._contained = set() # layers that return their activation among other things
         self._out,self._acts,self._args,self._kwargs,self._leaf,self._running = None,{},(),{},None,False
 
     # -- attaching: somebody else runs the model
@@ -1211,6 +1219,7 @@ class Probe(ExitStack):
             if self.auto: return None # `take` looks for another layer
             raise ValueError(self._why_not(i, out))
         calls = self._acts.setdefault(i, [])
+        if not isinstance(out, Tensor): self._contained.add(i)
         if not self.grad:
             calls.append(act.detach().clone())
             return None
@@ -1247,7 +1256,7 @@ class Probe(ExitStack):
         chosen = [self._call(i) for i in range(len(self.layers))]
         for i,layout in enumerate(layouts): self._check_layout(i, layout)
         acts = [self._acts[i][-1 if call is None else call] for i,call in enumerate(chosen)]
-        inputs = dict(args=self._args, kwargs=self._kwargs, layouts=layouts, calls=chosen, image_index=self.image, probes=WeakSet([self, *self.outer]))
+        inputs = dict(args=self._args, kwargs=self._kwargs, layouts=layouts, calls=chosen, contained=[i in self._contained for i in range(len(self.layers))], image_index=self.image, probes=WeakSet([self, *self.outer]))
         capture = Capture(self.model, self._out, acts, self.layers, self.grad, self._leaf, **inputs)
         self._last = Pass(self.model, self.layers, extras=capture.extras, **inputs) # `tail` may need it
         self._last._recordings = capture._recordings
