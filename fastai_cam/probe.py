@@ -230,11 +230,18 @@ def _without_hooks(model):
 
 def _found_by_a_pass(layers): return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
 
+def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)
+
+def _check_watchable(model):
+    if _is_scripted(model):
+        raise ValueError('this model is scripted or traced (torch.jit), and what its layers return cannot be seen from outside: explain the model that it was made from')
+
 def check_layers(
     model:nn.Module, # Model the layers belong to
     layers:Any=None # As `Probe` takes them
 ) -> None:
     "`ValueError` or `TypeError` if `layers` names none of the model's; what is found by a pass (`None`, `'every stage'`, `'last two stages'`) is not looked for"
+    _check_watchable(bare(model))
     if not (layers is None or _found_by_a_pass(layers)): resolve_layers(model, layers)
 
 # %% ../nbs/00_probe.ipynb #0b5d45fe
@@ -300,7 +307,7 @@ def _watched_pass(model, args, kwargs, wanted, note, grad=False):
     first = lambda inp: inp[:1] if inp.dim() else inp
     def hook(name): return lambda module, inputs, out: note(name, module, out)
     args,kwargs = _each_tensor(first, tuple(args)),_each_tensor(first, kwargs)
-    hooks = [(module, hook(name)) for name,module in model.named_modules() if name and wanted(module)]
+    hooks = [(module, hook(name)) for name,module in model.named_modules() if name and wanted(module) and not _is_scripted(module)]
     rnns = _differentiable_rnns(model, _tensors((list(args), kwargs)) if grad else [])
     with as_found(model), torch.set_grad_enabled(grad), rnns, _hooked(hooks): return model(*args, **kwargs)
 
@@ -346,6 +353,23 @@ _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.G
                    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd) # what these return is `[B, C, H, W]`
 
 def _channels_first(shape): return Layout('channels first', shape[2:]) if math.prod(shape[2:]) > 1 else None
+
+def _is_saturated(out):
+    "Are these probabilities of 0 and 1 to the last digit, which do not change with anything?"
+    return isinstance(out, Tensor) and out.is_floating_point() and bool(((out==0) | (out==1)).all()) and bool((out==1).any())
+
+_SATURATED = ('the probabilities that this model returns are 0 and 1 to the last digit, so that their gradients are zero: explain what goes into its last softmax or sigmoid '
+              '(leave it out of the model, or give it larger precision with model.double())')
+
+def _why_cut(model, cut):
+    "Why an output may know nothing of a layer that it was made from; `None`: no reason is seen"
+    quantised = next((name for name,module in model.named_modules() if '.quantized' in type(module).__module__), None)
+    if quantised is not None:
+        return (f'layer {quantised!r} is quantised, and quantised arithmetic has no gradients: explain the model that it was made from, '
+                'or use a method that needs no gradients, such as eigencam or ablationcam')
+    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or in a checkpoint with use_reentrant=True, and what comes from there has no gradients: '
+                    'name a layer behind it, or use use_reentrant=False')
+    return None
 
 def _has_parameters(module): return next(module.parameters(), None) is not None
 
@@ -460,11 +484,11 @@ class Survey:
     def layout_as_named(self,
         shape:Sequence[int] # `[B, C, H, W]`, as far as is known
     ) -> Layout|None: # `None`: these are no places
-        "Where the places are in the output of a layer that a user named, whatever grids were seen: a pooling makes its own"
+        "Channels first, for a layer that a user named and whose grid was not seen: a pooling makes its own"
         if len(shape) != 2 + len(self.image_size or (0,0)): return None
         tokens = {seen.shape[1] - n for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens' for n in (0, seen.layout.n_extra)}
         if tokens & set(shape[2:]): return None # heads of an attention
-        return find_layout(shape, self.image_size) or find_layout(shape, None)
+        return _channels_first(shape)
 
     @property
     def turns_frames(self) -> bool:
@@ -522,6 +546,7 @@ class Survey:
             tracked = [i for i in chosen if outs[i].requires_grad]
             grads = torch.autograd.grad((score*weights).sum(), [outs[i] for i in tracked], allow_unused=True)
         found = [i for i,grad in zip(tracked, grads) if grad is not None and bool((self.seen[i].layout.spatial(grad) != 0).any())]
+        if not found and _is_saturated(out): raise ValueError(_SATURATED)
         if not found: raise ValueError(f'the output of this {type(self.model).__name__} does not change with any layer that has space (is its last layer all zeros, as some are before training?): train it first, or pass the layer to look at')
         return found
 
@@ -836,6 +861,7 @@ class Capture(Pass):
         super().__init__(model, layers, **kwargs)
         self.extras = [None if extra is None else extra.detach().clone() for extra in map(Layout.extra, self.layouts, acts)]
         store_attr('out,grad,image_leaf')
+        self.cut:list[str] = [] # layers whose gradients end at a block without autograd
         self._tracked,self._kept,self._scores = list(acts),(None,None),[]
         if not grad and isinstance(out, Tensor): self.out = out.detach().requires_grad_() # a score of `out` can still be differentiated
 
@@ -948,6 +974,7 @@ class Capture(Pass):
         self._check_grad()
         if self._kept[0] is not score:
             grads = self._differentiate(score, self._tracked)
+            if _is_saturated(self.out) and not any(bool(grad.any()) for grad in grads): raise ValueError(_SATURATED)
             self._kept = (score, self._channels_first(grads))
         return self._kept[1]
 
@@ -994,7 +1021,8 @@ class Capture(Pass):
         with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
             if not isinstance(score, Tensor): score = score(self.out)
             if not score.requires_grad:
-                raise ValueError('the score has no graph to differentiate: compute it from the output without detach() (with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
+                why = None if any(t.requires_grad for t in _tensors(self.out)) else _why_cut(self.model, self.cut)
+                raise ValueError(why or 'the score has no graph to differentiate: compute it from the output without detach() (with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
             if score.dim() < 2: return self._vjp(score.sum(), inputs)
             if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
             directions = torch.eye(score.shape[1], dtype=score.dtype, device=score.device)[:,None].expand(-1, *score.shape)
@@ -1010,7 +1038,7 @@ class Capture(Pass):
             weights = scale*(torch.ones_like(score) if directions is None else directions)
             grads = torch.autograd.grad(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
             unused = [name for name,grad in zip(self.names, grads) if grad is None]
-            if unused: raise ValueError(f'the score does not depend on layer {unused[0]!r}: choose a layer on the way to the output that is explained')
+            if unused: raise ValueError(_why_cut(self.model, [name for name in self.cut if name in unused]) or f'the score does not depend on layer {unused[0]!r}: choose a layer on the way to the output that is explained')
             grads = [_wide(grad.detach().as_subclass(Tensor)) for grad in grads]
             if scale==1: return grads
             if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
@@ -1126,10 +1154,14 @@ class Probe(ExitStack):
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'a Probe watches an nn.Module, not {type(model).__name__}: for a Learner, pass learn.model')
         model = bare(model)
+        _check_watchable(model)
         store_attr('model,grad,from_input,guided,attention,image,asks')
         self.auto,self.stages = layers is None,layers if _found_by_a_pass(layers) else None
         self.layers = [] if self.auto or self.stages else resolve_layers(model, layers)
         super().__init__()
+        scripted = next((name for name,module in self.layers if _is_scripted(module)), None)
+        if scripted is not None: raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched: name a layer before or behind it, or explain the model as it was before')
+        self._from_start,self._cut = False,[] # whether autograd has to be on from the start of a pass; layers that run in a block that turns it off
         self._root_hooks,self._layer_hooks,self._paused,self._last,self.outer,self._surveys = [],[],False,None,[],{}
         self._around = ExitStack() # what is different while a pass runs
         self._reset()
@@ -1204,7 +1236,7 @@ class Probe(ExitStack):
         if not self.layers: self._search()
         self._outer_grad_mode,self._running = torch.is_grad_enabled(),True
         if self.grad: self._around.enter_context(_differentiable_rnns(self.model, _tensors((list(args), kwargs))))
-        torch.set_grad_enabled(self.from_input)
+        torch.set_grad_enabled(self.from_input or self._from_start)
         if not self.from_input: return None
         if self._image_size is None: raise ValueError('no input of this model is a batch of images [B, C, H, W], so there is nothing to take gradients with respect to: use a method that needs only the layer, such as gradcam')
         image = images_in(args, kwargs)[self.image]
@@ -1223,6 +1255,7 @@ class Probe(ExitStack):
         if not self.grad:
             calls.append(act.detach().clone())
             return None
+        if self._from_start and not torch.is_grad_enabled(): self._cut.append(self.layers[i][0])
         torch.set_grad_enabled(True)
         kept = act.clone() if any(_same_memory(inp, act) for inp in inputs) else act # e.g. nn.Identity: what later changes its input would change our copy
         calls.append(kept if kept.requires_grad else kept.detach().requires_grad_())
@@ -1250,6 +1283,7 @@ class Probe(ExitStack):
             self._search()
             self.model(*self._args, **self._kwargs)
             layouts = self._layouts()
+        if self.grad and self._acts and not any(t.requires_grad for t in _tensors(self._out)): self._run_from_start()
         missing = [name for i,(name,_) in enumerate(self.layers) if i not in self._acts]
         if missing:
             raise ValueError(f'layer {missing[0]!r} never ran in this forward pass: it is a container whose parts are called one by one, or not used in eval mode; name a layer that the model itself calls')
@@ -1258,10 +1292,17 @@ class Probe(ExitStack):
         acts = [self._acts[i][-1 if call is None else call] for i,call in enumerate(chosen)]
         inputs = dict(args=self._args, kwargs=self._kwargs, layouts=layouts, calls=chosen, contained=[i in self._contained for i in range(len(self.layers))], image_index=self.image, probes=WeakSet([self, *self.outer]))
         capture = Capture(self.model, self._out, acts, self.layers, self.grad, self._leaf, **inputs)
+        capture.cut,self._cut = self._cut,[]
         self._last = Pass(self.model, self.layers, extras=capture.extras, **inputs) # `tail` may need it
         self._last._recordings = capture._recordings
         self._reset()
         return capture
+
+    def _run_from_start(self):
+        "The model turns autograd off after the layer, or back to what it was: once more, with autograd on from the start"
+        self._from_start,self._cut = True,[]
+        try: self.model(*self._args, **self._kwargs)
+        finally: self._from_start = False
 
     def _call(self, i):
         "Which call of a layer to look at: of one that runs once for each of several images, the one for this image; `None`: the last"
@@ -1292,7 +1333,8 @@ class Probe(ExitStack):
             raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are could not be told: name a layer before it')
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
-        if len(self._image_size or ())==3 and self._image_size[0] <= 4 and self._survey().turns_frames:
+        with self.looking_away(): is_turned = len(self._image_size or ())==3 and self._image_size[0] <= 4 and self._survey().turns_frames
+        if is_turned:
             raise ValueError('the images are frames, [batch, frames, channels, height, width], which this model turns round for its Conv3d, so that the planes of a map are frames and those of the picture are colours: '
                              'turn them before the model (a batch transform that gives [batch, channels, frames, height, width])')
 

@@ -258,3 +258,133 @@ def test_warnings_filters_are_left_alone(quick_switches):
             patch.setattr(warnings, 'catch_warnings', lambda *args, **kwargs: pytest.fail('the filters of the whole process were changed'))
             cap.prepare(1000), cap.grads(cap.out), cap.curvatures(cap.score(lambda out: out))
     assert list(warnings.filters)==before
+
+
+# -- recurrent layers on CUDA
+
+class Recurrent(nn.Module):
+    "A recurrent layer with dropout behind a convolution"
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.conv, self.steps, self.head, self.seen = nn.Conv2d(3, 4, 3, 1, 1), kind(4, 4, 2, batch_first=True, dropout=.5), nn.Linear(4, 3), []
+    def forward(self, x):
+        self.seen.append((self.steps.training, self.steps.dropout))
+        return self.head(self.steps(self.conv(x).mean(2).mT)[0].mean(1))
+
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_cudnn_gives_recurrent_layers_gradients_in_training_mode_only(kind, monkeypatch):
+    "On CUDA the layer is in training mode while a pass is recorded, without its dropout; on the CPU nothing changes"
+    torch.manual_seed(0)
+    model = Recurrent(kind).eval()
+    with Probe(model, 'conv') as p: expected = p(image()).grads(lambda out: out[:, 1])[0]
+    assert model.seen==[(False, .5)]
+    monkeypatch.setattr(probe_module, '_is_cuda', lambda inp: True)
+    with Probe(model, 'conv') as p:
+        cap = p(image())
+        assert model.seen[-1]==(True, 0.) and (model.steps.training, model.steps.dropout)==(False, .5)
+        assert torch.equal(cap.grads(lambda out: out[:, 1])[0], expected)
+        cap.outputs(image())
+        assert model.seen[-1]==(False, .5) # nothing is recorded
+    p = Probe(model, 'conv').attach()
+    model.head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt): model(image())
+    p.detach()
+    assert (model.steps.training, model.steps.dropout)==(False, .5)
+
+
+# -- what cannot be told, or can be all the same
+
+class Blocks(nn.Module):
+    "A body that runs in one of several ways"
+    def __init__(self, way='plain', last=None):
+        super().__init__()
+        self.way, self.b, self.h, self.last = way, nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1)), nn.Linear(4, 3), last
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+        if self.way=='no_grad':
+            with torch.no_grad(): f = self.b(x)
+        elif self.way in ('reentrant', 'checkpoint'): f = checkpoint(self.b, x, use_reentrant=self.way=='reentrant')
+        elif self.way=='detach': f = self.b(x).detach()
+        else: f = self.b(x)
+        out = self.h(f.relu().mean((2, 3)))
+        return out if self.last is None else self.last(out)
+
+
+def blocks(*args, **kwargs):
+    torch.manual_seed(0)
+    return Blocks(*args, **kwargs).eval()
+
+
+def gradient(model, layer='b', x=None):
+    with Probe(model, layer) as p:
+        cap = p(image() if x is None else x)
+        return cap.grads(cap.score(lambda out: out[:, 1]))[0]
+
+
+@pytest.mark.parametrize('way', ['no_grad', 'checkpoint'])
+def test_blocks_without_autograd_in_front_of_the_head(way):
+    assert torch.allclose(gradient(blocks(way)), gradient(blocks()), atol=1e-7) and gradient(blocks()).abs().max() > 1e-3
+    with Probe(blocks(way)) as p: assert p(image()).names==['b']
+
+
+def test_compiled_parts():
+    model = blocks()
+    expected = gradient(model)
+    model.b = torch.compile(model.b, backend='eager')
+    with torch.no_grad(): model(image())
+    for layer in ('b', 'b._orig_mod.2'): assert torch.equal(gradient(model, layer), expected)
+
+
+def test_reasons_are_true():
+    with pytest.raises(ValueError, match='use_reentrant'): gradient(blocks('reentrant'))
+    traced = torch.jit.trace(blocks(), image())
+    for scripted in (traced, torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))):
+        with pytest.raises(ValueError, match='scripted or traced'): Probe(scripted)
+    model = blocks()
+    model.b = torch.jit.trace(model.b, image())
+    with pytest.raises(ValueError, match="layer 'b' is scripted or traced"): Probe(model, 'b')
+    quantised = torch.ao.quantization.quantize_dynamic(blocks(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match="layer 'h' is quantised"): gradient(quantised)
+
+
+@pytest.mark.parametrize('last', [lambda out: (out*1e4).softmax(1), lambda out: (out*1e5).sigmoid()], ids=['softmax', 'sigmoid'])
+@pytest.mark.parametrize('layer', ['b', None])
+def test_saturated_probabilities(last, layer):
+    with pytest.raises(ValueError, match='0 and 1 to the last digit'): gradient(blocks(last=last), layer)
+
+
+def test_probabilities_that_are_not_saturated():
+    assert gradient(blocks(last=lambda out: out.softmax(1))).abs().max() > 1e-5
+
+
+# -- layers that return several things
+
+class Returns(nn.Module):
+    def __init__(self, how): super().__init__(); self.how, self.c = how, nn.Conv2d(3, 4, 3, 2, 1)
+    def forward(self, x):
+        f = self.c(x)
+        return dict(tuple=(f, f.mean((2, 3))), dict=dict(pooled=f.mean((2, 3)), last=f), list=[f, f.mean((2, 3)), None])[self.how]
+
+
+class Container(nn.Module):
+    def __init__(self, how): super().__init__(); self.how, self.b, self.h = how, Returns(how), nn.Linear(4, 3)
+    def forward(self, x):
+        out = self.b(x)
+        f, pooled = (out['last'], out['pooled']) if self.how=='dict' else out[:2]
+        return self.h(f.relu().mean((2, 3)) + 2*pooled)
+
+
+@pytest.mark.parametrize('how', ['tuple', 'dict', 'list'])
+def test_the_activation_in_a_container(how):
+    torch.manual_seed(0)
+    model, x = Container(how).eval(), image()
+    act, pooled = (out := model.b.c(x).detach()), out.mean((2, 3))
+    with Probe(model, 'b') as p:
+        cap = p(x)
+        leaf = act.clone().requires_grad_()
+        expected, = torch.autograd.grad(model.h(leaf.relu().mean((2, 3)) + 2*pooled)[:, 1].sum(), leaf)
+        assert torch.equal(cap.acts[0], act) and torch.allclose(cap.grads(lambda out: out[:, 1])[0], expected, atol=1e-7)
+        items = torch.tensor([1, 0, 1])
+        by_hand = model.h((act[items]*3).relu().mean((2, 3)) + 2*pooled[items])
+        assert torch.allclose(cap.tail(act[items]*3, items=items), by_hand, atol=1e-6)
