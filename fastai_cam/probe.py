@@ -141,9 +141,9 @@ def _differentiable_rnns(
     model:nn.Module, # Model that is going to run
     inputs:Sequence[Tensor] # What goes in
 ) -> Iterator[None]:
-    "On CUDA, cuDNN gives a recurrent layer gradients only in training mode: it gets that mode, without the dropout, the only thing the mode changes there"
+    "On CUDA, cuDNN gives a recurrent layer gradients only in training mode: it gets that mode, but no dropout, which is all that the mode changes"
     plain = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
-    rnns = [module for module in model.modules() if isinstance(module, nn.RNNBase) and type(module).forward in plain and not module.training]
+    rnns = [module for module in model.modules() if getattr(type(module), 'forward', None) in plain and not module.training]
     found = [(module, module.dropout) for module in rnns] if any(map(_is_cuda, inputs)) else []
     def restore():
         for module,dropout in found: module.training,module.dropout = False,dropout
@@ -234,7 +234,8 @@ def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)
 
 def _check_watchable(model):
     if _is_scripted(model):
-        raise ValueError('this model is scripted or traced (torch.jit), and what its layers return cannot be seen from outside: explain the model that it was made from')
+        raise ValueError('this model is scripted or traced (torch.jit), and what its layers return cannot be seen from outside: '
+                         'explain the model that it was made from')
 
 def check_layers(
     model:nn.Module, # Model the layers belong to
@@ -317,7 +318,8 @@ def _disturbed_quadrants(image, generator, strength=1.):
     spread = image.float().std()
     noise = strength*(spread if spread > 1e-3 else torch.ones_like(spread))
     for top,left in ((0,0), (0,1), (1,0), (1,1)):
-        rows,columns = (slice((4*side + 1)*length//8, max((4*side + 3)*length//8, (4*side + 1)*length//8 + 1)) for side,length in ((top, height), (left, width)))
+        starts = [(4*side + 1)*length//8 for side,length in ((top, height), (left, width))]
+        rows,columns = (slice(start, start + max(1, length//4)) for start,length in zip(starts, (height, width)))
         disturbed = image.clone()
         part = disturbed[...,rows,columns]
         disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator).to(noise)).to(part)
@@ -358,8 +360,8 @@ def _is_saturated(out):
     "Are these probabilities of 0 and 1 to the last digit, which do not change with anything?"
     return isinstance(out, Tensor) and out.is_floating_point() and bool(((out==0) | (out==1)).all()) and bool((out==1).any())
 
-_SATURATED = ('the probabilities that this model returns are 0 and 1 to the last digit, so that their gradients are zero: explain what goes into its last softmax or sigmoid '
-              '(leave it out of the model, or give it larger precision with model.double())')
+_SATURATED = ('the probabilities that this model returns are 0 and 1 to the last digit, so that their gradients are zero: '
+              'explain what goes into its last softmax or sigmoid (leave it out of the model, or give it larger precision with model.double())')
 
 def _why_cut(model, cut):
     "Why an output may know nothing of a layer that it was made from; `None`: no reason is seen"
@@ -367,8 +369,8 @@ def _why_cut(model, cut):
     if quantised is not None:
         return (f'layer {quantised!r} is quantised, and quantised arithmetic has no gradients: explain the model that it was made from, '
                 'or use a method that needs no gradients, such as eigencam or ablationcam')
-    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or in a checkpoint with use_reentrant=True, and what comes from there has no gradients: '
-                    'name a layer behind it, or use use_reentrant=False')
+    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or in a checkpoint with use_reentrant=True, '
+                    'and what comes from there has no gradients: name a layer behind it, or use use_reentrant=False')
     return None
 
 def _has_parameters(module): return next(module.parameters(), None) is not None
@@ -399,7 +401,8 @@ class Survey:
     ):
         store_attr('model,args,kwargs,image,asks,named')
         self.image_size,self.grids,self.lines,self.seen,self.n_ran = image_size_of(args, kwargs, image),[],[],[],0
-        self._outs,self._calls,self._several,self._doubts,self._stacked,self._recent = [],{},len(_tensors((list(args), kwargs))) > 1,{},None,()
+        self._outs,self._calls,self._several = [],{},len(_tensors((list(args), kwargs))) > 1
+        self._doubts,self._stacked,self._recent = {},None,()
         self._channels_by_length = set() # shapes of sequences whose channels are known to come first
         self.out = self._run(args, kwargs, self._note)
         if self._doubts: self._settle()
@@ -417,7 +420,8 @@ class Survey:
         if next(module.parameters(recurse=False), None) is not None: self.n_ran += 1
         act = self._act(module, out)
         shape = None if act is None else tuple(act.shape)
-        if shape and shape[0] > 1 and len(shape) > 3 and shape[2:].count(1) < len(shape) - 2: self._stacked = self._stacked or (name, shape[0])
+        is_stacked = shape and shape[0] > 1 and len(shape) > 3 and math.prod(shape[2:]) > 1
+        if is_stacked and self._stacked is None: self._stacked = (name, shape[0])
         layout = self._layout_of(len(self.seen), module, act) if shape and shape[0]==1 else None
         n_channels = 0 if layout is None else layout.spatial(act).shape[1]
         self.seen.append(Seen(name, module, call, layout, n_channels, self.n_ran, shape))
@@ -455,7 +459,8 @@ class Survey:
         moved,generator = {number: 0 for number in self._doubts},torch.Generator().manual_seed(0)
         def changed(image):
             outs = []
-            self._run(*_replaced(self._own_image, image, self.args, self.kwargs), lambda name, module, out: outs.append(self._act(module, out)))
+            args,kwargs = _replaced(self._own_image, image, self.args, self.kwargs)
+            self._run(args, kwargs, lambda name, module, out: outs.append(self._act(module, out)))
             return {number: (_wide(outs[number]) - _wide(before)).abs() for number,(*_,before) in self._doubts.items()}
         for _ in range(2):
             found = [changed(image) for image in _disturbed_quadrants(self._own_image.detach()[:1], generator)]
@@ -486,7 +491,8 @@ class Survey:
     ) -> Layout|None: # `None`: these are no places
         "Channels first, for a layer that a user named and whose grid was not seen: a pooling makes its own"
         if len(shape) != 2 + len(self.image_size or (0,0)): return None
-        tokens = {seen.shape[1] - n for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens' for n in (0, seen.layout.n_extra)}
+        of_tokens = [seen for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens']
+        tokens = {seen.shape[1] for seen in of_tokens} | {math.prod(seen.layout.grid) for seen in of_tokens}
         if tokens & set(shape[2:]): return None # heads of an attention
         return _channels_first(shape)
 
@@ -494,7 +500,8 @@ class Survey:
     def turns_frames(self) -> bool:
         "Are the images frames, `[B, frames, channels, H, W]`, that the model turns round for its `Conv3d`?"
         image,inputs = self._own_image[:1],[]
-        hooks = [(module, lambda module, given, out: inputs.extend(given[:1])) for module in self.model.modules() if isinstance(module, nn.Conv3d)]
+        convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv3d)]
+        hooks = [(module, lambda module, given, out: inputs.extend(given[:1])) for module in convolutions]
         with _hooked(hooks): self._run(self.args, self.kwargs, lambda *_: None)
         if not inputs: return False
         turned = image.transpose(1, 2)
@@ -510,8 +517,8 @@ class Survey:
         chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None and _has_parameters(seen.module)]
         if not chosen:
             if self._stacked:
-                raise ValueError('this {} runs several images of an item in one batch (layer {!r} returns {} rows for one item), so it is not known which row belongs to which image: '
-                                 'explain the part of it that takes one image, or give it one image an item'.format(type(self.model).__name__, *self._stacked))
+                raise ValueError('this {} runs several images of an item in one batch (layer {!r} returns {} rows for one item), '
+                                 'so it is not known which row belongs to which image: explain the part of it that takes one image, or give it one image an item'.format(type(self.model).__name__, *self._stacked))
             raise ValueError(f'no layer of this {type(self.model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
         chosen = [i for i in chosen if min(self.seen[i].layout.grid) > 1] or chosen # a single row knows only half of where
         if self._several: chosen = self._of_the_image(chosen)
@@ -1160,7 +1167,9 @@ class Probe(ExitStack):
         self.layers = [] if self.auto or self.stages else resolve_layers(model, layers)
         super().__init__()
         scripted = next((name for name,module in self.layers if _is_scripted(module)), None)
-        if scripted is not None: raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched: name a layer before or behind it, or explain the model as it was before')
+        if scripted is not None:
+            raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched: '
+                             'name a layer before or behind it, or explain the model as it was before')
         self._from_start,self._cut = False,[] # whether autograd has to be on from the start of a pass; layers that run in a block that turns it off
         self._root_hooks,self._layer_hooks,self._paused,self._last,self.outer,self._surveys = [],[],False,None,[],{}
         self._around = ExitStack() # what is different while a pass runs
@@ -1310,7 +1319,9 @@ class Probe(ExitStack):
         name = self.layers[i][0]
         with self.looking_away(): return max((seen.call for seen in self._survey().spatial if seen.name==name), default=None)
 
-    def _layouts(self): return [self._layout(name, module, self._acts[i][-1].shape) if i in self._acts else None for i,(name,module) in enumerate(self.layers)]
+    def _layouts(self):
+        shapes = [self._acts[i][-1].shape if i in self._acts else None for i in range(len(self.layers))]
+        return [None if shape is None else self._layout(name, module, shape) for shape,(name,module) in zip(shapes, self.layers)]
 
     def _layout(self, name, module, shape):
         "Where the places are in what a layer returned, from its shape, or, where that leaves doubts, from a survey"
@@ -1320,7 +1331,7 @@ class Probe(ExitStack):
             if not readings and len(shape)==2 + n_space and math.prod(shape[2:])==1: return None
             if isinstance(module, _CHANNELS_FIRST) and len(shape)==2 + n_space: return _channels_first(shape)
             convolves = any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
-            if len(readings)==1 and convolves: return readings[0]
+            if convolves and len({reading.grid for reading in readings})==1: return readings[0] # of equals, channels first
             if self._image_size is None: return find_layout(shape, None)
         layout = self._survey().layout_of(name, shape)
         return layout if layout is not None or self.auto or self.stages else self._survey().layout_as_named(shape)
@@ -1328,15 +1339,18 @@ class Probe(ExitStack):
     def _check_layout(self, i, layout):
         name,out,n_items = self.layers[i][0],self._acts[i][-1],self._n_items
         if len(out) != n_items:
-            raise ValueError(f'layer {name!r} returns {len(out)} rows for {n_items} items (windows of an image, several images in one batch, or time before the batch?), so it is not known which belong to which item: name another layer')
+            raise ValueError(f'layer {name!r} returns {len(out)} rows for {n_items} items (windows of an image, several images in one batch, '
+                             'or time before the batch?), so it is not known which belong to which item: name another layer')
         if out.dim()==3 and layout is None and self._survey().is_sequence(name):
-            raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are could not be told: name a layer before it')
+            raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are '
+                             'could not be told: name a layer before it')
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
-        with self.looking_away(): is_turned = len(self._image_size or ())==3 and self._image_size[0] <= 4 and self._survey().turns_frames
+        may_be_frames = len(self._image_size or ())==3 and self._image_size[0] <= 4
+        with self.looking_away(): is_turned = may_be_frames and self._survey().turns_frames
         if is_turned:
-            raise ValueError('the images are frames, [batch, frames, channels, height, width], which this model turns round for its Conv3d, so that the planes of a map are frames and those of the picture are colours: '
-                             'turn them before the model (a batch transform that gives [batch, channels, frames, height, width])')
+            raise ValueError('the images are frames, [batch, frames, channels, height, width], which this model turns round for its Conv3d, '
+                             'so that the planes of a map are frames and those of the picture are colours: turn them before the model (a batch transform that gives [batch, channels, frames, height, width])')
 
     def tail(self,
         act:Tensor, # Activation `[n, C, H, W]` to go on with; without `items`, r variants of the first item, then r of the second, …
