@@ -8,7 +8,8 @@ Docs: https://fastai-cam.example/docs/probe.html.md"""
 __all__ = ['EVERY_STAGE', 'LAST_TWO_STAGES', 'as_found', 'describe_layers', 'body_of', 'is_body_and_head', 'bare',
            'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'images_in', 'image_size_of',
            'describe_output', 'Seen', 'Survey', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias',
-           'Question', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
+           'Question', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment',
+           'model_lock']
 
 # %% ../nbs/00_probe.ipynb #42ff7925
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -1089,3 +1090,15 @@ def alignment(
     share = lambda values, dims: values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     moved = share(share(torch.stack(moved), (1,2)), 0)
     return share(F.adaptive_avg_pool2d(moved[None], 2)[0].flatten(1), 1)
+
+# %% ../nbs/00_probe.ipynb #7f3c21d9
+import threading, weakref
+_locks,_guard = weakref.WeakKeyDictionary(),threading.Lock()
+
+@contextmanager
+def model_lock(
+    model:nn.Module # Model that one thread at a time may look into
+) -> Iterator[None]:
+    "While the block runs, other threads that look into `model` wait"
+    with _guard: lock = _locks.setdefault(model, threading.RLock())
+    with lock: yield
