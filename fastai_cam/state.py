@@ -98,10 +98,14 @@ def _goes_along(cb):
 
 def _copies(learn, twin):
     "Copies of the callbacks of `learn` that go along; the event that is asking for the pass is not called again in it"
-    memo = {id(learn): twin}
-    found = [_own(cb, memo) for cb in learn.cbs if _goes_along(cb)]
-    for cb,event in _being_called():
-        if id(cb) in memo: memo[id(cb)].__dict__[event] = noop
+    root = lambda cb: vars(cb).get('_copy_of', id(cb)) # of a copy of a copy too
+    asking = [(root(cb), event, is_stand_in(cb.learn)) for cb,event in _being_called()]
+    again = {cb for cb,_,is_copy in asking if is_copy} # a copy that asks in its turn would ask for ever
+    memo,found = {id(learn): twin},[]
+    for cb in learn.cbs:
+        if not _goes_along(cb) or root(cb) in again: continue
+        found.append(_own(cb, memo))
+        found[-1].__dict__.update({event: noop for asker,event,_ in asking if asker==root(cb)}, _copy_of=root(cb))
     return found
 
 # %% ../nbs/04_state.ipynb #a4c01e13

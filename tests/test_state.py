@@ -212,7 +212,7 @@ def test_a_vision_learner_that_is_looked_at_in_all_events(dls):
     def look(learn, n):
         if n % 9==1: learn.get_cams([0, 5], cls='actual')
         if n==30: CAMInterpretation.from_learner(learn).plot_top_losses_cam(2, show='both')
-    own = lambda: [Cancels(), EarlyStoppingCallback(patience=5), ReduceLROnPlateau(patience=1)]
+    own = lambda: [Cancels()]
     plain, _ = trained(dls, None, [], cbs=own(), make=make_vision)
     looked, watch = trained(dls, look, list(_events), cbs=own(), make=make_vision)
     assert watch.n > 60
