@@ -226,6 +226,7 @@ def test_callbacks_of_all_kinds(dls, tmp_path, cbs):
     def build(dls, cbs): return make(dls, cbs, path=tmp_path)
     found = []
     def look(learn, n):
+        if n > 6 and n % 8: return
         cams = learn.get_cams([0, 5, 1])
         found.append((cams.losses + cams.preds[range(3), cams.targs].log()).abs().max()) # the loss is −log p, whatever loss is trained with
     plain, _ = trained(dls, None, [], cbs=cbs(), make=build)
@@ -349,20 +350,17 @@ def test_maps_are_never_joined_with_other_items(dls, callback, message):
     with pytest.raises(ValueError, match=message): learn.get_cams(dls.valid)
     if callback is Skips:
         with pytest.raises(ValueError, match=message): CAMInterpretation.from_learner(learn)
-        with learn.no_bar():
-            own = CAMCallback()
-            learn.get_preds(cbs=own)
+        own = CAMCallback()
+        with learn.removed_cbs([learn.recorder]): learn.get_preds(reorder=False, cbs=own)
         assert len(own.cams.maps)==8 # nothing is joined there
-    with learn.removed_cbs(list(learn.cbs[-1:])): assert len(learn.get_cams(dls.valid).maps)==12
+    with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, callback)]): assert len(learn.get_cams(dls.valid).maps)==12
 
 
 def test_items_that_a_loader_skips(dls):
-    class Samples:
-        def __len__(self): return 8
-        def __getitem__(self, i):
-            if i==2: raise SkipItemException
-            return torch.full((3, 24, 24), i/8), i % 2
-    loader = TfmdDL(Samples(), bs=4)
+    def skip(sample):
+        if sample.ndim and sample.max()==2/8: raise SkipItemException # called with the image, then with the label
+        return sample
+    loader = TfmdDL([(torch.full((3, 24, 24), i/8), torch.tensor(i % 2)) for i in range(8)], bs=4, after_item=skip)
     learn = make(DataLoaders(loader, loader))
     with pytest.raises(ValueError, match='8 items were asked for and the DataLoader gave 7'): learn.get_cams(loader)
     with pytest.raises(ValueError, match='8 items were asked for and the DataLoader gave 7'): CAMInterpretation.from_learner(learn)
@@ -411,7 +409,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(dls):
         try: learn.get_cams([0, 5])
         finally: sys.settrace(None)
     run()
-    places = [(place, nth) for place in dict.fromkeys(lines) for nth in {1, lines.count(place)}]
+    places = [(place, nth) for place in dict.fromkeys(lines) for nth in ({1, lines.count(place)} if place[0]==fastai_cam.state.__file__ else {1})]
     assert len(places) > 120
     before = around(learn)
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in learn.model.modules())
