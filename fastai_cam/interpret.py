@@ -62,6 +62,7 @@ def _check_loader(dl):
 
 class CAMInterpretation(ClassificationInterpretation):
     "`ClassificationInterpretation` that can also show where the model looked; other tasks than classification have those of its plots that need no classes"
+    method,layer = 'gradcam',None
     def __init__(self,
         learn:Learner, # Learner to interpret
         dl:DataLoader|None=None, # Labelled `DataLoader`
