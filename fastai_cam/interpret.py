@@ -40,12 +40,14 @@ class _ItemLosses:
     def __call__(self, pred, *targs):
         whole = self.loss(pred, *targs)
         if self.reduction != 'none' or whole.dim() and len(whole)==len(targs[0]): return whole
-        try: each = torch.stack([self.loss(*_each_tensor(lambda part: part[i:i+1], (pred, *targs))).reshape(()) for i in range(len(targs[0]))])
-        except Exception as e: raise ValueError(f'{_no_item_losses} (of a batch of one item it says {type(e).__name__}: {e})') from e
+        of_item = lambda i: self.loss(*_each_tensor(lambda part: part[i:i+1], (pred, *targs))).reshape(())
+        try: each = torch.stack([of_item(i) for i in range(len(targs[0]))])
+        except Exception as e: raise ValueError(f'{_no_item_losses} (of a batch of one item it says {type(e).__name__})') from e
         if not any(torch.allclose(whole, total, rtol=1e-3, atol=1e-6) for total in (each.mean(), each.sum())): raise ValueError(_no_item_losses)
         return each
 
-_no_item_losses = """the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: give it an argument reduction='mean' and let it return one loss per item for 'none'"""
+_no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
+                   "give it an argument reduction='mean' and let it return one loss per item for 'none'")
 
 _words = dict(predicted='pred', prediction='pred', label='actual', targ='actual') # what else `show` may be called
 
@@ -56,9 +58,11 @@ def _refuse(kwargs, method, name):
 
 def _check_loader(dl):
     "`TypeError` unless `dl` is one loader of labelled items"
-    if isinstance(dl, DataLoaders): raise TypeError('dl is one DataLoader, and these are the training and the validation one: pass dls.valid, or leave dl and give ds_idx')
+    if isinstance(dl, DataLoaders):
+        raise TypeError('dl is one DataLoader, and these are the training and the validation one: pass dls.valid, or leave dl and give ds_idx')
     if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)):
-        raise TypeError(f'dl is a labelled DataLoader, not {type(dl).__name__}: make one of files or other items with learn.dls.test_dl(items, with_labels=True)')
+        raise TypeError(f'dl is a labelled DataLoader, not {type(dl).__name__}: '
+                        'make one of files or other items with learn.dls.test_dl(items, with_labels=True)')
 
 class CAMInterpretation(ClassificationInterpretation):
     "`ClassificationInterpretation` that can also show where the model looked; other tasks than classification have those of its plots that need no classes"

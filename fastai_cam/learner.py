@@ -203,10 +203,13 @@ def check_rows(
 ) -> None:
     "`ValueError` unless the items that were asked for are those that came out: results are joined with them by position"
     off = 'take it off meanwhile, with learn.removed_cbs(...)'
-    if learn.n_cancelled: raise ValueError(f'a callback of the learner cancelled {learn.n_cancelled} of {len(learn.rows)} batches, so their items have no result: {off}')
+    unknown = 'so it is not known which result belongs to which'
+    if learn.n_cancelled:
+        raise ValueError(f'a callback of the learner cancelled {learn.n_cancelled} of {len(learn.rows)} batches, so their items have no result: {off}')
     for given,found in zip(learn.rows, rows or []):
-        if given != found: raise ValueError(f'a callback of the learner made {found} items of the {given} in a batch, so it is not known which result belongs to which: {off}')
-    if sum(learn.rows) != n: raise ValueError(f'{n} items were asked for and the DataLoader gave {sum(learn.rows)}, so it is not known which result belongs to which: it skips items, or draws its own; pass the items as a list')
+        if given != found: raise ValueError(f'a callback of the learner made {found} items of the {given} in a batch, {unknown}: {off}')
+    if sum(learn.rows) != n:
+        raise ValueError(f'{n} items were asked for and the DataLoader gave {sum(learn.rows)}, {unknown}: it skips items, or draws its own; pass the items as a list')
 
 def _predict(learn, source, callback, **kwargs):
     "`get_preds` of a stand-in of `learn` over `source`, watched by a `CAMCallback`; to be called inside `learner_as_found`"
@@ -218,7 +221,8 @@ def _predict(learn, source, callback, **kwargs):
     check_rows(learn, len(source.items), callback.rows)
     return found
 
-_meant = dict(cls='class_name class_names class_idx class_index class_id class_ target targets target_class target_category category label labels'.split(),
+_meant = dict(cls=('class_name class_names class_idx class_index class_id class_ target targets target_class target_category '
+                   'category label labels').split(),
               layer='layers layer_name target_layer target_layers conv_layer module'.split(), method='methods algorithm cam_method cam attribution'.split(),
               item='items img imgs images input inputs x file files fn path dl idx idxs'.split(), max_n='n n_items max_items k'.split())
 
@@ -230,10 +234,12 @@ def check_words(
     "`TypeError` that says what was meant, if `kwargs` holds another library's word for an argument, or an option of the method"
     for name,value in kwargs.items():
         for word,others in _meant.items():
-            if name in others and word in has: raise TypeError(f'there is no argument {name!r} here: it is called {word!r}, so write {word}=...')
+            if name in others and word in has:
+                raise TypeError(f'there is no argument {name!r} here: it is called {word!r}, so write {word}=...')
         for one in (method if is_listy(method) else [method]):
             if isinstance(one, str) and one in METHODS and name in list(inspect.signature(METHODS[one]).parameters)[2:]:
-                raise TypeError(f'{name!r} is an option of the method {one!r} and is given with it: from functools import partial, then method=partial(METHODS[{one!r}], {name}={value!r})')
+                raise TypeError(f'{name!r} is an option of the method {one!r} and is given with it: '
+                                f'from functools import partial, then method=partial(METHODS[{one!r}], {name}={value!r})')
 
 def _refuse(kwargs, method, has=('cls', 'layer', 'method', 'item', 'max_n')):
     "`TypeError` for arguments that a function does not have"

@@ -129,6 +129,7 @@ class _ModelPrecision(Callback):
         if next(self.learn.model.parameters()).dtype is torch.float16: self.learn.xb = to_half(self.learn.xb)
     def after_pred(self): self.learn.pred = to_float(self.learn.pred)
 
+# %% ../nbs/04_state.ipynb #a4c01e17
 class _StandIn:
     "What a stand-in does otherwise than a learner of its class"
     def __call__(self, event_name):
@@ -191,15 +192,16 @@ def _at_work():
     def is_busy(frame):
         names = []
         while frame is not None: names,frame = [*names, frame.f_globals.get('__name__', '')],frame.f_back
-        computes = [name for name in names if name.split('.')[0] in _draws and not name.startswith(('torch.utils.data._utils', 'torch._inductor'))]
+        waits = 'torch.utils.data._utils', 'torch._inductor' # threads of torch's that move data and compile
+        computes = [name for name in names if name.split('.')[0] in _draws and not name.startswith(waits)]
         return bool(computes) or names[0].split('.')[0] not in _waits
     return any(is_busy(frame) for thread,frame in sys._current_frames().items() if thread != threading.get_ident())
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     "Put the random states back that the block draws from, unless another thread was at work and may have drawn too"
-    has_cuda = torch.cuda.is_initialized()
-    states,alone = (random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if has_cuda else None),not _at_work()
+    has_cuda,alone = torch.cuda.is_initialized(),not _at_work()
+    states = random.getstate(),np.random.get_state(),torch.get_rng_state(),torch.cuda.get_rng_state_all() if has_cuda else None
     def put_back():
         random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
         if has_cuda: torch.cuda.set_rng_state_all(states[3])
@@ -221,7 +223,8 @@ def _check_unused(model):
     for thread,frame in sys._current_frames().items():
         while frame is not None and thread != threading.get_ident():
             if frame.f_code in codes and bare(frame.f_locals['self'].model) is model:
-                raise RuntimeError('another thread runs this model in a fit, validate or get_preds, and looking into it would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the learner')
+                raise RuntimeError('another thread runs this model in a fit, validate or get_preds, and looking into it would switch its mode in the middle: '
+                                   'look from a callback of that run, after it, or into a copy of the learner')
             frame = frame.f_back
 
 @contextmanager
@@ -244,10 +247,11 @@ def learner_as_found(
 # %% ../nbs/04_state.ipynb #5d0e7a05
 def _without_pictures(dls):
     "What the data holds instead of pictures: tables or texts; `None` where it may hold pictures"
-    if 'TabDataLoader' in {kind.__name__ for kind in type(dls.valid).__mro__}: return 'tables'
+    loaders = {kind.__name__ for kind in type(dls.valid).__mro__} # by name: nobody who looks at pictures should have to import these
+    if 'TabDataLoader' in loaders: return 'tables'
     tls = list(getattr(dls.valid_ds, 'tls', []))[:getattr(dls, 'n_inp', 1)]
-    texts = [any(kind.__name__=='TensorText' for t in getattr(tl, 'types', []) for kind in getattr(t, '__mro__', ())) for tl in tls]
-    return 'texts' if (texts and all(texts)) or 'LMDataLoader' in {kind.__name__ for kind in type(dls.valid).__mro__} else None
+    is_text = lambda tl: any(kind.__name__=='TensorText' for t in getattr(tl, 'types', []) for kind in getattr(t, '__mro__', ()))
+    return 'texts' if (tls and all(map(is_text, tls))) or 'LMDataLoader' in loaders else None
 
 def check_learner(
     learn:Learner # Learner to check
@@ -255,7 +259,8 @@ def check_learner(
     "`ValueError` if `learn` has no data to take transforms and classes from, or data without pictures"
     if getattr(learn, 'dls', None) is None: raise ValueError('this learner has no dls, and its transforms, classes and device are taken from there: set learn.dls')
     found = _without_pictures(learn.dls)
-    if found is not None: raise ValueError(f'this learner reads {found}, and a class activation map lies over a picture: it needs a learner whose inputs are images')
+    if found is not None:
+        raise ValueError(f'this learner reads {found}, and a class activation map lies over a picture: it needs a learner whose inputs are images')
 
 # %% ../nbs/04_state.ipynb #5d0e7a07
 def has_bar(
