@@ -12,18 +12,21 @@ from numbers import Integral
 from typing import Any, Callable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
+from fastcore.foundation import L
 from fastcore.xtras import is_listy
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation, Interpretation
-from fastai.learner import Learner
-from .probe import check_layers
+from fastai.learner import Learner, _ConstantFunc
+from .probe import _each_tensor, check_layers
 from .tasks import Values
 from .targets import Actual, Predicted, Region
 from .methods import as_methods
 from .state import check_learner, learner_as_found
 from .source import dl_source
-from .learner import class_names, task_of
+from .learner import _has_item_losses, check_rows, check_words, class_names, task_of
 from .maps import CAMs, check_style
 
 # %% ../nbs/05_interpret.ipynb #b859df07
@@ -31,14 +34,46 @@ def _evenly(n_items, n):
     "Indices of `n` of the items, or of all where `n` is `None` or more than there are, as far apart as can be"
     return np.linspace(0, n_items - 1, min(n or n_items, n_items)).round().astype(int).tolist()
 
+class _ItemLosses:
+    "One loss per item from a loss function that gives their mean or their sum: each item is a batch of its own"
+    def __init__(self, loss): self.loss,self.reduction = loss,'mean'
+    def __call__(self, pred, *targs):
+        whole = self.loss(pred, *targs)
+        if self.reduction != 'none' or whole.dim() and len(whole)==len(targs[0]): return whole
+        of_item = lambda i: self.loss(*_each_tensor(lambda part: part[i:i+1], (pred, *targs))).reshape(())
+        try: each = torch.stack([of_item(i) for i in range(len(targs[0]))])
+        except Exception as e: raise ValueError(f'{_no_item_losses} (of a batch of one item it says {type(e).__name__})') from e
+        if not any(torch.allclose(whole, total, rtol=1e-3, atol=1e-6) for total in (each.mean(), each.sum())): raise ValueError(_no_item_losses)
+        return each
+
+_no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
+                   "give it an argument reduction='mean' and let it return one loss per item for 'none'")
+
+_words = dict(predicted='pred', prediction='pred', label='actual', targ='actual') # what else `show` may be called
+
+def _refuse(kwargs, method, name):
+    "`TypeError` for arguments that the method `name` does not have, with what was meant"
+    check_words(kwargs, method, ('layer', 'method'))
+    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
+
+def _check_loader(dl):
+    "`TypeError` unless `dl` is one loader of labelled items"
+    if isinstance(dl, DataLoaders):
+        raise TypeError('dl is one DataLoader, and these are the training and the validation one: pass dls.valid, or leave dl and give ds_idx')
+    if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)):
+        raise TypeError(f'dl is a labelled DataLoader, not {type(dl).__name__}: '
+                        'make one of files or other items with learn.dls.test_dl(items, with_labels=True)')
+
 class CAMInterpretation(ClassificationInterpretation):
     "`ClassificationInterpretation` that can also show where the model looked; other tasks than classification have those of its plots that need no classes"
+    method,layer = 'gradcam',None
     def __init__(self,
         learn:Learner, # Learner to interpret
-        dl:DataLoader, # Labelled `DataLoader`
-        losses:Tensor, # Losses of its items
+        dl:DataLoader|None=None, # Labelled `DataLoader`
+        losses:Tensor|None=None, # Losses of its items
         act:Callable|None=None # Instead of the loss function's activation
     ):
+        if losses is None: raise TypeError('an interpretation is made with CAMInterpretation.from_learner(learn), which runs the learner over a labelled set')
         Interpretation.__init__(self, learn, dl, losses, act)
         self.vocab = class_names(learn.dls)
 
@@ -49,17 +84,24 @@ class CAMInterpretation(ClassificationInterpretation):
         dl:DataLoader|None=None, # Labelled `DataLoader` to interpret
         act:Callable|None=None, # Instead of the loss function's activation
         method:str|Callable|Sequence='gradcam', # How maps are made, as `learn.show_cam` takes it
-        layer:Any=None # Where, as `learn.show_cam` takes it
+        layer:Any=None, # Where, as `learn.show_cam` takes it
+        **kwargs # Nothing else: an argument of another name is refused with the right one
     ) -> 'CAMInterpretation':
         "Run `learn` over a labelled set, and leave it as it was"
+        _refuse(kwargs, method, 'from_learner')
         check_learner(learn)
+        if dl is not None: _check_loader(dl)
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
         as_methods(method)
         check_layers(learn.model, layer)
-        with learner_as_found(learn):
+        with learner_as_found(learn) as quiet:
             source = dl_source(learn, learn.dls[ds_idx] if dl is None else dl)
             if not source.labelled: raise ValueError('an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
-            interp = super().from_learner(learn, dl=source.dl, act=act)
+            if not _has_item_losses(quiet): quiet.loss_func = _ItemLosses(quiet.loss_func)
+            *_,losses = quiet.get_preds(dl=source.dl, with_loss=True, with_preds=False, with_targs=False, reorder=False)
+            check_rows(quiet, len(source.items), [])
+            loader = source.dl.new(get_idxs=_ConstantFunc(source.dl.get_idxs()), n=source.dl.n) # unlike a lambda, this can be pickled
+        interp = cls(learn, loader, losses, act)
         interp.method,interp.layer = method,layer
         return interp
 
@@ -90,11 +132,14 @@ class CAMInterpretation(ClassificationInterpretation):
         show:str='pred', # Maps of the class that was predicted ('pred'), of the label ('actual'), or of both ('both')
         method:str|Callable|Sequence|None=None, # Instead of the interpretation's own
         layer:Any=None, # Instead of the interpretation's own
-        image:int=0 # Which of the images, where several go into the model for one item
+        image:int=0, # Which of the images, where several go into the model for one item
+        **kwargs # Nothing else: an argument of another name is refused with the right one
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
+        _refuse(kwargs, self.method if method is None else method, 'top_losses_cams')
         actual = Region(Actual(), 'actual') # in segmentation, where the mask says that it is
         questions = dict(pred=None, actual=actual, both=[Predicted(), actual])
+        show = _words.get(show, show) if isinstance(show, str) else show
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
         if show != 'pred' and isinstance(task_of(self.learn), Values): raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
         losses,idxs = self._ranked(k, largest)
@@ -116,6 +161,7 @@ class CAMInterpretation(ClassificationInterpretation):
         **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
     ) -> None:
         "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
+        check_words(kwargs, self.method if method is None else method, ('layer', 'method'))
         if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
         check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
         cams = self.top_losses_cams(k, largest, show, method, layer, image)

@@ -1,0 +1,131 @@
+"The interpretation: what it takes, what it refuses in a sentence, and that it can be kept."
+import pickle
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.data.core import Datasets
+from fastai.data.transforms import Categorize
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
+from fastai.text.data import Numericalize, pad_input
+from fastai.torch_core import set_seed
+from fastai.vision.all import resnet18, vision_learner
+
+from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, cam_head
+
+
+def ready(dls, loss=None):
+    set_seed(1)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+    return Learner(dls, nn.Sequential(body, cam_head(8, dls.c)), loss_func=loss or CrossEntropyLossFlat())
+
+
+# -- losses of items, whatever the loss function
+
+def mean_loss(pred, targ): return F.cross_entropy(pred, targ)
+
+
+class OwnLoss(nn.Module):
+    def forward(self, pred, targ): return F.cross_entropy(pred, targ)
+
+
+@pytest.mark.parametrize('loss', [mean_loss, OwnLoss(), lambda p, t: F.cross_entropy(p, t, reduction='sum'), lambda p, t, **kw: F.cross_entropy(p, t, **kw),
+                                  lambda p, t: -p.log_softmax(1)[range(len(t)), t], nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t, reduction='mean': F.cross_entropy(p, t, reduction=reduction)])
+def test_any_loss_function(dls, loss):
+    "Each item's loss is its −log p, be the loss a mean, a sum, an object, or one that gives the items' own"
+    learn, reference = ready(dls, loss), CAMInterpretation.from_learner(ready(dls))
+    found = CAMInterpretation.from_learner(learn)
+    assert torch.allclose(found.losses, reference.losses, atol=1e-5) and learn.loss_func is loss and getattr(loss, 'reduction', 'mean')=='mean'
+    assert found.top_losses_cams(3).items==reference.top_losses_cams(3).items
+
+
+@pytest.mark.parametrize('loss', [lambda p, t: F.cross_entropy(p, t, weight=torch.tensor([1., 3.])), lambda p, t: 1 - p.softmax(1)[range(len(t)), t].prod(), lambda p, t: p.std(0, unbiased=True).sum()/len(p[1:])])
+def test_a_loss_that_no_item_has_of_its_own(dls, loss):
+    learn = ready(dls, loss)
+    with pytest.raises(ValueError, match='no item has a loss of its own: give it an argument reduction') as caught: CAMInterpretation.from_learner(learn)
+    assert '\n' not in str(caught.value)
+
+
+# -- near misses
+
+def test_what_is_no_loader_is_refused(dls):
+    learn = ready(dls)
+    for dl, message in ((dls, 'these are the training and the validation one: pass dls.valid'), (list(dls.valid.items), 'not list: make one of files'), (dls.valid.items, 'test_dl'), ('x.png', 'not str')):
+        with pytest.raises(TypeError, match=message): CAMInterpretation.from_learner(learn, dl=dl)
+    with pytest.raises(TypeError, match='CAMInterpretation.from_learner'): CAMInterpretation(learn)
+
+
+def test_other_words_for_what_to_show(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    pred, actual = interp.top_losses_cams(3), interp.top_losses_cams(3, show='actual')
+    assert not torch.equal(pred.maps, actual.maps)
+    for word in ('predicted', 'prediction'): assert torch.equal(interp.top_losses_cams(3, show=word).maps, pred.maps)
+    for word in ('label', 'targ'): assert torch.equal(interp.top_losses_cams(3, show=word).maps, actual.maps)
+    with pytest.raises(ValueError, match="'pred', 'actual' or 'both'"): interp.top_losses_cams(3, show='target')
+
+
+@pytest.mark.parametrize('name, word', [('class_name', 'cls'), ('target', 'cls'), ('target_category', 'cls'), ('target_layers', 'layer'), ('target_layer', 'layer'), ('layers', 'layer'), ('label', 'cls'),
+                                        ('methods', 'method'), ('img', 'item'), ('n', 'max_n')])
+def test_words_of_other_libraries(dls, name, word):
+    learn = ready(dls)
+    calls = [lambda: learn.get_cams(**{name: 0})]
+    if name != 'label': calls.append(lambda: learn.show_cam(**{name: 0})) # which is matplotlib's
+    if word in ('layer', 'method'):
+        interp = CAMInterpretation.from_learner(learn)
+        calls += [lambda: CAMInterpretation.from_learner(learn, **{name: 0}), lambda: interp.top_losses_cams(3, **{name: 0}), lambda: interp.plot_top_losses_cam(3, **{name: 0})]
+    learn.model.register_forward_pre_hook(lambda *args: pytest.fail('work was done'))
+    for call in calls:
+        with pytest.raises(TypeError, match=f"{name!r} here: it is called {word!r}"): call()
+
+
+def test_options_of_a_method(dls):
+    learn = ready(dls)
+    with pytest.raises(TypeError) as caught: learn.show_cam(0, method='scorecam', top=4)
+    code = str(caught.value).partition('from functools import partial, then method=')[2]
+    wanted = eval(code, dict(partial=partial, METHODS=METHODS)) # what the sentence says works
+    assert wanted.func is METHODS['scorecam'] and wanted.keywords==dict(top=4)
+    assert learn.get_cams(0, method=wanted).maps.abs().max() > 0
+    for call in (lambda: learn.get_cams(0, method=['gradcam', 'sscam'], sigma=3), lambda: CAMInterpretation.from_learner(learn, method='sscam', sigma=3)):
+        with pytest.raises(TypeError, match="'sigma' is an option of the method 'sscam'"): call()
+    with pytest.raises(TypeError, match="there is no argument 'nonsense' here"): learn.get_cams(0, nonsense=1)
+
+
+# -- learners without pictures
+
+def test_tables_are_refused():
+    df = pd.DataFrame(dict(a=torch.rand(20).tolist(), b=list('xy')*10, y=list('uuvv')*5))
+    learn = tabular_learner(TabularDataLoaders.from_df(df, y_names='y', cat_names=['b'], cont_names=['a'], procs=[Categorify], bs=4), layers=[4])
+    for call in (learn.show_cam, lambda: learn.show_cam(0), lambda: learn.get_cams([1, 2]), lambda: CAMInterpretation.from_learner(learn), lambda: learn.cam_trust(0), lambda: learn.sanity_check()):
+        with pytest.raises(ValueError, match='this learner reads tables'): call()
+
+
+def test_texts_are_refused():
+    words, labels = [text.split() for text in ['a b c', 'b c d', 'c d e', 'd e f']*5], list('uvuv')*5
+    sets = Datasets(list(range(20)), [[lambda i: words[i], Numericalize(min_freq=1)], [lambda i: labels[i], Categorize()]], splits=[range(10), range(10, 20)])
+    dls = sets.dataloaders(bs=4, before_batch=pad_input)
+    learn = Learner(dls, nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
+    for call in (learn.show_cam, lambda: learn.show_cam(0), lambda: CAMInterpretation.from_learner(learn)):
+        with pytest.raises(ValueError, match='this learner reads texts'): call()
+
+
+# -- it can be kept
+
+def test_pickled_and_read_again(dls, tmp_path):
+    "On fastai's own learner: losses, ranks and maps are the same, and its plots work"
+    set_seed(2)
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    interp = CAMInterpretation.from_learner(learn, method='layercam')
+    again = pickle.loads(pickle.dumps(interp))
+    assert torch.equal(again.losses, interp.losses) and again.method=='layercam' and again.dl.n==interp.dl.n==12
+    assert torch.allclose(again.top_losses_cams(3, show='both').maps, interp.top_losses_cams(3, show='both').maps, atol=1e-6)
+    again.plot_top_losses_cam(2)
+    assert (again.confusion_matrix()==interp.confusion_matrix()).all() and again.confusion_matrix().sum()==12
+    file = tmp_path/'learner.pkl'
+    learn.export(file)
+    assert torch.allclose(load_learner(file).get_cams(dls.valid.items[0]).maps, learn.get_cams(0).maps, atol=1e-6)
+    pickle.loads(pickle.dumps(CAMCallback('left')))
