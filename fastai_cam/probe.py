@@ -114,11 +114,6 @@ def resolve_layers(
 
 EVERY_STAGE,LAST_TWO_STAGES = 'every stage','last two stages' # names of layers that a pass finds
 
-def _without_hooks(model):
-    "A copy of `model` that nobody watches"
-    hooks = [getattr(module, kind) for module in model.modules() for kind in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')]
-    return deepcopy(model, {id(found): type(found)() for found in hooks})
-
 def _found_by_a_pass(layers): return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
 
 def check_layers(
@@ -127,6 +122,69 @@ def check_layers(
 ) -> None:
     "`ValueError` or `TypeError` if `layers` names none of the model's; what is found by a pass (`None`, `'every stage'`, `'last two stages'`) is not looked for"
     if not (layers is None or _found_by_a_pass(layers)): resolve_layers(model, layers)
+
+# %% ../nbs/00_probe.ipynb #5c1e7a91
+from collections import deque
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+
+class _CopyOfGraphs(TorchFunctionMode):
+    "While it is on, `deepcopy` copies tensors that autograd made too: a module may keep one of its last pass"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        tensor,memo = args
+        if id(tensor) not in memo: memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+def _own_part(value, memo):
+    "A container, copied, with what `memo` knows of in the place of the original; anything else is shared"
+    if id(value) in memo or not isinstance(value, (list, dict, set, deque)): return memo.get(id(value), value)
+    memo[id(value)] = new = copy(value)
+    new.clear()
+    if isinstance(value, dict): new.update({_own_part(key, memo): _own_part(part, memo) for key,part in value.items()})
+    else: getattr(new, 'update' if isinstance(value, set) else 'extend')([_own_part(part, memo) for part in value])
+    return new
+
+def _own_cell(cell, memo):
+    if id(cell) not in memo:
+        memo[id(cell)] = new = CellType()
+        try: new.cell_contents = _own(cell.cell_contents, memo)
+        except ValueError: pass # a variable that has no value yet
+    return memo[id(cell)]
+
+def _own_function(func, memo):
+    "The same code, with variables of its own"
+    used = {name: _own_part(func.__globals__[name], memo) for name in func.__code__.co_names if name in func.__globals__}
+    cells = None if func.__closure__ is None else tuple(_own_cell(cell, memo) for cell in func.__closure__)
+    defaults = func.__defaults__ and tuple(_own_part(value, memo) for value in func.__defaults__)
+    memo[id(func)] = new = FunctionType(func.__code__, {**func.__globals__, **used}, func.__name__, defaults, cells)
+    new.__kwdefaults__ = func.__kwdefaults__ and {name: _own_part(value, memo) for name,value in func.__kwdefaults__.items()}
+    new.__dict__.update({name: _own_part(value, memo) for name,value in vars(func).items()})
+    return new
+
+def _own(value, memo):
+    "What a copy of the model has in the place of `value`, a hook or what it refers to: its modules are the copy's, and what it writes to is its own"
+    if id(value) in memo: return memo[id(value)]
+    if type(value) is MethodType: return MethodType(value.__func__, _own(value.__self__, memo))
+    if type(value) is FunctionType: return _own_function(value, memo)
+    if type(value) is partial: return partial(_own(value.func, memo), *[_own_part(arg, memo) for arg in value.args], **_own_part(value.keywords, memo))
+    if not hasattr(value, '__dict__') or isinstance(value, (type, ModuleType, nn.Module, Tensor, list, dict, set)): return _own_part(value, memo)
+    try: memo[id(value)] = new = copy(value)
+    except Exception: return value # what cannot be copied is shared
+    vars(new).update({name: _own_part(part, memo) for name,part in vars(value).items()})
+    return new
+
+def _without_hooks(model):
+    "A copy of `model` that computes what it does and that this room does not watch"
+    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    memo = {id(hooks): type(hooks)() for module in model.modules() for hooks in (getattr(module, kind) for kind in kinds)}
+    with _CopyOfGraphs(): twin = deepcopy(model, memo)
+    for module,own in zip(model.modules(), twin.modules()):
+        for kind in kinds:
+            theirs = {key: hook for key,hook in getattr(module, kind).items() if getattr(hook, '__module__', None) != __name__}
+            getattr(own, kind).update({key: _own(hook, memo) for key,hook in theirs.items()})
+    return twin
+
 
 # %% ../nbs/00_probe.ipynb #0b5d45fe
 def to_spatial(
