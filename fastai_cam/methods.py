@@ -216,9 +216,10 @@ def cam(
     cap:Capture, # Pass that ran with or without autograd
     score:Tensor # `[B]` or `[B, K]`, computed from `cap.out`
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed; its mean over space plus the bias is the logit
-    r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer
+    r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer or 1×1 convolution, in either order
     (`ValueError` on any other head). Costs nothing beyond the forward pass. Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
-    return weighted_sum(cap.acts[-1], cap.out_grads(score).to(cap.fc.dtype) @ cap.fc)
+    fc = cap.fc.nan_to_num(0, 0, 0) # a class whose weights are broken has no score, and is not to spoil others
+    return weighted_sum(cap.acts[-1], cap.out_grads(score).to(fc.dtype) @ fc)
 
 # %% ../nbs/02_methods.ipynb #f00b7e6e
 @cam_method

@@ -840,30 +840,37 @@ class Capture(Pass):
 
     @property
     def fc(self) -> Tensor: # `[n_out, C]`
-        "Weights of the linear layer that makes `out` from the mean of the last activation; `ValueError` if that is not how `out` is made"
+        "Weights of the linear layer or 1×1 convolution (or of none) that makes `out` from the mean of the last activation; `ValueError` if that is not how `out` is made"
         pooled,out = _wide(self.acts[-1]).flatten(2).mean(-1), self.out
         if isinstance(out, Tensor) and out.dim()==2:
-            rough = out.dtype in (torch.float16, torch.bfloat16)
-            for linear in self.model.modules():
-                if not isinstance(linear, nn.Linear) or linear.weight.shape != (out.shape[1], pooled.shape[1]): continue
-                weight,bias = (None if p is None else p.detach().to(pooled.dtype) for p in (linear.weight, linear.bias))
-                expected = out.detach().to(pooled.dtype)
-                tolerance = (3e-2 if rough else 1e-4)*expected.abs().max().clamp(min=torch.finfo(pooled.dtype).tiny)
-                if (F.linear(pooled, weight, bias) - expected).abs().max() <= tolerance: return weight
-        raise ValueError(f'CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer, but what makes the output here is {describe_head(self.model, self.names[-1])}: '
+            rough,expected = out.dtype in (torch.float16, torch.bfloat16),out.detach().as_subclass(Tensor).to(pooled.dtype)
+            known,whole = expected.isfinite(),expected.isfinite().all(1, keepdim=True) # a broken item or class is no reason to refuse the others
+            if whole.any(): known = whole
+            tolerance = (3e-2 if rough else 1e-4)*torch.where(known, expected, 0).abs().max().clamp(min=torch.finfo(pooled.dtype).tiny)
+            for weight,bias in _linear_maps(self.model, pooled.shape[1], out.shape[1]):
+                weight,bias = (None if p is None else p.detach().to(pooled) for p in (weight, bias))
+                if torch.where(known, F.linear(pooled, weight, bias) - expected, 0).abs().max() <= tolerance: return weight
+        raise ValueError(f'CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer (or 1×1 convolution), but what makes the output here is {describe_head(self.model, self.names[-1])}: '
                          "use method='gradcam', which works with any head, or train with `cam_learner(dls, arch)`, whose head makes CAM exact")
 
 def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+def _linear_maps(model, n_in, n_out):
+    "Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place; last, the identity: some networks have a map for each class before they pool"
+    for module in model.modules():
+        is_pointwise = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups==1 and set(module.kernel_size)=={1}
+        if (is_pointwise or isinstance(module, nn.Linear)) and module.weight.flatten(1).shape==(n_out, n_in): yield module.weight.flatten(1),module.bias
+    if n_in==n_out: yield torch.eye(n_in),None
 
 def describe_head(
     model:nn.Module, # Model whose head is described
     layer:str # Name of the layer before it
 ) -> str: # For error messages
     "What comes after `layer` as `A → B → C`, or the model's type where it is not an `nn.Sequential`"
-    following = list(model._modules)[list(model._modules).index(layer.split('.')[0])+1:] if isinstance(model, nn.Sequential) else []
+    following = _following(model, layer) if isinstance(model, nn.Sequential) else None
+    if following is None and isinstance(model, nn.Sequential): following = list(model)[list(model._modules).index(layer.split('.')[0])+1:]
     if not following: return f'a {type(model).__name__}'
-    leaves = [type(module).__name__ for part in following for module in model._modules[part].modules() if next(module.children(), None) is None]
-    return ' → '.join(leaves)
+    return ' → '.join(type(module).__name__ for part in following for module in part.modules() if next(module.children(), None) is None)
 
 # %% ../nbs/00_probe.ipynb #f2ba8af2
 def _same_memory(inp:Any, out:Tensor) -> bool:
@@ -884,7 +891,7 @@ class _GuidedBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x.clone()
     @staticmethod
-    def backward(ctx, grad): return grad.clamp(min=0)
+    def backward(ctx, grad): return torch.where(grad < 0, 0*grad, grad) # what is not finite stays so
 
 class GuidedReLU(TorchFunctionMode):
     "While it is on, every ReLU, module or function, passes positive gradients only; no module is replaced"
