@@ -174,15 +174,18 @@ def _own(value, memo):
     vars(new).update({name: _own_part(part, memo) for name,part in vars(value).items()})
     return new
 
+_KINDS_OF_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+
+def _others_hooks(module, kind):
+    "The hooks of `module` that this room did not register, by their number"
+    return {key: hook for key,hook in getattr(module, kind).items() if getattr(hook, '__module__', None) != __name__}
+
 def _without_hooks(model):
     "A copy of `model` that computes what it does and that this room does not watch"
-    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    memo = {id(hooks): type(hooks)() for module in model.modules() for hooks in (getattr(module, kind) for kind in kinds)}
+    memo = {id(hooks): type(hooks)() for module in model.modules() for hooks in (getattr(module, kind) for kind in _KINDS_OF_HOOKS)}
     with _CopyOfGraphs(): twin = deepcopy(model, memo)
     for module,own in zip(model.modules(), twin.modules()):
-        for kind in kinds:
-            theirs = {key: hook for key,hook in getattr(module, kind).items() if getattr(hook, '__module__', None) != __name__}
-            getattr(own, kind).update({key: _own(hook, memo) for key,hook in theirs.items()})
+        for kind in _KINDS_OF_HOOKS: getattr(own, kind).update({key: _own(hook, memo) for key,hook in _others_hooks(module, kind).items()})
     return twin
 
 
@@ -457,6 +460,10 @@ class Question:
 def _batch_size(out): return len(_tensors(out)[0])
 def _columns(score): return score[:,None] if score.dim()==1 else score
 
+def _is_hooked_inside(module):
+    "Does somebody's hook have to see what runs inside `module`?"
+    return any(_others_hooks(part, kind) for part in module.modules() if part is not module for kind in _KINDS_OF_HOOKS)
+
 class _Recording:
     "What the modules before a layer returned in one pass, so that a later pass need not run them"
     def __init__(self, model, name, call, run, batch):
@@ -465,6 +472,7 @@ class _Recording:
         ancestors = [model.get_submodule('.'.join(above[:i])) for i in range(len(above)+1)]
         layer = model.get_submodule(name)
         beside = {child for parent in ancestors for child in parent.children()} - set(ancestors) - {layer}
+        beside = {child for child in beside if not _is_hooked_inside(child)} # as fastai's U-Net hands on its skips
         with ExitStack() as stack:
             def note(module, inputs, out): done.append((module, _each_tensor(lambda t: t.detach().clone(), out)))
             def ended(module, inputs, out):
