@@ -461,7 +461,7 @@ def sanity_check(self:CAMInterpretation,
 
 # %% ../nbs/09_audit.ipynb #b8fd3af1
 class RandomClass(Target):
-    "For each item a class drawn by chance, never the predicted one"
+    "For each item a class other than the predicted one, drawn by chance for each class that may be predicted: it does not depend on what else is in the batch"
     labels = ['random class']
     def __init__(self,
         seed:int=0 # Of the draw
@@ -469,8 +469,8 @@ class RandomClass(Target):
     def classes(self, out:Any, y:Any=None) -> Tensor:
         predicted,n = self.task.of(out).predicted(out)[:,:1],self.task.of(out).n_classes(out)
         if n < 2: raise ValueError('this model knows a single class, so there is no other one to draw')
-        shift = torch.randint(1, n, predicted.shape, generator=torch.Generator().manual_seed(self.seed))
-        return (predicted.clamp(min=0) + shift.to(predicted.device)) % n
+        shifts,predicted = torch.randint(1, n, (n,), generator=torch.Generator().manual_seed(self.seed)),predicted.clamp(min=0)
+        return (predicted + shifts.to(predicted.device)[predicted]) % n
 
 def _compared(pairs):
     "One row a method: its maps, and those they are compared with"

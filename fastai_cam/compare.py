@@ -64,7 +64,13 @@ class _Measuring(CAMCallback):
 def _measured(learn, source, work, cls, layer, method):
     "What `work` returns for each batch"
     callback = _Measuring(work, cls=cls, method=method, layer=layer)
-    with learner_as_found(learn): _predict(learn, source, callback)
+    try:
+        with learner_as_found(learn): _predict(learn, source, callback)
+    except Exception as e:
+        error,args = getattr(callback, 'error', None) or (e, e.args)
+        error.args = args # fastai rewrites the message, and fails at an exception without any
+        if error is e: raise
+        raise error from None
     return callback.results
 
 def _one_question(learn, cls):
@@ -381,5 +387,5 @@ def cam_trust(self:Learner,
     with learner_as_found(self): source = as_source(self, item, None)
     batches = _measured(self, source, _trust_work(method, share, n_random, steps, seed), target, layer, method)
     found,vocab = [one for batch in batches for one in batch],class_names(self.dls)
-    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0]])
+    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0] or 'the prediction'])
     return verdicts if is_listy(item) or len(verdicts) > 1 else verdicts[0]
