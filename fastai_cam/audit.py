@@ -10,7 +10,6 @@ __all__ = ['MEASURES', 'randomization_steps', 'randomized', 'spearman', 'ssim', 
 
 # %% ../nbs/09_audit.ipynb #32e714b3
 import math, zlib
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -22,7 +21,13 @@ import torch
 from matplotlib.axes import Axes
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch, store_attr
 from fastai.learner import Learner
 from fastai.torch_core import to_device
@@ -48,9 +53,13 @@ def _label(
 
 def _owners(model):
     "Names of the modules that have parameters of their own"
-    names = [name for name,module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    names = [name for name,module in model.named_modules() if _has_own(module) and 'parametrizations' not in name.split('.')]
     if not names: raise ValueError(f'this {type(model).__name__} has no parameters: there is nothing to randomise')
+    lazy = next((name for name in names if any(is_lazy(param) for param in model.get_submodule(name).parameters(recurse=False))), None)
+    if lazy is not None: raise ValueError(f'layer {lazy!r} has no weights yet, as it takes its size from its first input: run the model once')
     return names
+
+def _has_own(module): return next(module.parameters(recurse=False), None) is not None or parametrize.is_parametrized(module)
 
 def randomization_steps(
     model:nn.Module, # Model to take apart
@@ -91,28 +100,74 @@ def _copies(model, steps, how, seed, args, kwargs):
     order,current = [name for name,_ in model.named_modules()],model
     for step,names in steps.items():
         current = _without_hooks(model if how=='independent' else current)
-        for name in names: _reset(current.get_submodule(name), name, seed)
+        before = {name: _reset(current.get_submodule(name), name, seed) for name in names}
         if args or kwargs:
-            following = [current.get_submodule(name) for name in order[min(map(order.index, names)):]]
-            _settle([module for module in following if isinstance(module, _BatchNorm) and module.running_mean is not None], current, args, kwargs)
+            _settle(_norms_after(current, order, names), current, args, kwargs)
+            if any(_made_by_hooks(current.get_submodule(name)) for name in names): Pass(current, [], args, kwargs).outputs(None) # now they are made anew
+        for name in names: _check_changed(current.get_submodule(name), name, before[name], bool(args or kwargs))
         yield step,current
 
-def _reset(module, name, seed):
-    "New values for the parameters and buffers that are a module's own"
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(zlib.crc32(f'{seed} {name}'.encode())) # on the CPU, so that every device has the same weights
-        if hasattr(module, 'reset_parameters'):
-            fresh = deepcopy(module).cpu()
-            fresh.reset_parameters()
-            new = dict([*fresh.named_parameters(recurse=False), *fresh.named_buffers(recurse=False)])
-        else: new = {key: _noise_like(param) for key,param in module.named_parameters(recurse=False)}
-    for key,tensor in own:
-        if key in new: tensor.detach().copy_(new[key].detach())
+def _norms_after(model, order, names):
+    "The batch norms that have statistics, from the first of the layers `names` on"
+    following = [model.get_submodule(name) for name in order[min(map(order.index, names)):] if 'parametrizations' not in name.split('.')]
+    return [module for module in following if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
-def _noise_like(param):
+class _DrawingFrom(TorchFunctionMode):
+    "While it is on, what draws random numbers draws them from `generator`, and the global random state is left alone"
+    in_place = {getattr(Tensor, f'{name}_') for name in ('uniform', 'normal', 'random', 'bernoulli', 'exponential', 'geometric', 'log_normal', 'cauchy')}
+    functions = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial}
+    inits = {getattr(init, f'{name}_') for name in ('uniform', 'normal', 'trunc_normal', 'xavier_uniform', 'xavier_normal', 'kaiming_uniform', 'kaiming_normal', 'orthogonal', 'sparse')}
+    alike = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in self.alike: func,args = self.alike[func],(args[0].shape, *args[1:])
+        if func in self.in_place | self.functions | self.inits and kwargs.get('generator') is None: kwargs['generator'] = self.generator
+        return func(*args, **kwargs)
+
+def _bake(module):
+    "Make weights that are computed from others (pruned, normed, or parametrised in any way) parameters themselves: the new ones would be computed from what was learned"
+    if parametrize.is_parametrized(module): # `remove_parametrizations` would change the class, which the model's own layer has too
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name,value in values.items(): module.register_parameter(name, nn.Parameter(value))
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod): prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm): remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm): remove_spectral_norm(module, hook.name)
+
+def _made_by_hooks(module):
+    "Names of the tensors that hooks make of a module's parameters: `weight`, of `weight_raw`"
+    return [name for name,value in vars(module).items() if isinstance(value, Tensor) and any(param.startswith(name) for param in module._parameters)]
+
+def _varies(values): return values.numel() > 1 and bool((values != values.flatten()[0]).any())
+
+def _reset(module, name, seed):
+    "New values for the parameters and buffers that are a module's own; what was there before"
+    _bake(module)
+    before = {key: getattr(module, key).detach().clone() for key in [*dict(module.named_parameters(recurse=False)), *_made_by_hooks(module)]}
+    generator,new = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode())),{} # on the CPU, so that every device has the same weights
+    if hasattr(module, 'reset_parameters'):
+        fresh = _without_hooks(module).cpu()
+        with _DrawingFrom(generator): fresh.reset_parameters()
+        new = dict([*fresh.named_parameters(recurse=False), *fresh.named_buffers(recurse=False)])
+    for key,tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if key in before and (key not in new or torch.equal(new[key].to(tensor), tensor)): new[key] = _noise_like(tensor, generator) # nothing resets it
+        if key in new: tensor.detach().copy_(new[key].detach())
+    return before
+
+def _noise_like(param, generator):
     values = param.detach().float().cpu()
-    return values.mean() + values.std(correction=0)*torch.randn(values.shape)
+    return values.mean() + values.std(correction=0)*torch.randn(values.shape, generator=generator)
+
+def _check_changed(module, name, before, has_run):
+    "`ValueError` for a layer that computes with what it has learned, although its parameters are new"
+    for key,values in before.items():
+        if key in module._parameters or has_run:
+            if _varies(values) and torch.equal(getattr(module, key), values): raise ValueError(f'{key!r} of layer {name!r} cannot be made random, as something else than its parameters decides what it is: leave that layer out, or make it a parameter')
 
 def _settle(norms, model, args, kwargs):
     "Give batch norms the statistics of what reaches them, one after the other in one pass; where that is a single value a channel, they stay as they are"
@@ -338,6 +393,11 @@ def _batches(learn, source):
     n_inp = getattr(source.dl, 'n_inp', n_inputs(learn))
     return [_each_tensor(lambda inp: inp.as_subclass(Tensor), tuple(to_device(batch, next(learn.model.parameters()).device))[:n_inp]) for batch in source.dl]
 
+def _together(batches, most=64):
+    "Inputs of all batches as one batch, of at most so many items: the statistics of batch norms are not to depend on the batch size"
+    if not all(isinstance(part, Tensor) for inputs in batches for part in inputs): return batches[0]
+    return tuple(torch.cat(parts)[:most] for parts in zip(*batches))
+
 def _first_maps(methods, cap, question):
     "The map of the first question of each item, by method: `[B, *space]`"
     score = cap.score(question.part(slice(0, 1)))
@@ -366,7 +426,7 @@ def _check(learn, source, methods, layer, how, n_steps, seed):
                 maps.append(_first_maps(methods, cap, questions[-1]))
         found,names = [_joined(maps)],cap.names
         steps = randomization_steps(model, n_steps=n_steps)
-        copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=batches[0])
+        copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=_together(batches))
         for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, questions, **options))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
@@ -405,7 +465,7 @@ def sanity_check(self:CAMInterpretation,
 
 # %% ../nbs/09_audit.ipynb #b8fd3af1
 class RandomClass(Target):
-    "For each item a class drawn by chance, never the predicted one"
+    "For each item a class other than the predicted one, drawn by chance for each class that may be predicted: it does not depend on what else is in the batch"
     labels = ['random class']
     def __init__(self,
         seed:int=0 # Of the draw
@@ -413,8 +473,8 @@ class RandomClass(Target):
     def classes(self, out:Any, y:Any=None) -> Tensor:
         predicted,n = self.task.of(out).predicted(out)[:,:1],self.task.of(out).n_classes(out)
         if n < 2: raise ValueError('this model knows a single class, so there is no other one to draw')
-        shift = torch.randint(1, n, predicted.shape, generator=torch.Generator().manual_seed(self.seed))
-        return (predicted.clamp(min=0) + shift.to(predicted.device)) % n
+        shifts,predicted = torch.randint(1, n, (n,), generator=torch.Generator().manual_seed(self.seed)),predicted.clamp(min=0)
+        return (predicted + shifts.to(predicted.device)[predicted]) % n
 
 def _compared(pairs):
     "One row a method: its maps, and those they are compared with"
@@ -462,14 +522,20 @@ def randomization_similarity(
     seed:int=0, # Of the random weights
     share:float=1. # How much of the layers to randomise, counted from the output
 ) -> Tensor: # `[B]` or `[B, K]`, -1 to 1; as `spearman` gives it
-    "How similar each map is to that of one copy of the model with random weights. Costs a copy of the model, two of its passes, and what the method costs"
+    """How similar each map is to that of one copy of the model with random weights, whose batch norms know this item alone: the number does not depend on what else is in the batch.
+    Costs a copy of the model, two of its passes, and what the method costs"""
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1: raise ValueError(f'share is a part of the layers above 0 and up to 1, not {share!r}')
     method, = as_methods(method)
-    columns,question = cap.columns(score),cap.question(score)
-    own = method(cap, columns)
-    names = _owners(cap.model)[::-1]
-    (_,copy), = _copies(cap.model, dict(copy=names[:math.ceil(share*len(names))]), 'cascading', seed, cap.args, cap.kwargs)
-    with Probe(copy, cap.names, getattr(method, 'needs_grad', True), image=cap.image_index) as probe:
-        other = probe(*cap.args, **cap.kwargs)
-        found = spearman(own.flatten(0, 1), method(other, other.score(question)).flatten(0, 1)).view(columns.shape)
+    columns,question,names = cap.columns(score),cap.question(score),_owners(cap.model)[::-1]
+    chosen = names[:math.ceil(round(share*len(names), 6))] # a product may be a little more than the number that it is
+    own,others,copy = method(cap, columns),[],None
+    for item in torch.arange(len(cap)):
+        args,kwargs = cap._inputs(None, item[None])
+        if copy is None: (_,copy), = _copies(cap.model, dict(copy=chosen), 'cascading', seed, args, kwargs)
+        else: _settle(_norms_after(copy, [name for name,_ in copy.named_modules()], chosen), copy, args, kwargs)
+        with Probe(copy, cap.names, getattr(method, 'needs_grad', True), image=cap.image_index) as probe:
+            other = probe(*args, **kwargs)
+            others.append(method(other, other.score(question.of(item[None]))))
+    found = spearman(own.flatten(0, 1), torch.cat(others).flatten(0, 1)).view(columns.shape)
     return found if score.dim()==2 else found[:,0]
+

@@ -33,7 +33,7 @@ from .tasks import BinaryLabel, MultiLabel, Values
 from .targets import AllClasses, Score, Several, Versus
 from .methods import as_method, as_methods, method_name
 from .maps import CAMMap, _save, check_style, plain_html, plain_text
-from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxes_to_masks, curve_area, impute, insertion_deletion
+from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxes_to_masks, curve_area, curve_shares, impute, insertion_deletion
 from .audit import _with_interval, randomization_similarity
 from .state import check_learner, learner_as_found, with_bar
 from .source import as_source, dl_source
@@ -66,7 +66,13 @@ class _Measuring(CAMCallback):
 def _measured(learn, source, work, cls, layer, method):
     "What `work` returns for each batch"
     callback = _Measuring(work, cls=cls, method=method, layer=layer)
-    with learner_as_found(learn): _predict(learn, source, callback)
+    try:
+        with learner_as_found(learn): _predict(learn, source, callback)
+    except Exception as e:
+        error,args = getattr(callback, 'error', None) or (e, e.args)
+        error.args = args # fastai rewrites the message, and fails at an exception without any
+        if error is e: raise
+        raise error from None
     return callback.results
 
 def _one_question(learn, cls):
@@ -283,7 +289,8 @@ def _elsewhere(maps, generator):
 def _without_lit(maps, images, share):
     "Images without their most lit `share` of pixels"
     ranks = _pixel_ranks(maps, images, 0)
-    return impute(images, ranks < round(share*ranks[0].numel())).to(images.dtype)
+    n = ranks[0].numel()
+    return impute(images, ranks < min(max(1, round(share*n)), n - 1)).to(images.dtype)
 
 class CAMTrust:
     "How far the map of one item may be believed: `.believed`, `.verdict` in words, `.numbers`; it shows itself"
@@ -308,7 +315,7 @@ class CAMTrust:
     @property
     def verdict(self) -> str:
         "The answer in words, with the numbers behind it"
-        if not self.cam_map.is_finite: return f'There is nothing to believe: the map of {self.label} is not finite (it has NaN or infinite values).'
+        if not self.cam_map.is_finite: return f'There is nothing to believe: the map of {self.label} is not finite, as the model gives NaN or infinite numbers for this picture.'
         if self.cam_map.is_empty: return f'There is nothing to believe: the map of {self.label} has no positive evidence.'
         n,found = self.numbers,[self.matters, self.beats_baselines, self.is_learned]
         best = max(n['baselines'], key=n['baselines'].get)
@@ -330,7 +337,7 @@ class CAMTrust:
         fig,axes = plt.subplots(1, 3, figsize=figsize or (10, 3.2), layout='constrained')
         self.cam_map.show(ax=axes[0])
         n = self.numbers
-        axes[1].hist([n['score'] - drop for drop in n['random_drops']], color='lightgrey', bins=10)
+        axes[1].hist([n['score'] - drop for drop in n['random_drops'] if np.isfinite(n['score'] - drop)], color='lightgrey', bins=10)
         for value,name,colour in ((n['score'], 'whole picture', 'C0'), (n['score'] - n['drop'], f'without the lit {self.share:.0%}', 'C3')): axes[1].axvline(value, color=colour, label=name)
         axes[1].set(xlim=(min(-.02, n['score'] - n['drop'] - .02), max(1.02, n['score'] + .02)) if 0 <= n['score'] <= 1 else None, yticks=[])
         plain_text(axes[1].set_title(f'score of {self.label}; grey: as much removed elsewhere', fontsize=9))
@@ -343,12 +350,13 @@ class CAMTrust:
 
 def _trust_work(method, share, n_random, steps, seed):
     def examine(cap, question, callback):
-        rescore = _as_probability(callback.target, cap, question, (n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1))*len(cap))
+        rescore = _as_probability(callback.target, cap, question, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)) # of one item: how it is run does not depend on the others
         score,items,images = cap.score(question),torch.arange(len(cap)),cap.image
+        shares = curve_shares(images, steps)
         maps = method(cap, score)[:,0].detach()
         def faithfulness(some):
             inserted,deleted = insertion_deletion(some, images, rescore, steps, 'blur', 'mean')
-            return curve_area(inserted) - curve_area(deleted)
+            return curve_area(inserted, shares) - curve_area(deleted, shares)
         generator,whole = torch.Generator().manual_seed(seed),rescore(images, items)
         drop = whole - rescore(_without_lit(maps, images, share), items)
         elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in with_bar(callback.learn, range(n_random))])
@@ -382,5 +390,5 @@ def cam_trust(self:Learner,
     with learner_as_found(self): source = as_source(self, item, None)
     batches = _measured(self, source, _trust_work(method, share, n_random, steps, seed), target, layer, method)
     found,vocab = [one for batch in batches for one in batch],class_names(self.dls)
-    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0]])
+    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0] or 'the prediction'])
     return verdicts if is_listy(item) or len(verdicts) > 1 else verdicts[0]

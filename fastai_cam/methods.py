@@ -46,9 +46,9 @@ def principal_component(
     """Projection of the weighted channels of each place on their first principal component over the places: what most of them have in common.
     Computed from the smaller Gram matrix, for all items at once; the sign is fixed by `evidence`, since an eigenvector has none"""
     if weights.dim()==3: weights = weights[(...,) + (None,)*(acts.dim() - 2)]
-    terms = weights*_wide(acts)[:,None]
+    terms = given = weights*_wide(acts)[:,None]
     if evidence is None: evidence = terms.sum(2)
-    space,dtype,terms = terms.shape[3:],terms.dtype,terms.flatten(3)
+    space,dtype,terms = terms.shape[3:],terms.dtype,torch.where(_all_finite(given)[...,None,None], terms.flatten(3), 0) # no eigenvector is found for NaN, not even of other items
     size = terms.abs().amax((-2,-1), keepdim=True)
     terms = terms/torch.where(size > 0, size, 1) # squares of small gradients would vanish
     terms = terms - terms.mean(-1, keepdim=True)
@@ -56,7 +56,14 @@ def principal_component(
     value,first = _leading(terms.mT @ terms if by_place else terms @ terms.mT)
     maps = (first*value.clamp(min=0).sqrt()).squeeze(-1) if by_place else (terms.mT @ first).squeeze(-1)
     side = (maps*evidence.flatten(2).to(maps.dtype)).sum(-1, keepdim=True)
-    return (torch.where(side < 0, -maps, maps)*size[...,0]).to(dtype).unflatten(-1, space)
+    return _nan_unless_finite((torch.where(side < 0, -maps, maps)*size[...,0]).to(dtype).unflatten(-1, space), given)
+
+def _all_finite(part): return part.detach().as_subclass(Tensor).isfinite().flatten(2).all(-1)
+
+def _nan_unless_finite(maps, *parts):
+    "`maps`, not a number where what they are made of, `[B, K, …]` each (a size of 1 is for all scores), is not finite: a comparison or a clamp would make an ordinary number of it"
+    finite = math.prod(_all_finite(part).to(maps.device) for part in parts).bool()
+    return torch.where(finite[(...,) + (None,)*(maps.dim() - 2)], maps, math.nan)
 
 def _leading(gram, n_squarings=10):
     "Largest eigenvalue `[..., 1, 1]` and its eigenvector `[..., n, 1]` of Gram matrices: by squaring, three times faster than all of them by `eigh`, which steps in where squaring does not converge"
@@ -68,9 +75,11 @@ def _leading(gram, n_squarings=10):
     vector = F.normalize(power.gather(-1, most), dim=-2)
     moved = gram @ vector
     value = (moved*vector).sum(-2, keepdim=True)
-    if ((moved - value*vector).norm(dim=-2, keepdim=True) <= 16*torch.finfo(gram.dtype).eps*value).all(): return value,vector # false for NaN, which nothing gives
-    values,vectors = torch.linalg.eigh(gram)
-    return values[...,-1:,None],vectors[...,-1:]
+    found = ((moved - value*vector).norm(dim=-2, keepdim=True) <= 16*torch.finfo(gram.dtype).eps*value)[...,0,0] # false for NaN, which nothing gives
+    if not found.all():
+        values,vectors = torch.linalg.eigh(gram[~found])
+        value[~found],vector[~found] = values[...,-1:,None],vectors[...,-1:]
+    return value,vector
 
 def fuse_layers(
     maps:Sequence[Tensor], # Maps of one method at several layers, each `[B, *space]` or `[B, K, *space]`
@@ -83,9 +92,9 @@ def fuse_layers(
     space = tuple(range(-n_space, 0))
     size = max((m.shape[-n_space:] for m in maps), key=lambda s: s.numel())
     def level(m):
-        if how=='product': m = m.clamp(min=0)
+        if how=='product': m = m.clamp(min=0) + 0*m # what is not finite stays so
         peak = m.abs().amax(space, keepdim=True)
-        return enlarge(torch.where(peak > 0, m/peak, torch.zeros_like(m)), size)
+        return enlarge(torch.where(peak==0, 0, m/peak), size)
     return FUSIONS[how](torch.stack([level(m) for m in maps]))
 
 FUSIONS:dict[str,Callable] = dict(mean=lambda maps: maps.mean(0), max=lambda maps: maps.amax(0), product=lambda maps: maps.prod(0))
@@ -114,6 +123,7 @@ def _checked(func, grad):
         with cap.full_precision(): maps = func(cap, columns, **options)
         if maps.dim() < 4 or maps.shape[:2] != columns.shape:
             raise ValueError(f'method {method_name(func)!r} returned maps of shape {list(maps.shape)} for scores of shape {list(columns.shape)}: for [B, K] scores a method returns [B, K, h, w]')
+        maps = _nan_unless_finite(maps, columns[...,None], *[act[:,None] for act in cap.acts])
         return maps[:,0] if isinstance(score, Tensor) and score.dim()==1 else maps
     method.__name__,method.needs_grad,method.layers = method_name(func),grad,None
     return method
@@ -189,7 +199,8 @@ def per_layer(
     def one_layer(act, grad):
         act,places = _wide(act),act.shape[2:]
         weights = weigh(act[:,None].flatten(3), grad.flatten(3)) if grads else weigh(act[:,None].flatten(3))
-        return reduce(act, weights.unflatten(-1, places) if weights.shape[-1] > 1 else weights.squeeze(-1))
+        maps = reduce(act, weights.unflatten(-1, places) if weights.shape[-1] > 1 else weights.squeeze(-1))
+        return _nan_unless_finite(maps, grad) if grads else maps
     maps = []
     for piece in cap.chunks(score) if grads else [score]:
         of_layers = cap.grads(piece) if grads else [None]*len(cap.acts)
@@ -205,9 +216,10 @@ def cam(
     cap:Capture, # Pass that ran with or without autograd
     score:Tensor # `[B]` or `[B, K]`, computed from `cap.out`
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed; its mean over space plus the bias is the logit
-    r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer
+    r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer or 1×1 convolution, in either order
     (`ValueError` on any other head). Costs nothing beyond the forward pass. Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
-    return weighted_sum(cap.acts[-1], cap.out_grads(score).to(cap.fc.dtype) @ cap.fc)
+    fc = cap.fc.nan_to_num(0, 0, 0) # a class whose weights are broken has no score, and is not to spoil others
+    return weighted_sum(cap.acts[-1], cap.out_grads(score).to(fc.dtype) @ fc)
 
 # %% ../nbs/02_methods.ipynb #f00b7e6e
 @cam_method
@@ -353,8 +365,9 @@ def kpca_cam(
         points = (points - points.mean(1, keepdim=True)).to(torch.float32 if act.device.type=='mps' else torch.float64)
         gram = kernels[kernel](points, 1/points.shape[-1] if gamma is None else gamma)
         gram = gram - gram.mean(1, keepdim=True) - gram.mean(2, keepdim=True) + gram.mean((1,2), keepdim=True)
-        values,vectors = torch.linalg.eigh(gram)
-        maps = vectors[...,-1]*values[...,-1:].clamp(min=0).sqrt()
+        finite = gram.isfinite().flatten(1).all(1)[:,None]
+        values,vectors = torch.linalg.eigh(torch.where(finite[...,None], gram, 0)) # NaN has no eigenvector, and the other items would get none
+        maps = torch.where(finite, vectors[...,-1]*values[...,-1:].clamp(min=0).sqrt(), math.nan)
         side = (maps*_wide(act).abs().sum(1).flatten(1)).sum(-1, keepdim=True)
         return torch.where(side < 0, -maps, maps).to(_wide(act).dtype).unflatten(-1, act.shape[2:])[:,None]
     return _expand(_fused(cap, [one_layer(act) for act in cap.acts]), score)
@@ -387,8 +400,8 @@ def ablationcam(
     down where the score is negative; here it is left out. Needs no gradients. Costs C runs of what follows the layer. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
     ask,maps = cap.question(score),[]
     for layer,acts in enumerate(cap.acts):
-        whole = _wide(score.detach())
-        weights = whole.new_zeros(*score.shape, acts.shape[1])
+        whole = _wide(score.detach().as_subclass(Tensor))
+        weights = torch.zeros(*score.shape, acts.shape[1]).to(whole)
         some = (acts.flatten(2) != 0).any(-1).nonzero() # a channel that is silent anyway makes no difference
         for rows in cap.bar(some.split(bs)):
             for item in rows[:,0].unique():
@@ -437,7 +450,7 @@ def _score_weights(cap, score, acts, changes, bs, top):
     varies = acts.flatten(2).amax(-1) > acts.flatten(2).amin(-1) # [B, C]
     run = varies if top is None else varies & _most_active(acts, top)
     cap.prepare(int(run.sum())*len(changes))
-    found = score.detach().new_zeros(*score.shape, acts.shape[1], dtype=acts.dtype)
+    found = torch.zeros(*score.shape, acts.shape[1]).to(acts)
     if image.dim()==4: image = image.contiguous(memory_format=torch.channels_last) # and so is all that is lit from it
     fill = (slice(None),) + (None,)*len(size)
     def listen(item, light):
@@ -452,6 +465,7 @@ def _score_weights(cap, score, acts, changes, bs, top):
             found[item,:,channels] = listen(item, ((light - low[fill])/(high - low)[fill]).to(image.dtype))
     for item in (~varies).any(1).nonzero()[:,0]: # channels that light nothing: black, all of them
         found[item,:,~varies[item]] = listen(item, torch.zeros_like(image[item,:1]))
+    found = torch.where(found.isfinite().all(-1, keepdim=True), found, math.nan) # a softmax makes 0 of -inf
     if top is not None: found = found.masked_fill((varies & ~run)[:,None], -torch.inf) # no weight
     return found.softmax(-1)
 
@@ -512,7 +526,7 @@ def _stretched(parts, n_space=2):
     "Each channel's absolute values from 0 to 1, added up over the channels"
     parts,space = parts.abs(),tuple(range(-n_space, 0))
     low,high = parts.amin(space, keepdim=True),parts.amax(space, keepdim=True)
-    return torch.where(high > low, (parts - low)/(high - low), 0).sum(2)
+    return torch.where(high==low, 0*high, (parts - low)/(high - low)).sum(2)
 
 @cam_method(grad=False)
 def fullgrad(
@@ -557,12 +571,18 @@ def _guided_gradients(cap, score):
 
 # %% ../nbs/02_methods.ipynb #4c42fd3b
 def _rolled_out(steps):
-    "What reaches each token from each other, with the path around the attention, `[B, K, N, N]`; from the first block on where the number of tokens is the last's"
-    n_tokens,reached = steps[-1].shape[-1],None
+    """What has reached each token through at least one attention, `[B, K, N, N]`: the product of all $I + A_l$ less $I$, which no attention has made and which has another unit;
+    from the first block on where the number of tokens is the last's"""
+    reached = None
     for step in steps:
-        if step.shape[-1] != n_tokens: continue # a class token that joins later
-        reached = torch.eye(n_tokens, dtype=step.dtype, device=step.device) + step if reached is None else reached + step @ reached
+        if step.shape[-1] != steps[-1].shape[-1]: continue # a class token that joins later
+        reached = step if reached is None else reached + step + step @ reached
     return reached
+
+def _without_unit(steps):
+    "The steps divided by the largest sum of a row in any of them: products of several would have other units than the steps themselves, and weigh more the larger the score is"
+    largest = torch.stack([step.sum(-1).amax(-1) for step in steps]).amax(0)[...,None,None]
+    return [step/torch.where(largest > 0, largest, 1) for step in steps]
 
 def _places_read(reached, readers, layout):
     "The row of what is read, `[B, K, *grid]`; tokens that are no places left out"
@@ -579,24 +599,26 @@ def rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
     score:Tensor # `[B]` or `[B, K]` that `cap.score` computed; it only tells which tokens are read
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
-    r"""$\prod_l \tfrac12(I + \bar A_l)$, $\bar A_l$ = mean attention of the heads: what has reached the tokens that are read. **The class plays no part**; for models with attention over the whole image,
+    r"""$\prod_l \tfrac12(I + \bar A_l)$ less its part without attention, $\bar A_l$ = mean attention of the heads: what has reached the tokens that are read. **The class plays no part**; for models with attention over the whole image,
     `ValueError` otherwise. Costs a forward and a backward pass of the whole network, and its memory. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
     whole = cap.again(from_input=True, attention=True)
-    readers = _readers(whole.attention_grads(whole.score(cap.question(score)))[-1])
+    grads = whole.attention_grads(whole.score(cap.question(score)))
     steps = [attention.mean(1)[:,None] for attention in whole.attention]
-    return _places_read(_rolled_out(steps)/2**len(steps), readers, whole.layouts[-1])
+    maps = _places_read(_rolled_out(steps)/2**len(steps), _readers(grads[-1]), whole.layouts[-1])
+    return _nan_unless_finite(maps, *steps, grads[-1])
 
 @cam_method(grad=False)
 def grad_rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
     score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
-    r"""Rollout of the attention that raises the score: $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$. Of transformers the method that knows most about the class and the whole way to it;
+    r"""Rollout of the attention that raises the score: $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$ divided by the largest sum of a row in any block, read without the $I$ that $R$ starts from. Of transformers the method that knows most about the class and the whole way to it;
     for models with attention over the whole image, `ValueError` otherwise. Costs a forward pass of the whole network and a backward pass a score, and their memory. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
     whole = cap.again(from_input=True, attention=True)
     grads = whole.attention_grads(whole.score(cap.question(score)))
     steps = [(grad*attention[:,None]).clamp(min=0).mean(2) for attention,grad in zip(whole.attention, grads)]
-    return _places_read(_rolled_out(steps), _readers(grads[-1]), whole.layouts[-1])
+    maps = _places_read(_rolled_out(_without_unit(steps)), _readers(grads[-1]), whole.layouts[-1])
+    return _nan_unless_finite(maps, *grads)
 
 # %% ../nbs/02_methods.ipynb #a00522e8
 def at_every_stage(
@@ -692,7 +714,7 @@ def smooth_gradcam_pp(
         first,second,third = (total/n).flatten(4)
         whole,peak = _wide(act).flatten(2).sum(-1)[:,None,:,None],peak.flatten(3)
         weights = peak[...,0]*torch.where(first > 0, first*second/(2*second + peak*whole*third), 0).sum(-1)
-        return reduce(act, weights)
+        return _nan_unless_finite(reduce(act, weights), first, third)
     return _fused(cap, [one_layer(*layer) for layer in zip(cap.acts, sums, peaks)])
 
 def _peak(grads):
@@ -715,7 +737,7 @@ def likenesscam(
         grads = staged.grads(piece)
         speaks_for = enlarge(weighted_sum(last, grads[-1]), fine.shape[2:]) > 0
         seeds = weighted_sum(_wide(fine).abs(), grads[finer].abs())*speaks_for
-        maps.append(_fused(staged, [_likeness(act, seeds) for act in (fine, last)]))
+        maps.append(_nan_unless_finite(_fused(staged, [_likeness(act, seeds) for act in (fine, last)]), grads[-1], grads[finer]))
     return torch.cat(maps, dim=1)
 
 likenesscam.layers = LAST_TWO_STAGES # where no layer is named, `get_cams` watches these in its one pass
@@ -736,7 +758,7 @@ def uniform_map(
     score:Tensor # `[B]` or `[B, K]`; only its shape is used
 ) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
     "1 everywhere: a baseline for measures, not an explanation"
-    return _wide(score.detach().new_ones(*score.shape, *cap.acts[-1].shape[2:]))
+    return torch.ones(*score.shape, *cap.acts[-1].shape[2:]).to(_wide(score.detach().as_subclass(Tensor)))
 
 @cam_method(grad=False)
 def random_map(

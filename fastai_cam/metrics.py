@@ -7,10 +7,10 @@ Docs: https://fastai-cam.example/docs/metrics.html.md"""
 # %% auto #0
 __all__ = ['METRICS', 'KINDS', 'NEEDS', 'BASELINE_IMAGES', 'BASELINES', 'cam_metric', 'as_metrics', 'Rescore', 'Explain',
            'baseline_images', 'average_drop', 'increase_in_confidence', 'drop_in_deletion', 'insertion_curve',
-           'deletion_curve', 'insertion_deletion', 'curve_area', 'insertion', 'deletion', 'pixel_flipping', 'impute',
-           'road_morf', 'road_lerf', 'road', 'coherency', 'complexity', 'adcc', 'arcc', 'pointing_game',
-           'energy_in_mask', 'iou', 'best_iou', 'relevance_rank', 'average_precision', 'boxes_to_masks',
-           'points_to_masks', 'max_sensitivity', 'gini', 'entropy', 'gaussian_map', 'edge_map']
+           'deletion_curve', 'insertion_deletion', 'curve_shares', 'curve_area', 'insertion', 'deletion',
+           'pixel_flipping', 'impute', 'road_morf', 'road_lerf', 'road', 'coherency', 'complexity', 'adcc', 'arcc',
+           'pointing_game', 'energy_in_mask', 'iou', 'best_iou', 'relevance_rank', 'average_precision',
+           'boxes_to_masks', 'points_to_masks', 'max_sensitivity', 'gini', 'entropy', 'gaussian_map', 'edge_map']
 
 # %% ../nbs/08_metrics.ipynb #4fed9567
 import inspect, math
@@ -300,11 +300,21 @@ def insertion_deletion(
     else: inserted = _inside_out(images, start, ranks, counts[:-1], rescore, bs)
     return torch.cat([inserted, deleted[:,:1]], dim=1),deleted
 
+def curve_shares(
+    images:Tensor, # `[B, C, H, W]`
+    steps:int=20 # In how many steps
+) -> Tensor: # `[steps+1]`, from 0 to 1
+    "The share of the pixels that the curves have put in or replaced at each step: `i/steps`, but for the rounding to whole pixels"
+    n_pixels = images[0,0].numel()
+    return _steps(n_pixels, steps)/n_pixels
+
 def curve_area(
-    curve:Tensor, # `[B, steps+1]`, scores at even steps from 0 to 1
+    curve:Tensor, # `[B, steps+1]`, scores
+    shares:Tensor|None=None # Where they are, `[steps+1]`, as `curve_shares` gives it; `None`: at even steps from 0 to 1
 ) -> Tensor: # `[B]`
     "Area under a curve, by the trapezoidal rule"
-    return torch.trapezoid(curve, dx=1/(curve.shape[1] - 1), dim=1)
+    if shares is None: return torch.trapezoid(curve, dx=1/(curve.shape[1] - 1), dim=1)
+    return torch.trapezoid(curve, shares.to(curve), dim=1)
 
 @cam_metric('faithfulness', higher=True)
 def insertion(
@@ -318,7 +328,7 @@ def insertion(
 ) -> Tensor: # `[B]`, a mean of scores
     """Area under the score while pixels are put into a blurred image, most relevant first.
     Costs `steps + 1` forward passes. Petsiuk et al. 2018 (RISE), https://arxiv.org/abs/1806.07421"""
-    return curve_area(insertion_curve(maps, images, rescore, steps, baseline, seed, bs))
+    return curve_area(insertion_curve(maps, images, rescore, steps, baseline, seed, bs), curve_shares(images, steps))
 
 @cam_metric('faithfulness', higher=False)
 def deletion(
@@ -332,7 +342,7 @@ def deletion(
 ) -> Tensor: # `[B]`, a mean of scores
     """Area under the score while pixels are replaced, most relevant first.
     Costs `steps + 1` forward passes. Petsiuk et al. 2018 (RISE), https://arxiv.org/abs/1806.07421"""
-    return curve_area(deletion_curve(maps, images, rescore, steps, baseline, seed, bs))
+    return curve_area(deletion_curve(maps, images, rescore, steps, baseline, seed, bs), curve_shares(images, steps))
 
 # %% ../nbs/08_metrics.ipynb #61b23dca
 @cam_metric('faithfulness', higher=True)
@@ -341,7 +351,7 @@ def pixel_flipping(
     images:Tensor, # `[B, C, H, W]`
     rescore:Callable, # `rescore(images, items)`
     patch:int=16, # Side of the patches in pixels; 1: single pixels
-    steps:int=20, # In how many steps
+    steps:int=20, # In how many steps; of fewer patches, one a step
     share:float=1., # Flip only this share of the patches
     baseline:Any='mean', # What patches are replaced with, as `baseline_images` takes it
     seed:int=0, # Of the order of ties
@@ -354,7 +364,8 @@ def pixel_flipping(
     relevance = F.avg_pool2d(_at_pixels(maps, (height, width))[:,None], patch, ceil_mode=True)[:,0]
     ranks = _ranks(relevance.flatten(1), seed).view_as(relevance)
     at_pixels = ranks.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:,:height,:width]
-    curve = _inside_out(baseline_images(images, baseline), images, at_pixels, _steps(round(share*ranks[0].numel()), steps), rescore, bs)
+    n_flipped = max(1, round(share*ranks[0].numel()))
+    curve = _inside_out(baseline_images(images, baseline), images, at_pixels, _steps(n_flipped, min(steps, n_flipped)), rescore, bs)
     return (curve[:,:1] - curve).mean(1)
 
 # %% ../nbs/08_metrics.ipynb #6ea75559

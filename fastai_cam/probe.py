@@ -298,11 +298,6 @@ def resolve_layers(
 
 EVERY_STAGE,LAST_TWO_STAGES = 'every stage','last two stages' # names of layers that a pass finds
 
-def _without_hooks(model):
-    "A copy of `model` that nobody watches"
-    hooks = [getattr(module, kind) for module in model.modules() for kind in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')]
-    return deepcopy(model, {id(found): type(found)() for found in hooks})
-
 def _found_by_a_pass(layers): return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
 
 def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)
@@ -319,6 +314,72 @@ def check_layers(
     "`ValueError` or `TypeError` if `layers` names none of the model's; what is found by a pass (`None`, `'every stage'`, `'last two stages'`) is not looked for"
     _check_watchable(bare(model))
     if not (layers is None or _found_by_a_pass(layers)): resolve_layers(model, layers)
+
+# %% ../nbs/00_probe.ipynb #5c1e7a91
+from collections import deque
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+
+class _CopyOfGraphs(TorchFunctionMode):
+    "While it is on, `deepcopy` copies tensors that autograd made too: a module may keep one of its last pass"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        tensor,memo = args
+        if id(tensor) not in memo: memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+def _own_part(value, memo):
+    "A container, copied, with what `memo` knows of in the place of the original; anything else is shared"
+    if id(value) in memo or not isinstance(value, (list, dict, set, deque)): return memo.get(id(value), value)
+    memo[id(value)] = new = copy(value)
+    new.clear()
+    if isinstance(value, dict): new.update({_own_part(key, memo): _own_part(part, memo) for key,part in value.items()})
+    else: getattr(new, 'update' if isinstance(value, set) else 'extend')([_own_part(part, memo) for part in value])
+    return new
+
+def _own_cell(cell, memo):
+    if id(cell) not in memo:
+        memo[id(cell)] = new = CellType()
+        try: new.cell_contents = _own(cell.cell_contents, memo)
+        except ValueError: pass # a variable that has no value yet
+    return memo[id(cell)]
+
+def _own_function(func, memo):
+    "The same code, with variables of its own"
+    used = {name: _own_part(func.__globals__[name], memo) for name in func.__code__.co_names if name in func.__globals__}
+    cells = None if func.__closure__ is None else tuple(_own_cell(cell, memo) for cell in func.__closure__)
+    defaults = func.__defaults__ and tuple(_own_part(value, memo) for value in func.__defaults__)
+    memo[id(func)] = new = FunctionType(func.__code__, {**func.__globals__, **used}, func.__name__, defaults, cells)
+    new.__kwdefaults__ = func.__kwdefaults__ and {name: _own_part(value, memo) for name,value in func.__kwdefaults__.items()}
+    new.__dict__.update({name: _own_part(value, memo) for name,value in vars(func).items()})
+    return new
+
+def _own(value, memo):
+    "What a copy of the model has in the place of `value`, a hook or what it refers to: its modules are the copy's, and what it writes to is its own"
+    if id(value) in memo: return memo[id(value)]
+    if type(value) is MethodType: return MethodType(value.__func__, _own(value.__self__, memo))
+    if type(value) is FunctionType: return _own_function(value, memo)
+    if type(value) is partial: return partial(_own(value.func, memo), *[_own_part(arg, memo) for arg in value.args], **_own_part(value.keywords, memo))
+    if not hasattr(value, '__dict__') or isinstance(value, (type, ModuleType, nn.Module, Tensor, list, dict, set)): return _own_part(value, memo)
+    try: memo[id(value)] = new = copy(value)
+    except Exception: return value # what cannot be copied is shared
+    vars(new).update({name: _own_part(part, memo) for name,part in vars(value).items()})
+    return new
+
+_KINDS_OF_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+
+def _others_hooks(module, kind):
+    "The hooks of `module` that this room did not register, by their number"
+    return {key: hook for key,hook in getattr(module, kind).items() if getattr(hook, '__module__', None) != __name__}
+
+def _without_hooks(model):
+    "A copy of `model` that computes what it does and that this room does not watch"
+    memo = {id(hooks): type(hooks)() for module in model.modules() for hooks in (getattr(module, kind) for kind in _KINDS_OF_HOOKS)}
+    with _CopyOfGraphs(): twin = deepcopy(model, memo)
+    for module,own in zip(model.modules(), twin.modules()):
+        for kind in _KINDS_OF_HOOKS: getattr(own, kind).update({key: _own(hook, memo) for key,hook in _others_hooks(module, kind).items()})
+    return twin
+
 
 # %% ../nbs/00_probe.ipynb #0b5d45fe
 def to_spatial(
@@ -740,6 +801,10 @@ def _of_rows(func, args):
     return lambda out, items: func(out, *[arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args])
 def _columns(score): return score[:,None] if score.dim()==1 else score
 
+def _is_hooked_inside(module):
+    "Does somebody's hook have to see what runs inside `module`?"
+    return any(_others_hooks(part, kind) for part in module.modules() if part is not module for kind in _KINDS_OF_HOOKS)
+
 class _Recording:
     "What the modules before a layer returned in one pass, so that a later pass need not run them"
     def __init__(self, model, name, call, run, batch):
@@ -748,6 +813,7 @@ class _Recording:
         ancestors = [model.get_submodule('.'.join(above[:i])) for i in range(len(above)+1)]
         layer = model.get_submodule(name)
         beside = {child for parent in ancestors for child in parent.children()} - set(ancestors) - {layer}
+        beside = {child for child in beside if not _is_hooked_inside(child)} # as fastai's U-Net hands on its skips
         def note(module, inputs, out): done.append((module, _each_tensor(lambda t: t.detach().clone(), out)))
         def ended(module, inputs, out):
             if call is None or self.n_calls <= call: self.n_before,self.out = len(done),_each_tensor(lambda t: t.detach().clone(), out)
@@ -1119,17 +1185,17 @@ class Capture(Pass):
 
     @property
     def fc(self) -> Tensor: # `[n_out, C]`
-        "Weights of the linear layer that makes `out` from the mean of the last activation; `ValueError` if that is not how `out` is made"
+        "Weights of the linear layer or 1×1 convolution (or of none) that makes `out` from the mean of the last activation; `ValueError` if that is not how `out` is made"
         pooled,out = _wide(self.acts[-1]).flatten(2).mean(-1), self.out
         if isinstance(out, Tensor) and out.dim()==2:
-            rough = out.dtype in (torch.float16, torch.bfloat16)
-            for linear in self.model.modules():
-                if not isinstance(linear, nn.Linear) or linear.weight.shape != (out.shape[1], pooled.shape[1]): continue
-                weight,bias = (None if p is None else p.detach().to(pooled.dtype) for p in (linear.weight, linear.bias))
-                expected = out.detach().to(pooled.dtype)
-                tolerance = (3e-2 if rough else 1e-4)*expected.abs().max().clamp(min=torch.finfo(pooled.dtype).tiny)
-                if (F.linear(pooled, weight, bias) - expected).abs().max() <= tolerance: return weight
-        raise ValueError(f'CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer, but what makes the output here is {describe_head(self.model, self.names[-1])}: '
+            rough,expected = out.dtype in (torch.float16, torch.bfloat16),out.detach().as_subclass(Tensor).to(pooled.dtype)
+            known,whole = expected.isfinite(),expected.isfinite().all(1, keepdim=True) # a broken item or class is no reason to refuse the others
+            if whole.any(): known = whole
+            tolerance = (3e-2 if rough else 1e-4)*torch.where(known, expected, 0).abs().max().clamp(min=torch.finfo(pooled.dtype).tiny)
+            for weight,bias in _linear_maps(self.model, pooled.shape[1], out.shape[1]):
+                weight,bias = (None if p is None else p.detach().to(pooled) for p in (weight, bias))
+                if torch.where(known, F.linear(pooled, weight, bias) - expected, 0).abs().max() <= tolerance: return weight
+        raise ValueError(f'CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer (or 1×1 convolution), but what makes the output here is {describe_head(self.model, self.names[-1])}: '
                          "use method='gradcam', which works with any head, or train with `cam_learner(dls, arch)`, whose head makes CAM exact")
 
 # Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
@@ -1137,15 +1203,22 @@ warnings.filterwarnings('ignore', message='There is a performance drop because w
 
 def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+def _linear_maps(model, n_in, n_out):
+    "Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place; last, the identity: some networks have a map for each class before they pool"
+    for module in model.modules():
+        is_pointwise = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups==1 and set(module.kernel_size)=={1}
+        if (is_pointwise or isinstance(module, nn.Linear)) and module.weight.flatten(1).shape==(n_out, n_in): yield module.weight.flatten(1),module.bias
+    if n_in==n_out: yield torch.eye(n_in),None
+
 def describe_head(
     model:nn.Module, # Model whose head is described
     layer:str # Name of the layer before it
 ) -> str: # For error messages
     "What comes after `layer` as `A → B → C`, or the model's type where it is not an `nn.Sequential`"
-    following = list(model._modules)[list(model._modules).index(layer.split('.')[0])+1:] if isinstance(model, nn.Sequential) else []
+    following = _following(model, layer) if isinstance(model, nn.Sequential) else None
+    if following is None and isinstance(model, nn.Sequential): following = list(model)[list(model._modules).index(layer.split('.')[0])+1:]
     if not following: return f'a {type(model).__name__}'
-    leaves = [type(module).__name__ for part in following for module in model._modules[part].modules() if next(module.children(), None) is None]
-    return ' → '.join(leaves)
+    return ' → '.join(type(module).__name__ for part in following for module in part.modules() if next(module.children(), None) is None)
 
 # %% ../nbs/00_probe.ipynb #f2ba8af2
 def _same_memory(inp:Any, out:Tensor) -> bool:
@@ -1166,7 +1239,7 @@ class _GuidedBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x.clone()
     @staticmethod
-    def backward(ctx, grad): return grad.clamp(min=0)
+    def backward(ctx, grad): return torch.where(grad < 0, 0*grad, grad) # what is not finite stays so
 
 class GuidedReLU(TorchFunctionMode):
     "While it is on, every ReLU, module or function, passes positive gradients only; no module is replaced"

@@ -617,14 +617,21 @@ class Shortcuts:
         return f'No shortcut was found ({sum(self.looked_at.values())} pictures of {len(self.looked_at)} classes).'
     def _repr_html_(self) -> str: return plain_html(repr(self))
 
+    def _plot_nothing(self, figsize, save):
+        fig,ax = plt.subplots(figsize=figsize or (7, .6), layout='constrained')
+        ax.axis('off')
+        ax.text(.5, .5, repr(self), ha='center', va='center', wrap=True, parse_math=False)
+        _save(fig, save)
+        return fig
+
     def plot(self,
         n:int=3, # How many examples of each
         figsize:tuple|None=None, # Size of the figure in inches
         save:str|Path|None=None # File to write the figure to
-    ) -> Figure|None: # `None` where there is nothing to show
-        "A row for each finding: pictures that have it, with their maps and the place outlined, and a picture of another class without and with it"
+    ) -> Figure:
+        "A row for each finding: pictures that have it, with their maps and the place outlined, and a picture of another class without and with it; of none, the sentence that says so"
         check_style(figsize=figsize, save=save)
-        if not len(self): return None
+        if not len(self): return self._plot_nothing(figsize, save)
         fig,axes = plt.subplots(len(self), n + 2, figsize=figsize or (2.3*(n + 2), 2.7*len(self)), layout='constrained', squeeze=False)
         for row,shortcut in zip(axes, self):
             for ax in row: ax.axis('off')
@@ -712,6 +719,8 @@ def find_shortcuts(self:CAMInterpretation,
     with learner_as_found(learn): source = dl_source(learn, loader, _evenly(loader.n, n))
     if not source.labelled: raise ValueError('shortcuts are looked for with labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
     known = _Known(*map(torch.cat, zip(*_measured(learn, source, _look_over(method), None, layer, method))))
+    broken = ~(known.probabilities.isfinite().all(1) & known.maps.flatten(1).isfinite().all(1) & known.features.isfinite().all(1))
+    if broken.any(): raise ValueError(f'of {int(broken.sum())} of {len(broken)} pictures the prediction or the map is not finite, so nothing can be found in common: look for NaN in the weights or in the images of the model')
     vocab = class_names(learn.dls)
     name = lambda c: str(vocab[c]) if vocab is not None and len(vocab) > c else f'class {c}'
     groups = _groups(known, min_items)

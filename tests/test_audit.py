@@ -1,5 +1,6 @@
 "Sanity checks: which weights were replaced, similarity against scipy and scikit-image, verdicts on real weights, and nothing left behind."
 import builtins
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ import torch
 from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations, parametrize, prune
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 
 from fastai_cam.all import CAMInterpretation, Probe
@@ -232,7 +235,7 @@ def test_maps_are_those_of_the_copies_asked_about_the_models_own_class(learn):
     x = torch.stack([item[0] for item in learn.dls.valid_ds])
     model = learn.model.eval()
     predicted = model(x).argmax(1)
-    copies = [model, *(copy.eval() for _, copy in randomized(model, n_steps=2, args=(x[:4],)))] # norms are settled on the first batch
+    copies = [model, *(copy.eval() for _, copy in randomized(model, n_steps=2, args=(x,)))] # norms are settled on all of them, whatever the batch size
     for found, copy in zip(check.maps['gradcam'], copies, strict=True):
         act = copy[0](x)
         weights = copy[1][2].weight[predicted]/act[0, 0].numel()
@@ -297,11 +300,157 @@ def test_randomization_similarity_is_spearman_with_one_copy(net, x):
         single = randomization_similarity(cap, cap.score(lambda out: out[:, 0]))
         own = METHODS['gradcam'](cap, score)
     assert torch.equal(single, found[:, 0])
-    _, copy = list(randomized(net, n_steps=4, args=(x,)))[-1]
-    act = copy.eval()[0](x)
-    for k in range(2):
-        other = torch.einsum('c,bchw->bhw', copy[1][2].weight[k], act)
-        assert torch.allclose(found[:, k], spearman(own[:, k], other), atol=1e-3, equal_nan=True)
+    for i in range(5): # batch norms know the item alone
+        _, copy = list(randomized(net, n_steps=4, args=(x[i:i+1],)))[-1]
+        act = copy.eval()[0](x[i:i+1])
+        for k in range(2):
+            other = torch.einsum('c,bchw->bhw', copy[1][2].weight[k], act)
+            assert torch.allclose(found[i:i+1, k], spearman(own[i:i+1, k], other), atol=1e-3, equal_nan=True)
+
+
+def test_the_similarity_of_an_item_does_not_depend_on_its_company(net, x):
+    def similarity(images):
+        with Probe(net) as probe:
+            cap = probe(images)
+            return randomization_similarity(cap, cap.score(lambda out: out[:, :2]), share=.5)
+    together = similarity(x)
+    assert torch.allclose(torch.cat([similarity(x[3:4]), similarity(x[[1, 3]])]), together[[3, 1, 3]], atol=1e-6, equal_nan=True) and together[:, 0].std() > .01
+
+
+# -- weights that are computed from others, and hooks that are part of a model
+
+def pruned(conv):
+    prune.l1_unstructured(conv, 'weight', .3)
+    return conv
+
+
+def with_raw_weight(conv):
+    "A weight that a hook of the user's makes of a parameter: it has no place in any library"
+    raw = nn.Parameter(conv.weight.detach().clone())
+    del conv.weight
+    conv.weight, conv.weight_raw = raw.detach()*.5, raw
+    conv.register_forward_pre_hook(lambda module, inputs: setattr(module, 'weight', .5*module.weight_raw))
+    return conv
+
+
+class Halved(nn.Module):
+    def forward(self, weight): return weight/2
+
+
+def halved(conv): return parametrize.register_parametrization(conv, 'weight', Halved()) or conv
+
+
+WAYS = dict(pruned=pruned, twice_pruned=lambda conv: pruned(pruned(conv)), structured=lambda conv: prune.ln_structured(conv, 'weight', .3, n=2, dim=0) and conv,
+            old_weight_norm=utils.weight_norm, old_spectral_norm=utils.spectral_norm, weight_norm=parametrizations.weight_norm, spectral_norm=parametrizations.spectral_norm,
+            orthogonal=parametrizations.orthogonal, own_parametrization=halved, pruned_and_normed=lambda conv: prune.l1_unstructured(parametrizations.spectral_norm(conv), 'bias', 3) and conv, own_hook=with_raw_weight)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('training', [False, True])
+def test_computed_weights_are_made_random(way, training, x):
+    "What the layer computes with has nothing to do with what it was, and is as random as a plain layer's; the model is as it was"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), WAYS[way](nn.Conv2d(6, 8, 3))), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+    net.train()(x)
+    expected = net.train(training)[0][3].weight.detach().clone() # spectral norms in training mode go on when they are looked at
+    before = state(net)
+    assert set(sum(randomization_steps(net, n_steps=4).values(), []))=={'0.0', '0.1', '0.3', '1.2'}
+    for given in ((), (x,)):
+        copy = dict(randomized(net, n_steps=4, args=given))['0.3']
+        copy.eval()(x)
+        found = copy[0][3].weight.detach()
+        assert abs(np.corrcoef(found.flatten(), expected.flatten())[0, 1]) < .2 and .02 < found.std() < .2
+    assert not changed(net, before) and all(module.training is training for module in net.modules())
+    assert training or torch.equal(net[0][3].weight, expected)
+
+
+def test_a_weight_that_cannot_be_made_random_is_said(x):
+    torch.manual_seed(0)
+    net, fixed = make_net(), torch.randn(4, 8)
+    weight = nn.Parameter(net[1][2].weight.detach())
+    del net[1][2].weight
+    net[1][2].weight_raw, net[1][2].weight = weight, fixed
+    net[1][2].register_forward_pre_hook(lambda module, inputs: setattr(module, 'weight', fixed))
+    with pytest.raises(ValueError, match="'weight' of layer '1.2' cannot be made random"): list(randomized(net, args=(x,)))
+
+
+class Tokens(nn.Module):
+    "Parameters that a module uses itself, one of them reset by nobody although it has a function for it"
+    def __init__(self):
+        super().__init__()
+        self.positions, self.gamma, self.linear = nn.Parameter(torch.randn(1, 9, 5)), nn.Parameter(torch.rand(5)), nn.Linear(5, 5)
+        self.linear.weight.requires_grad_(False) # frozen
+        self.tied = nn.Linear(5, 5)
+        self.tied.weight = self.linear.weight
+    def reset_parameters(self): nn.init.trunc_normal_(self.positions, std=.02)
+    def forward(self, x): return self.tied(self.linear(x + self.positions)*self.gamma)
+
+
+def test_positions_gates_frozen_and_tied_weights_are_made_random():
+    torch.manual_seed(0)
+    model = Tokens()
+    *_, (_, copy) = randomized(model, n_steps=9)
+    for name, param in copy.named_parameters(): assert abs(np.corrcoef(param.detach().flatten(), model.get_parameter(name).detach().flatten())[0, 1]) < .9, name
+    assert copy.positions.std() < .03 and copy.tied.weight is copy.linear.weight
+
+
+def test_layers_without_weights_yet_are_said():
+    with pytest.raises(ValueError, match="layer '1' has no weights yet.*run the model once"): randomization_steps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3)))
+
+
+def test_nobody_elses_random_numbers_change(net, x, monkeypatch):
+    "Not even for a moment: another thread may draw just then"
+    before, seen = torch.get_rng_state(), []
+    own = nn.Conv2d.reset_parameters
+    def reset(self):
+        own(self)
+        nn.init.orthogonal_(self.weight); self.weight.data += torch.rand_like(self.weight) + torch.randn(self.weight.shape)
+        seen.append(torch.equal(torch.get_rng_state(), before))
+    monkeypatch.setattr(nn.Conv2d, 'reset_parameters', reset)
+    first, second = (list(randomized(net, args=(x,)))[-1][1] for _ in range(2))
+    assert len(seen) > 2 and all(seen) and torch.equal(first[0][0].weight, second[0][0].weight)
+
+
+def test_hooks_that_are_part_of_the_model_go_along(x):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.kept, self.head = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)), {}, nn.Linear(12, 4)
+            self.body[0].register_forward_hook(self.keep)                                       # a skip
+            self.body[1].register_forward_pre_hook(lambda module, inputs: (inputs[0]/self.scale,))
+            self.body[1].register_forward_hook(lambda module, inputs, out: out.add_(1))         # returns something by chance
+            self.scale = nn.Parameter(torch.tensor(2.))
+        def keep(self, module, inputs, out): self.kept['skip'] = out
+        def forward(self, x): return self.head(torch.cat([self.body(x).mean((2, 3)), self.kept['skip'].mean((2, 3))], 1))
+    torch.manual_seed(0)
+    net = Net()
+    net(x) # what it keeps belongs to a graph now
+    copy = dict(randomized(net, n_steps=9))['head']
+    with torch.no_grad(): copy.head.weight.copy_(net.head.weight); copy.head.bias.copy_(net.head.bias)
+    other = x.flip(0)
+    assert torch.allclose(copy(other), net(other), atol=1e-6)
+    with torch.no_grad(): copy.scale.fill_(3.)
+    assert not torch.allclose(copy(other), net(other), atol=1e-3) # it is the copy's own
+
+
+def test_a_copy_writes_to_nothing_of_ours(net, x):
+    class Watch:
+        def __init__(self): self.n, self.of = 0, {net[0][0]: []}
+        def hook(self, module, inputs, out):
+            self.n += 1
+            self.of[module].append(out)
+    watch, calls, count = Watch(), [], 0
+    def counting(module, inputs, out, kept=[]):
+        nonlocal count
+        count += 1
+        kept.append(1)
+    net[0][0].register_forward_hook(watch.hook)
+    net[0].register_forward_pre_hook(partial(lambda kept, *args: kept.append(1), calls))
+    net.register_forward_hook(counting)
+    for _, copy in randomized(net, args=(x,)): copy(x)
+    assert watch.n==count==len(calls)==len(counting.__defaults__[0])==0 and watch.of[net[0][0]]==[]
+    net(x)
+    assert watch.n==count==len(calls)==len(watch.of[net[0][0]])==1
 
 
 # -- what is refused, before any work

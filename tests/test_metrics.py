@@ -292,8 +292,10 @@ def test_curves_by_loops(images, steps):
             new[:, first], kept[:, first] = images[i].mean((1, 2))[:, None], images[i].reshape(3, -1)[:, first]
             assert deleted[i, k].item()==pytest.approx(linear(new.view(1, 3, 24, 32), torch.tensor([i])).item(), abs=1e-5)
             assert inserted[i, k].item()==pytest.approx(linear(kept.view(1, 3, 24, 32), torch.tensor([i])).item(), abs=1e-5)
-    assert torch.allclose(insertion(maps, images, linear, steps=steps, baseline=base), torch.tensor(np.trapezoid(inserted.numpy(), np.linspace(0, 1, steps + 1), axis=1)).float(), atol=1e-5)
-    assert torch.allclose(deletion(maps, images, linear, steps=steps, baseline='mean'), torch.tensor(np.trapezoid(deleted.numpy(), np.linspace(0, 1, steps + 1), axis=1)).float(), atol=1e-5)
+    shares = np.array([round(k*768/steps)/768 for k in range(steps + 1)]) # of whole pixels
+    assert torch.allclose(curve_shares(images, steps), torch.tensor(shares).float())
+    assert torch.allclose(insertion(maps, images, linear, steps=steps, baseline=base), torch.tensor(np.trapezoid(inserted.numpy(), shares, axis=1)).float(), atol=1e-5)
+    assert torch.allclose(deletion(maps, images, linear, steps=steps, baseline='mean'), torch.tensor(np.trapezoid(deleted.numpy(), shares, axis=1)).float(), atol=1e-5)
 
 
 def test_maps_are_enlarged_as_interpolate_does(maps, images, masks):
@@ -321,6 +323,29 @@ def test_the_area_of_a_linear_score_by_hand():
     assert deletion(image[:, 0], image, total, steps=4).item()==pytest.approx(3.75)
     assert deletion(-image[:, 0], image, total, steps=4).item()==pytest.approx((5 + 9 + 7 + 4 + 0)/4)
     assert insertion(image[:, 0], image, total, steps=4, baseline='mean').item()==pytest.approx((5 + 11.5 + 12 + 11.5 + 5)/4)
+
+
+def test_a_share_that_is_rounded_to_whole_pixels_keeps_its_true_size():
+    "Six pixels worth 6 to 1 in four steps: 2, 3 and 4 of them are gone (1.5 and 4.5 are rounded to even), which is 1/3, 1/2 and 2/3; more steps than pixels tell no more than one for each"
+    image = torch.tensor([[[[6., 5., 4.], [3., 2., 1.]]]])
+    def total(images, items): return images.sum((1, 2, 3))
+    left = {0: 21, 1: 15, 2: 10, 3: 6, 4: 3, 5: 1, 6: 0}
+    def area(counts): return sum((after - before)/6*(left[before] + left[after])/2 for before, after in zip(counts, counts[1:]))
+    for steps, counts in {4: [0, 2, 3, 4, 6], 6: range(7), 5: [0, 1, 2, 4, 5, 6], 7: range(7), 20: range(7), 1000: range(7)}.items():
+        assert deletion(image[:, 0], image, total, steps=steps).item()==pytest.approx(area(list(counts))), steps
+        assert insertion(image[:, 0], image, total, steps=steps, baseline='zero').item()==pytest.approx(21 - area(list(counts))), steps
+    assert curve_area(torch.tensor([[0., 4., 4.]]), torch.tensor([0., .25, 1.])).item()==pytest.approx(.25*2 + .75*4)
+
+
+def test_pixel_flipping_of_fewer_patches_than_steps():
+    "Four patches, of which one holds everything: gone at the first step, (0 + 1 + 1 + 1 + 1)/5, in however many steps"
+    image = torch.zeros(1, 1, 32, 32)
+    image[0, 0, :16, :16] = 1/256
+    def total(images, items): return images.sum((1, 2, 3))
+    for steps in (4, 5, 7, 20, 400): assert pixel_flipping(image[:, 0], image, total, steps=steps, baseline='zero').item()==pytest.approx(.8), steps
+    assert pixel_flipping(image[:, 0], image, total, steps=2, baseline='zero').item()==pytest.approx(2/3) # 0, 2 and 4 patches
+    assert pixel_flipping(image[:, 0], image, total, share=.5, baseline='zero').item()==pytest.approx(2/3)
+    assert pixel_flipping(image[:, 0], image, total, share=.01, baseline='zero').item()==pytest.approx(1/2) # one patch at least
 
 
 @pytest.mark.parametrize('share', [1., .4])

@@ -439,10 +439,11 @@ def test_the_figure_has_a_row_a_finding(found, tmp_path):
     without, with_it = (ax.images[0].get_array() for ax in fig.axes[2:4])
     assert not np.array_equal(without[-6:, -8:], with_it[-6:, -8:]) and np.abs(np.asarray(without[:20, :20], dtype=float) - np.asarray(with_it[:20, :20], dtype=float)).max() < 1e-3
 
-def test_a_clean_learner_has_none():
+def test_a_clean_learner_has_none(found, tmp_path):
     interp = interpretation(learner())
     with interp.learn.no_bar(): clean = interp.find_shortcuts()
-    assert len(clean) == 0 and repr(clean).startswith('No shortcut was found (100 pictures of 2 classes') and clean.plot() is None and len(clean.table) == 0
+    assert len(clean) == 0 and repr(clean).startswith('No shortcut was found (100 pictures of 2 classes') and len(clean.table) == 0 and list(clean.table)==list(found.table)
+    assert clean.plot(save=tmp_path/'none.png').axes[0].texts[0].get_text() == repr(clean) and (tmp_path/'none.png').stat().st_size > 1000
 
 def test_a_tint_is_found_in_the_surroundings():
     interp = interpretation(learner(tint, seed=1))

@@ -26,16 +26,17 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    "A vision transformer with `n_extra` tokens before the places; it reads the first of them, or the mean of the places"
+    "A vision transformer with `n_extra` tokens before the places; it reads the first of them, the mean of the places, or what a query of its own attends to"
     def __init__(self, n_extra=1, pool='token', fused=False, n_blocks=3, width=12):
         super().__init__()
         self.n_extra, self.pool = n_extra, pool
         self.patches, self.extra = nn.Conv2d(3, width, 4, 4), nn.Parameter(torch.randn(1, n_extra, width))
         self.blocks = nn.Sequential(*[Block(width, 2, fused) for _ in range(n_blocks)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
+        self.norm, self.head, self.query = nn.LayerNorm(width), nn.Linear(width, 4), nn.Parameter(torch.randn(1, 1, width))
     def forward(self, x):
         x = self.patches(x).flatten(2).mT
         x = self.norm(self.blocks(torch.cat([self.extra.expand(len(x), -1, -1), x], 1)))
+        if self.pool=='attention': return self.head(F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1), x, x)[:, 0])
         return self.head(x[:, 0] if self.pool=='token' else x[:, self.n_extra:].mean(1))
 
 
@@ -50,6 +51,7 @@ def images(n=2, size=(12, 20)): return torch.randn(n, 3, *size, dtype=torch.doub
 
 
 CASES = [dict(n_extra=1), dict(n_extra=3), dict(n_extra=0, pool='mean'), dict(n_extra=2, pool='mean')]
+ROLLED = [*CASES, dict(n_extra=0, pool='attention'), dict(n_extra=1, pool='attention')]
 
 
 @pytest.mark.parametrize('fused', [False, True])
@@ -100,8 +102,9 @@ def read_from(reached, model, last_grad):
 
 
 @pytest.mark.parametrize('fused', [False, True])
-@pytest.mark.parametrize('case', CASES, ids=str)
+@pytest.mark.parametrize('case', ROLLED, ids=str)
 def test_rollouts_against_explicit_matrices(case, fused):
+    "What reaches the tokens that are read through at least one attention: without the identity, which nothing has brought there"
     model, x = vit(**case), images()
     watched = vit(**case, fused=fused)
     with Probe(watched) as p:
@@ -113,14 +116,47 @@ def test_rollouts_against_explicit_matrices(case, fused):
         for c in range(4):
             attention, grads = attentions(model, x[i:i+1], lambda out: out[0, c])
             eye = torch.eye(attention[0].shape[-1], dtype=torch.double)
+            positive = [torch.stack([(looked[head]*grad[head]).clamp(min=0) for head in range(2)]).mean(0) for looked, grad in zip(attention, grads)]
+            most = max(sum(row).item() for one in positive for row in one)
             reached, relevance = eye, eye
-            for looked, grad in zip(attention, grads):
+            for looked, raising in zip(attention, positive):
                 reached = (looked.mean(0)/2 + eye/2) @ reached
-                positive = torch.stack([(looked[head]*grad[head]).clamp(min=0) for head in range(2)]).mean(0)
-                relevance = relevance + positive @ relevance
-            assert torch.allclose(plain[i, c], read_from(reached, model, grads[-1]), atol=1e-12)
-            assert torch.allclose(graded[i, c], read_from(relevance, model, grads[-1]), atol=1e-12)
+                relevance = relevance + raising/most @ relevance
+            assert torch.allclose(plain[i, c], read_from(reached - eye/8, model, grads[-1]), atol=1e-12)
+            assert torch.allclose(graded[i, c], read_from(relevance - eye, model, grads[-1]), atol=1e-12)
     assert graded.flatten(2).std(-1).min() > 1e-7
+
+
+@pytest.mark.parametrize('case', ROLLED, ids=str)
+def test_rollouts_do_not_depend_on_the_unit_of_the_score(case):
+    x, maps = images(), []
+    for unit in (1e-6, 1., 1e6):
+        with Probe(vit(**case)) as p:
+            cap = p(x)
+            maps.append([METHODS[name](cap, cap.score(lambda out: unit*out)) for name in ('rollout', 'grad_rollout')])
+    for plain, graded in maps[1:]: assert torch.allclose(plain, maps[0][0], rtol=1e-8) and torch.allclose(graded, maps[0][1], rtol=1e-8)
+
+
+def test_rollouts_are_not_a_picture_of_which_tokens_are_read():
+    "Where every token takes as much from each, no place is before another, whatever the weights of the rows that are read"
+    model, x = vit(n_extra=0, pool='mean'), images(1)
+    with torch.no_grad():
+        for block in model.blocks: block.qkv.weight[:24] = 0; block.qkv.bias[:24] = 0 # no queries, no keys: each token takes the same from all
+    with Probe(model) as p:
+        cap = p(x)
+        plain = METHODS['rollout'](cap, cap.score(lambda out: out))
+    assert torch.allclose(plain, plain.mean((2, 3), keepdim=True).expand_as(plain), atol=1e-12) and plain.min() > 0
+
+
+def test_rollouts_say_what_is_not_finite():
+    model, x = vit(n_extra=1), images()
+    model.patches.register_forward_hook(lambda module, inputs, out: torch.where(inputs[0].amax((1, 2, 3), keepdim=True) > 20, torch.nan, out))
+    x[1, 0, 0, 0] = 30
+    for name in ('rollout', 'grad_rollout'):
+        with Probe(model, 'blocks.2') as p:
+            cap = p(x)
+            finite = METHODS[name](cap, cap.score(lambda out: out)).isfinite().flatten(1)
+        assert finite[0].all() and not finite[1].any()
 
 
 def test_rollouts_are_refused_where_nothing_attends_to_the_whole_image():
