@@ -19,7 +19,7 @@ from fastcore.xtras import is_listy
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation, Interpretation
-from fastai.learner import Learner, _ConstantFunc
+from fastai.learner import Learner
 from .probe import _each_tensor, check_layers
 from .tasks import Values
 from .targets import Actual, Predicted, Region
@@ -99,9 +99,8 @@ class CAMInterpretation(ClassificationInterpretation):
             if not source.labelled: raise ValueError('an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
             if not _has_item_losses(quiet): quiet.loss_func = _ItemLosses(quiet.loss_func)
             *_,losses = quiet.get_preds(dl=source.dl, with_loss=True, with_preds=False, with_targs=False, reorder=False)
-            check_rows(quiet, len(source.items), [])
-            loader = source.dl.new(get_idxs=_ConstantFunc(source.dl.get_idxs()), n=source.dl.n) # unlike a lambda, this can be pickled
-        interp = cls(learn, loader, losses, act)
+            check_rows(quiet, source.dl.n, []) # all of them, also those that a transform skips: plots ask for items by their position
+        interp = cls(learn, source.dl, losses, act)
         interp.method,interp.layer = method,layer
         return interp
 

@@ -36,7 +36,7 @@ from fastai.torch_core import to_device
 from fastai.vision.core import PILBase, PILImage
 from .probe import _each_tensor, _tensors, images_in
 from .maps import Images
-from .state import learner_as_found
+from .state import random_states_kept
 
 # %% ../nbs/04_source.ipynb #50a7ce05
 def _first_sample(learn):
@@ -51,7 +51,7 @@ def n_inputs(
     "How many things go into the model for one item"
     known = getattr(learn.dls, 'n_inp', None)
     if known is not None: return known
-    with learner_as_found(learn): sample = _first_sample(learn) # torch's loaders do not say it, and the loop takes all but the last
+    with random_states_kept(): sample = _first_sample(learn) # torch's loaders do not say it, and the loop takes all but the last
     return max(1, len(sample) - 1) if isinstance(sample, (tuple, list)) else 1
 
 def _is_indexed(ds): return hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and not isinstance(ds, IterableDataset)
@@ -100,7 +100,7 @@ def _same_states(one, other):
     return same_torch and one[0]==other[0] and one[1][2]==other[1][2] and np.array_equal(one[1][1], other[1][1])
 
 def _set_random_states(states):
-    "To be called inside `learner_as_found`, which puts back what they were"
+    "To be called inside `random_states_kept`, which puts back what they were"
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
@@ -488,7 +488,7 @@ def _some(dl, chosen, workers=None):
 def _read(learn, dl, idxs, places, states):
     "The batches of the items at `places` again; from random states, one batch"
     chosen = [idxs[i] for i in places]
-    with learner_as_found(learn): # left before anybody sees a batch: a generator would leave it when it is collected
+    with random_states_kept(): # left before anybody sees a batch: a generator would leave it when it is collected
         if states is None: return list(_some(dl, chosen))
         loader = _some(dl, chosen, 0)
         loader.before_iter()

@@ -9,7 +9,7 @@ __all__ = ['call_event', 'is_stand_in', 'stand_in', 'released', 'random_states_k
            'has_bar', 'with_bar', 'bar_of_long_work']
 
 # %% ../nbs/04_state.ipynb #5d0e7a03
-import random, sys, threading
+import random, sys, sysconfig, threading
 from collections import deque
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -184,17 +184,17 @@ def released(
         finally: release()
     finally: release()
 
-_waits = sys.stdlib_module_names - {'random'} | {'zmq', 'ipykernel', 'IPython', 'tornado', 'debugpy', 'wandb'}
+_libraries = '<frozen', *{sysconfig.get_path(kind) for kind in ('stdlib', 'platstdlib', 'purelib', 'platlib')} # whose threads wait, for input or for work
 _draws = 'torch', 'numpy', 'fastai', 'fastai_cam', 'random'
 
 def _at_work():
     "Does another thread compute, so that random numbers may be drawn there? One that waits for input or for its turn draws none"
     def is_busy(frame):
-        names = []
+        names,innermost = [],frame.f_code.co_filename
         while frame is not None: names,frame = [*names, frame.f_globals.get('__name__', '')],frame.f_back
         waits = 'torch.utils.data._utils', 'torch._inductor' # threads of torch's that move data and compile
         computes = [name for name in names if name.split('.')[0] in _draws and not name.startswith(waits)]
-        return bool(computes) or names[0].split('.')[0] not in _waits
+        return bool(computes) or not innermost.startswith(_libraries)
     return any(is_busy(frame) for thread,frame in sys._current_frames().items() if thread != threading.get_ident())
 
 @contextmanager

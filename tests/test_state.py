@@ -360,9 +360,12 @@ def test_items_that_a_loader_skips(dls):
     def skip(sample):
         if sample.ndim and sample.max()==2/8: raise SkipItemException # called with the image, then with the label
         return sample
-    loader = TfmdDL([(torch.full((3, 24, 24), i/8), torch.tensor(i % 2)) for i in range(8)], bs=4, after_item=skip)
+    samples = [(torch.full((3, 24, 24), i/8), torch.tensor(i % 2)) for i in range(8)]
+    loader, without = TfmdDL(samples, bs=4, after_item=skip, num_workers=0), TfmdDL(samples[:2] + samples[3:], bs=4, num_workers=0)
     learn = make(DataLoaders(loader, loader))
-    with pytest.raises(ValueError, match='8 items were asked for and the DataLoader gave 7'): learn.get_cams(loader)
+    found, expected = learn.get_cams(loader), learn.get_cams(without)
+    assert torch.equal(found.maps, expected.maps) and [float(x.max()) for x, _ in found.items]==[float(x.max()) for x, _ in expected.items]
+    with pytest.raises(ValueError, match='item 2 is skipped by a transform, and in worker processes it is not known'): learn.get_cams(loader.new(num_workers=1))
     with pytest.raises(ValueError, match='8 items were asked for and the DataLoader gave 7'): CAMInterpretation.from_learner(learn)
 
 
