@@ -106,7 +106,7 @@ class CAMCallback(Callback):
     ):
         self.cls,self.method,self.layer,self.image = cls,method,layer,image
         self.watcher = self.cams = self.wrapped = None
-        self.rows = []
+        self.n_rows = []
 
     def __call__(self, event_name):
         try: return call_event(self, event_name)
@@ -124,7 +124,7 @@ class CAMCallback(Callback):
     def before_validate(self):
         "Resolve what was asked for and attach the probe"
         self.close()
-        self.rows = []
+        self.n_rows = []
         self.target,self.methods = _target(self.learn, self.cls),as_methods(self.method)
         self.found_maps,self.found_classes,self.found_regions = [],[],[]
         needs_grad = any(getattr(m, 'needs_grad', True) for m in self.methods)
@@ -148,7 +148,7 @@ class CAMCallback(Callback):
     def after_pred(self):
         "Take the capture, make the maps, let go of the graph"
         cap = self.watcher.take()
-        self.rows.append(find_bs(self.learn.xb))
+        self.n_rows.append(find_bs(self.learn.xb))
         with self.watcher.looking_away(): self._make_maps(cap)
 
     def after_validate(self):
@@ -245,7 +245,7 @@ def _predict(learn, source, callback, **kwargs):
         if isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False # a single batch needs no progress bar
     if hasattr(source.dl, 'fake_l'): source.dl.fake_l.generator = _SeedGenerator()
     with released(callback.close): found = learn.get_preds(dl=source.dl, reorder=False, cbs=callback, **kwargs)
-    check_rows(learn, len(source.items), callback.rows)
+    check_rows(learn, len(source.items), callback.n_rows)
     return found
 
 _meant = dict(cls=('class_name class_names class_idx class_index class_id class_ target targets target_class target_category '

@@ -125,7 +125,7 @@ def test_shortcuts_or_why_not(learn, kind):
 
 # -- an item is what it is, whatever it is with
 
-@pytest.mark.parametrize('method', ['random_map', 'gradcam+tta', partial(METHODS['smooth_gradcam_pp'], n=2), partial(METHODS['sscam'], n=1, top=1)], ids=str)
+@pytest.mark.parametrize('method', ['random_map', 'gradcam+tta', partial(METHODS['smooth_gradcam_pp'], n=2), partial(METHODS['sscam'], n=1, top=1)], ids=['random_map', 'tta', 'smooth_gradcam_pp', 'sscam'])
 def test_what_is_drawn_belongs_to_the_item(learners, method):
     learn = learners('numbers')
     together, alone = learn.get_cams([0, 3, 5, 1, 2], method=method).maps, learn.get_cams(5, method=method).maps
