@@ -13,13 +13,15 @@ import random, sys, sysconfig, threading
 from collections import deque
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from functools import lru_cache
+from functools import lru_cache, wraps
+from itertools import chain
 from types import MethodType
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastcore.imports import noop
@@ -217,15 +219,47 @@ def _hooks_of(cbs):
     kept = [value for cb in cbs for value in vars(cb).values()]
     return [hook for value in kept for hook in (value.hooks if isinstance(value, Hooks) else [value]) if isinstance(hook, Hook)]
 
+def _begins_unseen(loop):
+    "`loop` of a learner, begun when no other thread looks into its model; whoever looks later finds it among the running ones"
+    @wraps(loop)
+    def begun(self, *args, **kwargs):
+        if isinstance(self.model, nn.Module):
+            with model_lock(bare(self.model)): pass # not held meanwhile: a look is to be refused at once, and not to wait for a whole fit
+        return loop(self, *args, **kwargs)
+    return begun
+
+Learner._do_fit,Learner._do_epoch_validate = _begins_unseen(Learner._do_fit),_begins_unseen(Learner._do_epoch_validate)
+
+def _parts(model):
+    "What two models may share so that running one disturbs the other: weights, buffers, and dropout, which has a mode"
+    return {id(part) for part in chain(model.parameters(), model.buffers(), (m for m in model.modules() if isinstance(m, _DropoutNd)))}
+
 def _check_unused(model):
-    "`RuntimeError` if another thread runs `model` in a loop of fastai's"
-    codes = {Learner._do_fit.__code__, Learner._do_epoch_validate.__code__}
+    "`RuntimeError` if another thread runs `model`, or one that shares a part with it, in a loop of fastai's"
+    code,parts = Learner._do_fit.__code__,_parts(model)
     for thread,frame in sys._current_frames().items():
         while frame is not None and thread != threading.get_ident():
-            if frame.f_code in codes and bare(frame.f_locals['self'].model) is model:
-                raise RuntimeError('another thread runs this model in a fit, validate or get_preds, and looking into it would switch its mode in the middle: '
-                                   'look from a callback of that run, after it, or into a copy of the learner')
+            if frame.f_code is code and not parts.isdisjoint(_parts(bare(frame.f_locals['self'].model))):
+                raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, and looking into it '
+                                   'would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the learner')
             frame = frame.f_back
+
+def _weights_and_modes(model): # an inference tensor cannot be trained
+    versions = [None if part.is_inference() else part._version for part in model.parameters()]
+    return versions,[module.training for module in model.modules()]
+
+@contextmanager
+def _untrained(model):
+    "`RuntimeError` if another thread, in a loop that is not fastai's, trains `model` while the block looks into it"
+    before,in_company = _weights_and_modes(model),_at_work()
+    def is_trained(): return _weights_and_modes(model) != before and (in_company or _at_work())
+    trained = ('the weights or modes of the model changed while it was looked into, as another thread trains it: the map would be of no one model, '
+               'so look when that training is over or pauses, or into a copy of the learner')
+    try: yield
+    except RuntimeError as e: # autograd, whose words are about tensors
+        if 'modified by an inplace operation' not in str(e) or not is_trained(): raise
+        raise RuntimeError(trained) from e
+    if is_trained(): raise RuntimeError(trained)
 
 @contextmanager
 def learner_as_found(
@@ -240,7 +274,7 @@ def learner_as_found(
         def release():
             torch.set_autocast_cache_enabled(caches)
             for hook,stored in hooks: hook.stored = stored
-        with released(release), random_states_kept(), as_found(learn.model):
+        with released(release), random_states_kept(), as_found(learn.model), _untrained(model):
             torch.set_autocast_cache_enabled(False)
             yield stand_in(learn)
 

@@ -480,6 +480,114 @@ def test_a_look_into_a_model_that_another_thread_trains_is_refused(dls):
     assert learn.get_cams(0).maps.abs().max() > 0
 
 
+class Headed(nn.Module):
+    "A body, of others too, without anything that draws"
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(4, 2)
+    def forward(self, x): return self.head(self.body(x).mean((2, 3)))
+
+
+def plain_learner(model, n=8):
+    "Data that draws nothing, so that training depends on the model alone"
+    g = torch.Generator().manual_seed(0)
+    samples = [(torch.rand(3, 16, 16, generator=g), torch.tensor(i % 2)) for i in range(n)]
+    loader = lambda: TfmdDL(samples, bs=4, num_workers=0)
+    return make(DataLoaders(loader(), loader()), model=model)
+
+
+def state_of(model): return [value.clone() for value in model.state_dict().values()]
+def all_equal(a, b): return len(a)==len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize('run', ['fit', 'validate', 'get_preds'])
+@pytest.mark.parametrize('share', ['body', 'layer', 'weight', 'dropout'])
+def test_a_look_into_a_model_that_shares_a_part_with_one_at_work_is_refused(share, run):
+    one, other = Net(), Net()
+    if share=='body': other.body = one.body
+    if share=='layer': other.body[1] = one.body[1]
+    if share=='weight': other.body[0].weight = one.body[0].weight
+    if share=='dropout': other.head[2] = one.head[2]
+    learn, looked, at_work, go_on = plain_learner(one), plain_learner(other), threading.Event(), threading.Event()
+    class Waits(Callback):
+        def after_batch(self): at_work.set(); go_on.wait(20)
+    def work():
+        with learn.no_logging(), learn.no_bar(): learn.fit(1, cbs=Waits()) if run=='fit' else getattr(learn, run)(cbs=Waits())
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert at_work.wait(20)
+    try:
+        modes = [m.training for m in one.modules()]
+        with pytest.raises(RuntimeError, match='another thread runs this model, or one that shares layers with it'): looked.get_cams([0])
+        assert [m.training for m in one.modules()]==modes
+        assert plain_learner(Net()).get_cams([0]).maps.abs().max() > 0 # one that shares nothing
+    finally: go_on.set(); thread.join()
+    assert looked.get_cams([0]).maps.abs().max() > 0
+
+
+@pytest.mark.parametrize('shares', ['learner', 'model', 'body'])
+@pytest.mark.parametrize('run', ['fit', 'validate'])
+def test_what_another_thread_begins_during_a_look_waits_for_its_end(shares, run):
+    "Training is the same to the last bit, batch norm's counters too, and the map is that of the model before it"
+    def trained(look):
+        torch.manual_seed(0)
+        body = Net().body
+        learn = plain_learner(Headed(body))
+        looked = dict(learner=lambda: learn, model=lambda: plain_learner(learn.model), body=lambda: plain_learner(Headed(body)))[shares]()
+        batches = []
+        class Counts(Callback):
+            def before_batch(self): batches.append(1)
+        def work():
+            with learn.no_logging(), learn.no_bar(): learn.fit(2, 1e-2, cbs=Counts()) if run=='fit' else learn.validate(cbs=Counts())
+        thread = threading.Thread(target=work)
+        def during(cap, score):
+            if thread.ident is None: thread.start()
+            thread.join(.3)
+            assert not batches and not any(m.training for m in looked.model.modules())
+            return METHODS['gradcam'](cap, score)
+        if look:
+            expected = looked.get_cams([0, 1], cls=1).maps
+            assert torch.equal(looked.get_cams([0, 1], cls=1, method=during).maps, expected)
+        else: thread.start()
+        thread.join()
+        assert len(batches)==(8 if run=='fit' else 2)
+        return state_of(learn.model)
+    assert all_equal(trained(False), trained(True))
+
+
+def test_training_in_a_loop_of_the_users_own_ends_a_look_with_a_sentence():
+    "Whether autograd notices or not; one that only runs the model does not matter"
+    learn, sentence = plain_learner(Headed(Net().body)), 'the weights or modes of the model changed while it was looked into'
+    x, opt = torch.rand(4, 3, 16, 16), torch.optim.SGD(learn.model.parameters(), .1)
+    def step():
+        opt.zero_grad()
+        learn.model(x).sum().backward()
+        opt.step()
+    def mode(): learn.model.body[1].train()
+    def only_runs():
+        with torch.no_grad(): learn.model(x)
+    expected = learn.get_cams([0]).maps
+    def look(work, method):
+        stop, done = threading.Event(), threading.Event()
+        def go():
+            while not stop.is_set(): work(); done.set()
+        thread = threading.Thread(target=go)
+        def during(cap, score):
+            thread.start()
+            assert done.wait(20)
+            return METHODS[method](cap, score)
+        try: return learn.get_cams([0], method=during).maps
+        finally: stop.set(); thread.join()
+    assert torch.equal(look(only_runs, 'gradcam'), expected)
+    for work, method in ((step, 'gradcam'), (step, 'eigencam'), (mode, 'eigencam')):
+        with pytest.raises(RuntimeError, match=sentence) as caught: look(work, method)
+        assert '\n' not in str(caught.value)
+        assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in learn.model.modules())==0
+    def forgets(cap, score): # an error of the user's own keeps its words
+        raise RuntimeError('modified by an inplace operation')
+    with pytest.raises(RuntimeError, match='^modified by'): learn.get_cams([0], method=forgets)
+
+
 def test_no_number_is_drawn_twice_by_another_thread(dls):
     "The random states belong to all threads: they are not put back where another one draws"
     learn, drawn, stop = make(dls), [], threading.Event()
