@@ -9,7 +9,7 @@ __all__ = ['call_event', 'is_stand_in', 'stand_in', 'released', 'random_states_k
            'has_bar', 'with_bar', 'bar_of_long_work']
 
 # %% ../nbs/04_state.ipynb #5d0e7a03
-import random, sys, sysconfig, threading
+import os, random, sys, sysconfig, threading
 from collections import deque
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -219,13 +219,20 @@ def _hooks_of(cbs):
     kept = [value for cb in cbs for value in vars(cb).values()]
     return [hook for value in kept for hook in (value.hooks if isinstance(value, Hooks) else [value]) if isinstance(hook, Hook)]
 
+_running = {} # fastai's loops: their threads and learners
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_running.clear) # the other threads do not exist there
+
 def _begins_unseen(loop):
-    "`loop` of a learner, begun when no other thread looks into its model; whoever looks later finds it among the running ones"
+    "`loop` of a learner, begun when no other thread looks into its model; whoever looks later finds it in `_running`"
     @wraps(loop)
     def begun(self, *args, **kwargs):
-        if isinstance(self.model, nn.Module):
-            with model_lock(bare(self.model)): pass # not held meanwhile: a look is to be refused at once, and not to wait for a whole fit
-        return loop(self, *args, **kwargs)
+        this = object()
+        try:
+            _running[this] = threading.get_ident(),self
+            if isinstance(self.model, nn.Module):
+                with model_lock(bare(self.model)): pass # not held meanwhile: a look is to be refused at once, and not to wait for a whole fit
+            return loop(self, *args, **kwargs)
+        finally: _running.pop(this, None)
     return begun
 
 Learner._do_fit,Learner._do_epoch_validate = _begins_unseen(Learner._do_fit),_begins_unseen(Learner._do_epoch_validate)
@@ -236,13 +243,11 @@ def _parts(model):
 
 def _check_unused(model):
     "`RuntimeError` if another thread runs `model`, or one that shares a part with it, in a loop of fastai's"
-    code,parts = Learner._do_fit.__code__,_parts(model)
-    for thread,frame in sys._current_frames().items():
-        while frame is not None and thread != threading.get_ident():
-            if frame.f_code is code and not parts.isdisjoint(_parts(bare(frame.f_locals['self'].model))):
-                raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, and looking into it '
-                                   'would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the learner')
-            frame = frame.f_back
+    others = [bare(learn.model) for thread,learn in list(_running.values()) if thread != threading.get_ident()]
+    parts = _parts(model) if others else set()
+    if not all(parts.isdisjoint(_parts(other)) for other in others if isinstance(other, nn.Module)):
+        raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, and looking into it '
+                           'would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the learner')
 
 def _weights_and_modes(model): # an inference tensor cannot be trained
     versions = [None if part.is_inference() else part._version for part in model.parameters()]
