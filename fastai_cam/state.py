@@ -98,12 +98,12 @@ def _goes_along(cb):
     if isinstance(cb, never) or getattr(cb, 'remove_on_fetch', False) or not (cb.run and cb.run_valid): return False
     return _has_event(cb, 'before_batch') or _has_event(cb, 'after_pred')
 
-def _copies(learn, twin):
+def _copies(learn, memo):
     "Copies of the callbacks of `learn` that go along; the event that is asking for the pass is not called again in it"
     root = lambda cb: vars(cb).get('_copy_of', id(cb)) # of a copy of a copy too
     asking = [(root(cb), event, is_stand_in(cb.learn)) for cb,event in _being_called()]
     again = {cb for cb,_,is_copy in asking if is_copy} # a copy that asks in its turn would ask for ever
-    memo,found = {id(learn): twin},[]
+    found = []
     for cb in learn.cbs:
         if not _goes_along(cb) or root(cb) in again: continue
         found.append(_own(cb, memo))
@@ -157,6 +157,13 @@ def _own_loss(loss):
     if isinstance(loss, BaseLoss): loss.func = copy(loss.func)
     return loss
 
+_of_loop = {'xb', 'yb', 'pred', 'loss', 'loss_grad', 'cbs', '_metrics', 'loss_func'} # fastai sets them anew, or the stand-in has its own
+
+def _take_over(learn, twin, memo):
+    "What is kept on the learner, for the stand-in: copies of what may change, as callbacks and methods of the learner's class may change it"
+    for one in (*learn.cbs, learn.loss_func): memo.setdefault(id(one), one) # records, which grow with a fit, are not copied
+    twin.__dict__.update({name: _own(value, memo) for name,value in vars(learn).items() if name not in _of_loop})
+
 def stand_in(
     learn:Learner # Learner to run, though not itself
 ) -> Learner: # Has the same model, data and loss function; running it does not change `learn`
@@ -164,13 +171,16 @@ def stand_in(
     if is_stand_in(learn): return learn
     twin = object.__new__(_stand_in_class(type(learn)))
     twin.__dict__.update(learn.__dict__)
+    memo = {id(learn): twin}
+    copies = _copies(learn, memo)
+    _take_over(learn, twin, memo)
     for name in ('smooth_loss', 'final_record'): twin.__dict__.pop(name, None)
     twin.lock,twin.cbs,twin.training = threading.Lock(),L(),False
     twin.loss_func = _own_loss(learn.loss_func)
     is_half = any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs)
     bar = [ProgressCallback()] if has_bar(learn) else []
     twin.add_cbs([_LoopState(), *bar, *([_ModelPrecision()] if is_half else [])])
-    for cb in _copies(learn, twin):
+    for cb in copies:
         twin.cbs.append(cb)
         setattr(twin, cb.name, cb)
     return twin

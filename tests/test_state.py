@@ -262,6 +262,83 @@ def test_a_callback_that_looks_in_the_event_that_it_changes(dls):
     assert len(Both.looks)==3 and all(torch.allclose(maps, expected, atol=1e-6) for maps in Both.looks)
 
 
+class Box:
+    def __init__(self): self.n, self.seen = 0, []
+
+
+class KeepsOnLearner(Callback):
+    "Scales the input by what it has kept on the learner, in things of many kinds; one of them is its own too"
+    kinds = dict(count=int, seen=list, groups=dict, names=set, box=Box, total=lambda: torch.zeros(1), array=lambda: np.zeros(1), queue=lambda: deque(maxlen=9),
+                 nested=lambda: dict(a=[[]]), rng=lambda: random.Random(3), note=Box)
+    def after_create(self):
+        for name, kind in self.kinds.items(): setattr(self.learn, name, kind())
+        self.box, self.learn.method = self.learn.box, self.learn.note.seen.append
+    def before_batch(self):
+        learn = self.learn
+        learn.count += 1
+        learn.seen.append(1)
+        learn.groups[len(learn.groups)] = 1
+        learn.names.add(len(learn.names))
+        self.box.n += 1
+        learn.total += 1
+        learn.array += 1
+        learn.queue.append(1)
+        learn.nested['a'][0].append(1)
+        n = [learn.count, len(learn.seen), len(learn.groups), len(learn.names), learn.box.n, float(learn.total), float(learn.array[0]), len(learn.nested['a'][0])]
+        assert len(set(n))==1 # one copy of all
+        self.learn.xb = (self.x*(1 + .01*len(learn.seen) + .1*learn.rng.random()),)
+
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_batch', 'after_pred', 'after_backward', 'after_step', 'after_batch', 'before_validate', 'after_validate', 'after_epoch'])
+def test_what_a_callback_keeps_on_the_learner_stays(dls, event):
+    "Training that depends on it is the same to the last bit, and a second look sees what the first saw"
+    plain, _ = trained(dls, cbs=[KeepsOnLearner()])
+    def look(learn, n):
+        if n > 4: return
+        before = around(learn)
+        maps = [learn.get_cams([0, 5], cls=1).maps for _ in range(2)]
+        assert torch.equal(*maps) and not difference(before, around(learn))
+    looked, watch = trained(dls, look, [event], cbs=[KeepsOnLearner()])
+    assert watch.n > 0
+    assert_same(plain, looked)
+
+
+def test_what_is_kept_on_the_learner_is_what_the_map_is_made_with(dls):
+    learn = make(dls)
+    x = dls.valid.one_batch()[0].as_subclass(torch.Tensor)[:2]
+    expected = learn.get_cams(list(x*1.04), cls=1).maps
+    class Scales(Callback):
+        def before_batch(self): self.learn.seen.append(1); self.learn.xb = (self.x*(1 + .01*len(self.learn.seen)),)
+    learn.seen = [1, 1, 1]
+    learn.add_cb(Scales())
+    for _ in range(2): assert torch.allclose(learn.get_cams([0, 1], cls=1).maps, expected, atol=1e-6)
+    assert learn.seen==[1, 1, 1]
+
+
+def test_a_learner_of_its_own_class_keeps_what_its_methods_change(dls):
+    class Counting(Learner):
+        def one_batch(self, i, b):
+            self.batches.append(i)
+            return super().one_batch(i, b)
+    learn = Counting(dls, Net(), loss_func=CrossEntropyLossFlat(), cbs=[TrainEvalCallback(), Recorder(), CastToTensor()], default_cbs=False)
+    learn.batches = []
+    learn.get_cams(dls.valid)
+    CAMInterpretation.from_learner(learn)
+    assert learn.batches==[]
+    learn.get_preds()
+    assert learn.batches==[0, 1, 2]
+
+
+def test_what_is_big_and_of_no_concern_is_not_copied(dls):
+    from fastai_cam.state import learner_as_found
+    learn = make(dls)
+    with learn.no_logging(): learn.fit(1)
+    learn.kept = dict(model=learn.model, dls=learn.dls, opt=learn.opt, loss=learn.loss_func, recorder=learn.recorder)
+    with learner_as_found(learn) as twin:
+        assert all(twin.kept[name] is value for name, value in learn.kept.items()) and twin.kept is not learn.kept
+        assert twin.recorder is learn.recorder and twin.model is learn.model and twin.opt is learn.opt and twin.dls is learn.dls
+
+
 def test_other_callbacks_are_not_told(dls):
     "Neither events nor hooks, nor in the pass nor at its ends"
     calls = []
