@@ -34,7 +34,7 @@ from .probe import Probe, _each_tensor, bare, check_layers
 from .targets import AllClasses, Several, as_target
 from .methods import METHODS, as_methods, enlarge, method_name
 from .maps import CAMs, check_style
-from .state import bar_of_long_work, call_event, check_learner, has_bar, is_stand_in, learner_as_found, released, stand_in
+from .state import bar_of_long_work, call_event, check_learner, has_bar, is_stand_in, learner_as_found, released, stand_in, valid_loader
 from .source import Source, as_source
 
 # %% ../nbs/04_learner.ipynb #493b9109
@@ -83,7 +83,7 @@ def _drawn(kind):
 
 def _label_types(learn):
     "What each label is, where fastai's data sets say so: its type, or the transform that makes numbers of it"
-    sets = getattr(learn.dls.valid_ds, 'tls', None) or []
+    sets = getattr(getattr(valid_loader(learn.dls), 'dataset', None), 'tls', None) or []
     def what(tl):
         if any(isinstance(tfm, RegressionSetup) for tfm in getattr(tl.tfms, 'fs', [])): return RegressionSetup
         return (getattr(tl, 'types', None) or [None])[-1]

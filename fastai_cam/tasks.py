@@ -251,9 +251,12 @@ def _at_every_pixel(vocab, y):
     return Segmentation(vocab) if is_mask else NoAnswer('picture')
 
 # %% ../nbs/01_tasks.ipynb #8aa98897
+_a_function = 'a function of the output that returns one score per item'
+
 class Values(Task):
     "Numbers: one column each"
     name,signed = 'values',True
+    most = 64 # More columns without names are no handful of values
     def __init__(self,
         names:Sequence[str]|None=None # Names of the values, in the order of the output
     ): store_attr()
@@ -263,8 +266,13 @@ class Values(Task):
     def column_names(self,
         out:Tensor # Output of the model, `[B]` or `[B, ...]`
     ) -> list[str]:
-        "What the columns are called"
-        return list(map(str, self.names)) if self.names is not None and len(self.names)==self.n_classes(out) else [f'value {i}' for i in range(self.n_classes(out))] if self.n_classes(out) > 1 else ['value']
+        "What the columns are called; `ValueError` where there are more than `most` without names"
+        n = self.n_classes(out)
+        if self.names is not None and len(self.names)==n: return list(map(str, self.names))
+        if n > self.most:
+            raise ValueError(f'this learner returns {n} numbers an item without names, too many to be values one by one (a picture, a curve, an embedding?): '
+                             f'pass cls=the number of a column, or {_a_function}, e.g. cls=lambda out: out.flatten(1)[:,100:200].mean(1)')
+        return [f'value {i}' for i in range(n)] if n > 1 else ['value']
     def scores(self, out:Any, classes:Tensor, regions:Tensor|None=None) -> Tensor: return out.reshape(len(out), -1).gather(1, classes)
 
 class Points(Values):
@@ -274,7 +282,6 @@ class Points(Values):
         n = self.n_classes(out)
         return ['xy'[i%2] + (f' of point {i//2}' if n > 2 else '') for i in range(n)]
 
-_a_function = 'a function of the output that returns one score per item'
 _no_answers = dict(
     picture=('a picture (or another number at every pixel)', f'{_a_function}, e.g. cls=lambda out: out[:,0,8:16,8:16].mean((1,2))'),
     boxes=('boxes, and a coordinate is no class', f'{_a_function}, e.g. cls=lambda out: out[:,0]'),

@@ -568,3 +568,35 @@ def test_real_points_and_values():
         learn.remove_cb(learn.progress)
         cams = learn.get_cams([0])
         assert cams.labels==labels and cams.maps.shape==(1, 2, 2, 2)
+
+
+def test_a_long_row_of_numbers_without_names_is_asked_for_by_column():
+    "An autoencoder whose output and labels are flat looks like a regression: nothing is picked from it unasked, whatever its shape"
+    def flat(n, loss, shape=()):
+        samples = [(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)), torch.rand(*(shape or (n,)))) for i in range(4)]
+        loader = lambda: TfmdDL(samples, bs=2, num_workers=0)
+        model = net(n) if not shape else nn.Sequential(net(n), nn.Unflatten(1, shape))
+        return learner(DataLoaders(loader(), loader()), model, loss_func=loss)
+    for loss in (nn.MSELoss(), MSELossFlat(), L1LossFlat(), F.mse_loss):
+        learn = flat(768, loss)
+        for cls in (None, 'predicted', 'actual'):
+            with pytest.raises(ValueError, match='768 numbers an item without names.*pass cls=' if cls is None else 'predicts values, not classes') as caught: learn.get_cams([0], cls=cls)
+            assert '\n' not in str(caught.value)
+        with pytest.raises(ValueError, match='768 numbers an item without names'): learn.show_cam([0])
+        by_column, by_function = learn.get_cams([0, 1], cls=100), learn.get_cams([0, 1], cls=lambda out: out.flatten(1)[:,100])
+        assert torch.equal(by_column.maps, by_function.maps) and by_column.maps.abs().max() > 0
+    with pytest.raises(ValueError, match='300 numbers an item'): flat(300, nn.MSELoss(), (3, 100)).get_cams([0])
+    assert flat(64, nn.MSELoss()).get_cams([0]).labels==[f'value {i}' for i in range(6)]
+    assert Values([f'p{i}' for i in range(65)]).column_names(torch.rand(2, 65))==[f'p{i}' for i in range(65)]
+    assert Points().column_names(torch.rand(2, 68, 2))[-1]=='y of point 67' # they have names
+
+
+def test_the_task_is_known_whatever_the_loaders_are():
+    batches = [(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))]
+    loader = TfmdDL([(torch.rand(3, 16, 16), torch.tensor(i % 2)) for i in range(4)], bs=2, num_workers=0)
+    for dls in (DataLoaders(batches, batches), DataLoaders(loader), DataLoaders(batches), DataLoaders(torch.utils.data.DataLoader(loader.dataset))):
+        learn = learner(dls, net(2), loss_func=CrossEntropyLossFlat())
+        assert type(task_of(learn)) is SingleLabel
+    with pytest.raises(ValueError, match='has a single DataLoader.*make it DataLoaders'): learner(DataLoaders(loader), net(2), loss_func=CrossEntropyLossFlat()).get_cams([0])
+    learn = learner(DataLoaders(batches, batches), net(2), loss_func=CrossEntropyLossFlat())
+    assert torch.allclose(learn.get_cams(loader, cls=1).maps, learner(DataLoaders(loader, loader), learn.model, loss_func=CrossEntropyLossFlat()).get_cams(loader, cls=1).maps)
