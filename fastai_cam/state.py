@@ -160,7 +160,7 @@ def _own_loss(loss):
 _of_loop = {'xb', 'yb', 'pred', 'loss', 'loss_grad', 'cbs', '_metrics', 'loss_func'} # fastai sets them anew, or the stand-in has its own
 
 def _take_over(learn, twin, memo):
-    "What is kept on the learner, for the stand-in: copies of what may change, as callbacks and methods of the learner's class may change it"
+    "What is kept on the learner, for the stand-in: copies of what callbacks, and methods of the learner's class, may change"
     for one in (*learn.cbs, learn.loss_func): memo.setdefault(id(one), one) # records, which grow with a fit, are not copied
     twin.__dict__.update({name: _own(value, memo) for name,value in vars(learn).items() if name not in _of_loop})
 
@@ -240,7 +240,7 @@ def _begins_unseen(loop):
         try:
             _running[this] = threading.get_ident(),self
             if isinstance(self.model, nn.Module):
-                with model_lock(bare(self.model)): pass # not held meanwhile: a look is to be refused at once, and not to wait for a whole fit
+                with model_lock(bare(self.model)): pass # not held for long: a look is refused at once, and does not wait for a whole fit
             return loop(self, *args, **kwargs)
         finally: _running.pop(this, None)
     return begun
@@ -256,8 +256,9 @@ def _check_unused(model):
     others = [bare(learn.model) for thread,learn in list(_running.values()) if thread != threading.get_ident()]
     parts = _parts(model) if others else set()
     if not all(parts.isdisjoint(_parts(other)) for other in others if isinstance(other, nn.Module)):
-        raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, and looking into it '
-                           'would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the learner')
+        raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, and looking '
+                           'into it would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the '
+                           'learner')
 
 def _weights_and_modes(model): # an inference tensor cannot be trained
     versions = [None if part.is_inference() else part._version for part in model.parameters()]
@@ -268,8 +269,8 @@ def _untrained(model):
     "`RuntimeError` if another thread, in a loop that is not fastai's, trains `model` while the block looks into it"
     before,in_company = _weights_and_modes(model),_at_work()
     def is_trained(): return _weights_and_modes(model) != before and (in_company or _at_work())
-    trained = ('the weights or modes of the model changed while it was looked into, as another thread trains it: the map would be of no one model, '
-               'so look when that training is over or pauses, or into a copy of the learner')
+    trained = ('the weights or modes of the model changed while it was looked into, as another thread trains it: the map would be of no one '
+               'model, and what was trained meanwhile may have run in eval mode, so look when the training is over, or into a copy of the learner')
     try: yield
     except RuntimeError as e: # autograd, whose words are about tensors
         if 'modified by an inplace operation' not in str(e) or not is_trained(): raise
