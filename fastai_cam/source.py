@@ -730,6 +730,35 @@ def _as_row(learn, item):
     columns = getattr(getattr(learn.dls.valid, 'items', None), 'columns', ())
     return pd.Series({name: row.get(name) for name in columns}) if set(columns) & set(row) else item # a reader may count the columns
 
+def _as_line(one):
+    "An array of indices, or a mask of items, that came as a row or a column (`nonzero` and `argwhere` give it), as `[n]`; else as it is"
+    if not isinstance(one, (Tensor, np.ndarray)) or one.ndim != 2 or 1 not in one.shape: return one
+    kind = str(one.dtype)
+    return one.reshape(-1) if 'bool' in kind or 'int' in kind and 'uint8' not in kind else one # bytes are pixels
+
+def _is_line(one): return isinstance(one, (Tensor, np.ndarray)) and one.ndim==1 and 'int' in str(one.dtype)
+
+def _reads(learn, one):
+    "Is an array what this learner's items are, rather than a picture for it to open?"
+    return _is_own(learn, one) and _opens_pictures(_first_pipeline(learn)) is None
+
+def _spread(learn, items):
+    "The items, and those that arrays of indices among them name: `list(mask.nonzero())`, `np.where(mask)`, `np.argwhere(mask).tolist()`"
+    def named_by(one):
+        if isinstance(one, list) and len(one)==1 and _is_index(one[0]): return one
+        line = _as_line(one)
+        return line.tolist() if _is_line(line) and not _reads(learn, one) else [one]
+    return [part for one in items for part in named_by(one)]
+
+def _is_truth(one):
+    return isinstance(one, (bool, np.bool_)) or isinstance(one, (Tensor, np.ndarray)) and one.ndim==0 and 'bool' in str(one.dtype)
+
+def _are_losses(item):
+    "Is it what `top_losses` gives: losses, the indices of their items, and maybe the items?"
+    if not isinstance(item, (tuple, list)) or len(item) not in (2,3): return False
+    losses,idxs = item[:2]
+    return _is_line(idxs) and isinstance(losses, (Tensor, np.ndarray)) and losses.shape==idxs.shape and 'float' in str(losses.dtype)
+
 def _n_valid(learn):
     "How many items the validation set has; `None` where its loader would have to be gone through"
     valid = _valid(learn)
@@ -759,9 +788,14 @@ def _listed(learn, item, max_n):
     "`item` as a list of items"
     item = _as_row(learn, item)
     if isinstance(item, (pd.DataFrame, pd.Series, pd.Index)): return _of_table(learn, item)
-    if isinstance(item, (Mapping, tuple)) and (_is_own(learn, item) or _takes_several(learn)): return [item]
-    if isinstance(item, (list, tuple, L, range, KeysView, ValuesView)): return list(item)
+    if isinstance(item, (Mapping, tuple)) and _is_own(learn, item): return [item]
+    if _are_losses(item): return item[1].tolist()
+    if isinstance(item, tuple) and _takes_several(learn) and not (len(item)==1 and _is_line(_as_line(item[0]))): return [item]
+    if isinstance(item, (list, tuple, L, range, KeysView, ValuesView)):
+        is_mask = len(item)==_n_valid(learn) and all(map(_is_truth, item)) and len(item) and not _reads(learn, next(iter(item)))
+        return _of_numbers(learn, np.array([bool(one) for one in item])) if is_mask else _spread(learn, item)
     if isinstance(item, Iterator) and not hasattr(item, 'read'): return list(islice(item, max_n))
+    item = item if _reads(learn, item) else _as_line(item)
     if not isinstance(item, (Tensor, np.ndarray)) or item.ndim != 1: return [item]
     is_inexact = item.is_floating_point() or item.is_complex() if isinstance(item, Tensor) else np.issubdtype(item.dtype, np.inexact)
     return [item] if is_inexact else _of_numbers(learn, item)
@@ -809,6 +843,13 @@ def _model_batch(learn):
 # %% ../nbs/04_source.ipynb #50a7ce46
 def _is_input(item): return isinstance(item, Tensor) and item.is_floating_point()
 
+def _as_row_of_batch(learn, item):
+    "A tuple of what a batch holds for one item, label and all (`xb[0], yb[0]`), as a batch of it; `None` if it is something else"
+    is_row = isinstance(item, tuple) and len(item) > 1 and all(isinstance(part, Tensor) for part in item) and _is_input(item[0])
+    if not is_row or item[0].dim() < 2: return None
+    batch = tuple(part[None] for part in item)
+    return batch if len(item)==n_inputs(learn) + 1 and _is_batch(learn, batch) else None
+
 def _is_batch(learn, item):
     "Is `item` a batch of the learner's, as `dls.one_batch()` gives it?"
     if not isinstance(item, (tuple, list, L)) or len(item) < 2: return False
@@ -822,6 +863,14 @@ def _is_batch(learn, item):
     return all(part.dim()==one.dim() and part.is_floating_point()==one.is_floating_point() for part,one in zip(item, like))
 
 # %% ../nbs/04_source.ipynb #50a7ce47
+def _check_channels(item, rank, one):
+    "`ValueError` if the channels are last, where the model has them first"
+    if rank != 3 or one is None: return
+    n,shape = one.shape[1],list(item.shape)
+    if shape[-3] != n and shape[-1]==n:
+        raise ValueError(f'a float tensor is a model input [C, H, W], and this one, of shape {shape}, has its {n} channels last: '
+                         'pass it.movedim(-1, -3), or pixels as an array or (x*255).byte() to have them transformed')
+
 def _check_ranks(items, rank, one):
     "Are all tensors inputs of that rank, or batches of these?"
     shape = '[C, H, W] or a batch [B, C, H, W]'
@@ -830,6 +879,7 @@ def _check_ranks(items, rank, one):
         if item.dim() not in (rank, rank + 1):
             raise ValueError(f'a float tensor is a model input {shape}, but this one has rank {item.dim()} (shape {list(item.shape)})')
         if item.numel()==0: raise ValueError(f'the tensor is empty (shape {list(item.shape)})')
+        _check_channels(item, rank, one)
         _check_finite(item, 'tensor')
 
 def _as_batches(learn, items):
@@ -913,6 +963,8 @@ def as_source(
     if loader is not None: return dl_source(learn, loader, max_n=max_n, image=image)
     if _is_batch(learn, item): return _batch_of_user(learn, item, max_n, image)
     if _is_sample(learn, item): return _sample_source(learn, [item], image)
+    row = _as_row_of_batch(learn, item)
+    if row is not None: return _batch_of_user(learn, row, max_n, image)
     items = _checked_items(learn, item, max_n)[:max_n]
     if all(map(_is_index, items)): return dl_source(learn, valid, items, image=image)
     are_samples = [_is_sample(learn, one) for one in items]
