@@ -22,7 +22,7 @@ from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner
 from .probe import _each_tensor, check_layers
 from .tasks import Values
-from .targets import Actual, Predicted, Region
+from .targets import Actual, Predicted
 from .methods import as_methods
 from .state import check_learner, learner_as_found
 from .source import dl_source
@@ -48,6 +48,12 @@ class _ItemLosses:
 
 _no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
                    "give it an argument reduction='mean' and let it return one loss per item for 'none'")
+
+def _actual():
+    "The class that the label names; in segmentation, where the mask says that it is"
+    target = Actual()
+    target.where = 'actual'
+    return target
 
 _words = dict(predicted='pred', prediction='pred', label='actual', targ='actual') # what else `show` may be called
 
@@ -136,7 +142,7 @@ class CAMInterpretation(ClassificationInterpretation):
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
         _refuse(kwargs, self.method if method is None else method, 'top_losses_cams')
-        actual = Region(Actual(), 'actual') # in segmentation, where the mask says that it is
+        actual = _actual()
         questions = dict(pred=None, actual=actual, both=[Predicted(), actual])
         show = _words.get(show, show) if isinstance(show, str) else show
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
@@ -144,7 +150,7 @@ class CAMInterpretation(ClassificationInterpretation):
         losses,idxs = self._ranked(k, largest)
         with learner_as_found(self.learn): chosen = dl_source(self.learn, self.dl, idxs.tolist(), image=image)
         cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer, image=image)
-        cams.losses = losses.as_subclass(Tensor)
+        if cams.losses is None: cams.losses = losses.as_subclass(Tensor) # else those of the pictures shown, which a random transform draws anew
         return cams
 
     def plot_top_losses_cam(self,

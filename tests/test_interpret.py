@@ -14,9 +14,10 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.data import Numericalize, pad_input
 from fastai.torch_core import set_seed
+from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, Resize, TensorImage, Transform, get_image_files, imagenet_stats, parent_label
 from fastai.vision.all import resnet18, vision_learner
 
-from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, cam_head
+from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, Region, cam_head
 
 
 def ready(dls, loss=None):
@@ -129,3 +130,41 @@ def test_pickled_and_read_again(dls, tmp_path):
     learn.export(file)
     assert torch.allclose(load_learner(file).get_cams(dls.valid.items[0]).maps, learn.get_cams(0).maps, atol=1e-6)
     pickle.loads(pickle.dumps(CAMCallback('left')))
+
+
+# -- pictures that validation draws at random
+
+class Dims(Transform):
+    "Another brightness in every pass, in validation too"
+    order = 200
+    def encodes(self, x:TensorImage): return x*(4*torch.rand(len(x), 1, 1, 1))
+
+
+def dims(pictures):
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=FuncSplitter(lambda f: int(f.stem) >= 12), item_tfms=Resize(64),
+                      batch_tfms=[Dims(), Normalize.from_stats(*imagenet_stats)])
+    return block.dataloaders(pictures, bs=5, num_workers=0)
+
+
+@pytest.mark.parametrize('show', ['pred', 'actual', 'both'])
+def test_the_loss_in_the_title_is_that_of_the_picture_shown(pictures, show):
+    learn = ready(dims(pictures))
+    for p in learn.model.parameters(): p.data.mul_(2)
+    interp = CAMInterpretation.from_learner(learn)
+    torch.manual_seed(7)
+    cams = interp.top_losses_cams(6, show=show)
+    assert cams.items==[interp.dl.items[i] for i in interp.top_losses(6)[1]] # in the order of the interpretation's losses
+    assert torch.allclose(cams.losses, -cams.preds[range(6), cams.targs].log(), atol=1e-4)
+    assert (cams.losses - interp.top_losses(6)[0]).abs().max() > 1e-3
+
+
+def test_items_without_a_loss_of_their_own_keep_the_interpretations(dls):
+    interp = CAMInterpretation.from_learner(ready(dls, mean_loss))
+    assert torch.equal(interp.top_losses_cams(4).losses, interp.top_losses(4)[0].as_subclass(torch.Tensor))
+
+
+def test_a_label_is_asked_about_without_a_region(dls):
+    learn = ready(dls)
+    idxs = CAMInterpretation.from_learner(learn).top_losses(4)[1]
+    assert torch.allclose(CAMInterpretation.from_learner(learn).top_losses_cams(4, show='actual').maps, learn.get_cams(idxs, cls='actual').maps, atol=1e-6)
+    with pytest.raises(ValueError, match='a Region is for models'): learn.get_cams(0, cls=Region('left', 'actual'))
