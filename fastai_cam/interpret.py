@@ -11,23 +11,26 @@ __all__ = ['CAMInterpretation']
 from numbers import Integral
 from typing import Any, Callable, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 from fastcore.foundation import L
+from fastcore.imports import noop
 from fastcore.xtras import is_listy
+from sklearn.metrics import classification_report
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner
 from .probe import _each_tensor, check_layers
-from .tasks import Values
+from .tasks import MultiLabel, Values
 from .targets import Actual, Predicted
 from .methods import as_methods
 from .state import check_learner, learner_as_found
 from .source import dl_source
 from .learner import _has_item_losses, check_rows, check_words, class_names, task_of
-from .maps import CAMs, check_style
+from .maps import CAMs, check_style, plain_text
 
 # %% ../nbs/05_interpret.ipynb #b859df07
 def _evenly(n_items, n):
@@ -86,7 +89,7 @@ class CAMInterpretation(ClassificationInterpretation):
     @classmethod
     def from_learner(cls,
         learn:Learner, # Learner to interpret
-        ds_idx:int=1, # Index of `learn.dls` when `dl` is `None`; items of a training set are taken without augmentation
+        ds_idx:int|DataLoader=1, # Index of `learn.dls` when `dl` is `None`; items of a training set are taken without augmentation; or `dl` itself
         dl:DataLoader|None=None, # Labelled `DataLoader` to interpret
         act:Callable|None=None, # Instead of the loss function's activation
         method:str|Callable|Sequence='gradcam', # How maps are made, as `learn.show_cam` takes it
@@ -96,6 +99,7 @@ class CAMInterpretation(ClassificationInterpretation):
         "Run `learn` over a labelled set, and leave it as it was"
         _refuse(kwargs, method, 'from_learner')
         check_learner(learn)
+        if dl is None and not isinstance(ds_idx, Integral): ds_idx,dl = 1,ds_idx
         if dl is not None: _check_loader(dl)
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
         as_methods(method)
@@ -109,6 +113,40 @@ class CAMInterpretation(ClassificationInterpretation):
         interp = cls(learn, source.dl, losses, act)
         interp.method,interp.layer = method,layer
         return interp
+
+    def _answers(self):
+        "Predicted and actual classes, of items or pixels, and how many classes there are; `ValueError` where nothing is put into classes"
+        task,none = task_of(self.learn),'and only classes can be confused with each other: plot_top_losses_cam shows its largest errors'
+        if isinstance(task, Values): raise ValueError(f'this learner predicts values, points or pictures, not classes, {none}')
+        with learner_as_found(self.learn) as quiet: logits,actual = quiet.get_preds(dl=self.dl, act=noop, reorder=False)
+        task = task.of(logits, actual)
+        if isinstance(task, (MultiLabel, Values)): raise ValueError(f'this learner does not put its items into one class each, {none}')
+        n = task.n_classes(logits)
+        if self.vocab is None or len(self.vocab) != n: self.vocab = list(range(n)) # classes without names have numbers
+        is_binary = logits[0].numel()==1 or logits.dim() > 3 and logits.shape[1]==1
+        predicted = (logits > 0).long() if is_binary else logits.argmax(1)
+        predicted,actual = predicted.flatten().as_subclass(Tensor).long(),actual.flatten().as_subclass(Tensor).long()
+        known = (actual >= 0) & (actual < n) # pixels of no class are counted nowhere
+        return predicted[known],actual[known],n
+
+    def confusion_matrix(self) -> np.ndarray: # `[n, n]`: actual by predicted class
+        "How many items (pixels, where each has a class) of a class are taken for which"
+        predicted,actual,n = self._answers()
+        return (actual*n + predicted).bincount(minlength=n*n).reshape(n, n).numpy()
+
+    def print_classification_report(self) -> None:
+        "Print scikit-learn's classification report"
+        predicted,actual,n = self._answers()
+        print(classification_report(actual, predicted, labels=list(range(n)), target_names=[str(name) for name in self.vocab]))
+
+    def plot_confusion_matrix(self,
+        *args, # As fastai's
+        **kwargs # As fastai's: `normalize`, `title`, `cmap`, `norm_dec`, `plot_txt`, and options of the figure
+    ) -> None:
+        "fastai's plot, with names drawn as they are"
+        with plt.rc_context({'text.parse_math': False, 'text.usetex': False}): super().plot_confusion_matrix(*args, **kwargs)
+        ax = plt.gca()
+        plain_text(ax.title, *ax.get_xticklabels(), *ax.get_yticklabels())
 
     def top_losses(self,
         k:int|None=None, # How many, at most; `None`: all

@@ -105,8 +105,8 @@ class CAMCallback(Callback):
         image:int=0 # Which of the images that go into the model for one item
     ):
         self.cls,self.method,self.layer,self.image = cls,method,layer,image
-        self.watcher = self.cams = self.wrapped = None
-        self.n_rows = []
+        self.watcher = self.cams = self.wrapped = self.task = self.target = self.methods = None
+        self.n_rows,self.found_maps,self.found_classes,self.found_regions = [],[],[],[] # a validation that is cancelled may not get to `before_validate`
 
     def __call__(self, event_name):
         try: return call_event(self, event_name)

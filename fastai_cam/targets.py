@@ -264,7 +264,8 @@ class Region(Target):
         where:Any='actual' # `'predicted'`: where the model says the class is; `'actual'`: where the mask says so; `'everywhere'`; or a mask `[H, W]`, or one for each item
     ):
         if not _is_mask(where) and not (isinstance(where, str) and where in ('predicted', 'actual', 'everywhere')):
-            raise ValueError(f"a region is 'predicted', 'actual', 'everywhere' or a mask [height, width], not {where!r}")
+            got = f'shape {list(where.shape)}' if hasattr(where, 'shape') else repr(where)
+            raise ValueError(f"a region is 'predicted', 'actual', 'everywhere' or a mask [height, width], not {got}")
         store_attr()
     def resolved(self,
         vocab:Sequence|None=None, # Names of the classes

@@ -2,19 +2,24 @@
 import pickle
 from functools import partial
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.data.core import Datasets
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                                  CancelValidException)
+from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.interpret import ClassificationInterpretation
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.data import Numericalize, pad_input
 from fastai.torch_core import set_seed
-from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, Resize, TensorImage, Transform, get_image_files, imagenet_stats, parent_label
+from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, RegressionBlock, Resize, TensorImage, Transform, get_image_files, imagenet_stats, parent_label
 from fastai.vision.all import resnet18, vision_learner
 
 from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, Region, cam_head
@@ -168,3 +173,97 @@ def test_a_label_is_asked_about_without_a_region(dls):
     idxs = CAMInterpretation.from_learner(learn).top_losses(4)[1]
     assert torch.allclose(CAMInterpretation.from_learner(learn).top_losses_cams(4, show='actual').maps, learn.get_cams(idxs, cls='actual').maps, atol=1e-6)
     with pytest.raises(ValueError, match='a Region is for models'): learn.get_cams(0, cls=Region('left', 'actual'))
+
+
+# -- what is inherited
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self): self.x = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    def __len__(self): return 9
+    def __getitem__(self, i): return self.x[i], torch.tensor(i%3)
+
+
+def counted(learn, dl, n):
+    "The confusion matrix, item by item"
+    found = np.zeros((n, n), dtype=int)
+    for batch in dl:
+        with torch.no_grad(): out = learn.model.eval()(batch[0].as_subclass(torch.Tensor))
+        for row, label in zip(out, batch[1]): found[int(label), int(row.argmax())] += 1
+    return found
+
+
+def test_confusion_without_names(capsys):
+    "PyTorch's loaders have no vocab: classes are called by their number"
+    loader = torch.utils.data.DataLoader(Samples(), batch_size=4)
+    set_seed(3)
+    learn = Learner(DataLoaders(loader, loader), nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), cam_head(4, 3)), loss_func=nn.CrossEntropyLoss())
+    interp, expected = CAMInterpretation.from_learner(learn), counted(learn, loader, 3)
+    assert (interp.confusion_matrix()==expected).all() and expected.sum()==9
+    off = sorted(((i, j, expected[i, j]) for i in range(3) for j in range(3) if i != j and expected[i, j]), key=lambda one: -one[2])
+    assert sorted(interp.most_confused())==sorted(off)
+    interp.plot_confusion_matrix()
+    assert [text.get_text() for text in plt.gca().get_yticklabels()]==['0', '1', '2'] and len(plt.gca().texts)==9
+    capsys.readouterr()
+    interp.print_classification_report()
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()[:2] in ('0 ', '1 ', '2 ')]==['3', '3', '3']
+
+
+def test_confusion_is_fastais(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    assert (interp.confusion_matrix()==ClassificationInterpretation.confusion_matrix(interp)).all()
+    yes_or_no = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), cam_head(4, 1)), loss_func=BCEWithLogitsLossFlat())
+    interp = CAMInterpretation.from_learner(yes_or_no)
+    logits = torch.cat([yes_or_no.model.eval()(x.as_subclass(torch.Tensor)) for x, _ in interp.dl])[:,0]
+    labels = torch.cat([y for _, y in interp.dl])
+    assert interp.confusion_matrix().tolist()==[[int(((labels==i) & ((logits > 0)==bool(j))).sum()) for j in (0, 1)] for i in (0, 1)]
+
+
+def test_values_are_not_confused_with_each_other(pictures):
+    block = DataBlock((ImageBlock, RegressionBlock), get_items=get_image_files, get_y=lambda f: float(int(f.stem)%3), splitter=FuncSplitter(lambda f: int(f.stem) >= 12), item_tfms=Resize(32))
+    interp = CAMInterpretation.from_learner(ready(block.dataloaders(pictures, bs=5, num_workers=0), nn.MSELoss()))
+    for call in (interp.confusion_matrix, interp.plot_confusion_matrix, interp.most_confused, interp.print_classification_report):
+        with pytest.raises(ValueError, match='not classes, and only classes can be confused with each other'): call()
+
+
+def test_names_in_the_confusion_matrix_are_no_formulas(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    interp.vocab = ['a$x_1$', '$\\frac']
+    interp.plot_confusion_matrix(title='50% $a_')
+    figure, ax = plt.gcf(), plt.gca()
+    figure.canvas.draw()
+    texts = [ax.title, *ax.get_xticklabels(), *ax.get_yticklabels()]
+    assert [text.get_text() for text in texts]==['50% $a_', 'a$x_1$', '$\\frac', 'a$x_1$', '$\\frac'] and not any(text.get_parse_math() for text in texts)
+
+
+def test_a_loader_by_its_place(dls):
+    learn = ready(dls)
+    plain = CAMInterpretation.from_learner(learn, dl=dls.train)
+    assert torch.equal(CAMInterpretation.from_learner(learn, dls.train).losses, plain.losses) and len(plain.losses)==12
+    assert list(plain.dl.items)==list(dls.train.items)
+    for wrong in ('x.png', [1, 2], 1.):
+        with pytest.raises(TypeError, match='dl is a labelled DataLoader'): CAMInterpretation.from_learner(learn, wrong)
+    with pytest.raises(TypeError, match='pass dls.valid'): CAMInterpretation.from_learner(learn, dls)
+
+
+# -- a callback that cancels
+
+@pytest.mark.parametrize('cancel', [CancelBatchException, CancelValidException, CancelFitException, CancelEpochException, CancelTrainException, CancelStepException])
+@pytest.mark.parametrize('event', ['before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch'])
+def test_a_cancelled_pass_says_so(dls, event, cancel):
+    def stop(self):
+        if not self.training: raise cancel
+    Stops = type('Stops', (Callback,), {event: stop, 'before_batch': stop if event=='before_batch' else lambda self: None})
+    learn = ready(dls)
+    learn.add_cb(Stops())
+    for call in (lambda: learn.get_cams([0, 1]), lambda: CAMInterpretation.from_learner(learn)):
+        with pytest.raises(ValueError, match=r'a callback of the learner cancel.*take it off meanwhile, with learn.removed_cbs') as caught: call()
+        assert '\n' not in str(caught.value) and not any(m._forward_hooks for m in learn.model.modules())
+    with learn.removed_cbs(learn.cbs[-1]): assert len(learn.get_cams([0, 1]))==2
+
+
+def test_a_validation_of_ones_own_that_is_cancelled(dls):
+    "Also before the callback has begun"
+    class Stops(Callback):
+        order = -10
+        def before_validate(self): raise CancelValidException
+    with pytest.raises(ValueError, match='gave no batch: it has no items, or a callback of the learner cancels them'): ready(dls).validate(cbs=[Stops(), CAMCallback()])
