@@ -234,16 +234,11 @@ def check_rows(
     if sum(learn.rows) != n:
         raise ValueError(f'{n} items were asked for and the DataLoader gave {sum(learn.rows)}, {unknown}: it skips items, or draws its own; pass the items as a list')
 
-class _SeedGenerator(torch.Generator):
-    "Draws the seeds of a loader's worker processes, which have no use for itself"
-    def __reduce__(self): return torch.Generator,()
-
 def _predict(learn, source, callback, **kwargs):
     "`get_preds` of a stand-in of `learn` over `source`, watched by a `CAMCallback`; to be called inside `learner_as_found`"
     learn = stand_in(learn)
     for cb in learn.cbs:
         if isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False # a single batch needs no progress bar
-    if hasattr(source.dl, 'fake_l'): source.dl.fake_l.generator = _SeedGenerator()
     with released(callback.close): found = learn.get_preds(dl=source.dl, reorder=False, cbs=callback, **kwargs)
     check_rows(learn, len(source.items), callback.n_rows)
     return found

@@ -480,10 +480,16 @@ def _texts(learn, dl, n_items):
     found = [' '.join(str(part) for part in item if isinstance(part, str)) for item in decoded]
     return found if any(found) else None
 
+class _SeedGenerator(torch.Generator):
+    "Draws the seeds of a loader's worker processes, which have no use for itself"
+    def __reduce__(self): return torch.Generator,()
+
 def _some(dl, chosen, workers=None):
     "`dl` for the items `chosen` only"
     if workers is None: workers = dl.fake_l.num_workers if len(chosen) > dl.bs else 0
-    return dl.new(get_idxs=_Chosen(chosen), n=len(chosen), shuffle=False, drop_last=False, num_workers=workers)
+    some = dl.new(get_idxs=_Chosen(chosen), n=len(chosen), shuffle=False, drop_last=False, num_workers=workers)
+    some.fake_l.generator = _SeedGenerator() # a pass draws its seed from torch's global generator where a loader has none of its own
+    return some
 
 def _read(learn, dl, idxs, places, states):
     "The batches of the items at `places` again; from random states, one batch"

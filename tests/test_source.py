@@ -770,3 +770,16 @@ def test_channels_last_are_named(dls):
         with pytest.raises(ValueError, match=r'has its 3 channels last: pass it.movedim\(-1, -3\)'): learn.get_cams(x)
     x = torch.randn(64, 48, 3)
     assert torch.equal(learner(dls).get_cams(x.movedim(-1, -3)).maps, learner(dls).get_cams(x.permute(2, 0, 1)).maps)
+
+
+def test_no_pass_draws_from_the_global_generator(dls, monkeypatch):
+    "Putting the state back is of no use where another thread draws meanwhile: nothing is drawn at all"
+    learn = learner(dls)
+    interp = CAMInterpretation.from_learner(learn)
+    monkeypatch.setattr('fastai_cam.state._at_work', lambda: True) # as if another thread did: then nothing is put back
+    calls = dict(cams=lambda: learn.get_cams([0, 1]), a_loader=lambda: learn.get_cams(dls.valid), losses=lambda: CAMInterpretation.from_learner(learn), top=lambda: interp.top_losses_cams(2),
+                 sanity=lambda: learn.sanity_check([0, 1], n_steps=1), confusion=interp.confusion_matrix, shown=lambda: learn.show_cam([0, 1]))
+    for name, call in calls.items():
+        state = torch.get_rng_state()
+        call()
+        assert torch.equal(torch.get_rng_state(), state), name
