@@ -29,7 +29,7 @@ from .targets import Actual, Predicted
 from .methods import as_methods
 from .state import check_learner, learner_as_found
 from .source import dl_source
-from .learner import _has_item_losses, check_rows, check_words, class_names, task_of
+from .learner import _has_item_losses, _meant, check_rows, check_words, class_names, task_of
 from .maps import CAMs, check_style, plain_text
 
 # %% ../nbs/05_interpret.ipynb #b859df07
@@ -62,8 +62,17 @@ _words = dict(predicted='pred', prediction='pred', label='actual', targ='actual'
 
 def _refuse(kwargs, method, name):
     "`TypeError` for arguments that the method `name` does not have, with what was meant"
-    check_words(kwargs, method, ('layer', 'method'))
+    check_words(kwargs, method, ('layer', 'method') if name=='from_learner' else ('layer', 'method', 'k'))
+    if name != 'from_learner': _refuse_class(kwargs)
     if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
+
+def _refuse_class(kwargs):
+    "`TypeError` for a class that is named where `show` chooses"
+    named = next((name for name in kwargs if name=='cls' or name in _meant['cls'] and name != 'label'), None) # a label is matplotlib's too
+    if named is None: return
+    asked = kwargs[named] if isinstance(kwargs[named], (str, int)) else '...'
+    raise TypeError(f"there is no argument {named!r} here: show='pred', 'actual' or 'both' chooses whose maps are shown, and "
+                    f'learn.show_cam(interp.top_losses(k)[1], cls={asked!r}) asks about one class')
 
 def _check_loader(dl):
     "`TypeError` unless `dl` is one loader of labelled items"
@@ -204,8 +213,9 @@ class CAMInterpretation(ClassificationInterpretation):
         **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
     ) -> None:
         "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
-        check_words(kwargs, self.method if method is None else method, ('layer', 'method'))
         if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
+        check_words(kwargs, self.method if method is None else method, ('layer', 'method', 'k'))
+        _refuse_class(kwargs)
         check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
         cams = self.top_losses_cams(k, largest, show, method, layer, image)
         n_q = cams.n_questions

@@ -22,7 +22,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, RegressionBlock, Resize, TensorImage, Transform, get_image_files, imagenet_stats, parent_label
 from fastai.vision.all import resnet18, vision_learner
 
-from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, Region, cam_head
+from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, Region, WRAPPERS, cam_head
 
 
 def ready(dls, loss=None):
@@ -267,3 +267,34 @@ def test_a_validation_of_ones_own_that_is_cancelled(dls):
         order = -10
         def before_validate(self): raise CancelValidException
     with pytest.raises(ValueError, match='gave no batch: it has no items, or a callback of the learner cancels them'): ready(dls).validate(cbs=[Stops(), CAMCallback()])
+
+
+# -- arguments that are called otherwise
+
+def test_options_of_wrapped_methods_and_of_partials(dls):
+    learn = ready(dls)
+    interp = CAMInterpretation.from_learner(learn)
+    handle = learn.model.register_forward_pre_hook(lambda *args: pytest.fail('work was done'))
+    names = dict(partial=partial, METHODS=METHODS, WRAPPERS=WRAPPERS)
+    for method, option, step in (('scorecam+tta', dict(top=4), 'scorecam'), ('scorecam + tta', dict(top=4), 'scorecam'), ('smooth_gradcam_pp', dict(n=2), 'smooth_gradcam_pp'),
+                                 ('gradcam+tta', dict(flip=False), 'tta'), ('scorecam', dict(top=4), 'scorecam')):
+        for call in (learn.get_cams, learn.show_cam, lambda item, **kwargs: interp.top_losses_cams(3, **kwargs), lambda item, **kwargs: interp.plot_top_losses_cam(3, **kwargs)):
+            with pytest.raises(TypeError, match=f'{next(iter(option))!r} is an option of the method {step!r}') as caught: call(0, method=method, **option)
+            assert '\n' not in str(caught.value)
+        wanted = eval(str(caught.value).partition('then method=')[2], names) # what the sentence says works
+        handle.remove()
+        assert learn.get_cams(0, method=wanted).maps.shape==(1, 8, 8)
+        handle = learn.model.register_forward_pre_hook(lambda *args: pytest.fail('work was done'))
+    for call in (lambda: learn.get_cams(0, method=partial(METHODS['scorecam'], topk=16)), lambda: learn.show_cam(0, method=['gradcam', partial(METHODS['scorecam'], topk=16)]),
+                 lambda: CAMInterpretation.from_learner(learn, method=partial(METHODS['scorecam'], topk=16)), lambda: interp.top_losses_cams(2, method=partial(METHODS['scorecam'], topk=16))):
+        with pytest.raises(TypeError, match="the method 'scorecam' has no option 'topk': its options are top, reduce, bs"): call()
+
+
+def test_a_class_where_show_chooses(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    for name in ('cls', 'class_name', 'target', 'category'):
+        for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
+            with pytest.raises(TypeError, match=r"show='pred', 'actual' or 'both' chooses .* learn.show_cam\(interp.top_losses\(k\)\[1\], cls='left'\) asks about one class"): call(3, **{name: 'left'})
+    for name in ('n', 'n_items'):
+        for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
+            with pytest.raises(TypeError, match=f"{name!r} here: it is called 'k'"): call(3, **{name: 3})
