@@ -11,23 +11,26 @@ __all__ = ['CAMInterpretation']
 from numbers import Integral
 from typing import Any, Callable, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 from fastcore.foundation import L
+from fastcore.imports import noop
 from fastcore.xtras import is_listy
+from sklearn.metrics import classification_report
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner
 from .probe import _each_tensor, check_layers
-from .tasks import Values
-from .targets import Actual, Predicted, Region
+from .tasks import MultiLabel, Values
+from .targets import Actual, Predicted
 from .methods import as_methods
 from .state import check_learner, learner_as_found
 from .source import dl_source
-from .learner import _has_item_losses, check_rows, check_words, class_names, task_of
-from .maps import CAMs, check_style
+from .learner import _has_item_losses, _meant, check_rows, check_words, class_names, task_of
+from .maps import CAMs, check_style, plain_text
 
 # %% ../nbs/05_interpret.ipynb #b859df07
 def _evenly(n_items, n):
@@ -49,12 +52,27 @@ class _ItemLosses:
 _no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
                    "give it an argument reduction='mean' and let it return one loss per item for 'none'")
 
+def _actual():
+    "The class that the label names; in segmentation, where the mask says that it is"
+    target = Actual()
+    target.where = 'actual'
+    return target
+
 _words = dict(predicted='pred', prediction='pred', label='actual', targ='actual') # what else `show` may be called
 
 def _refuse(kwargs, method, name):
     "`TypeError` for arguments that the method `name` does not have, with what was meant"
-    check_words(kwargs, method, ('layer', 'method'))
+    check_words(kwargs, method, ('layer', 'method') if name=='from_learner' else ('layer', 'method', 'k'))
+    if name != 'from_learner': _refuse_class(kwargs)
     if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
+
+def _refuse_class(kwargs):
+    "`TypeError` for a class that is named where `show` chooses"
+    named = next((name for name in kwargs if name=='cls' or name in _meant['cls'] and name != 'label'), None) # a label is matplotlib's too
+    if named is None: return
+    asked = kwargs[named] if isinstance(kwargs[named], (str, int)) else '...'
+    raise TypeError(f"there is no argument {named!r} here: show='pred', 'actual' or 'both' chooses whose maps are shown, and "
+                    f'learn.show_cam(interp.top_losses(k)[1], cls={asked!r}) asks about one class')
 
 def _check_loader(dl):
     "`TypeError` unless `dl` is one loader of labelled items"
@@ -80,7 +98,7 @@ class CAMInterpretation(ClassificationInterpretation):
     @classmethod
     def from_learner(cls,
         learn:Learner, # Learner to interpret
-        ds_idx:int=1, # Index of `learn.dls` when `dl` is `None`; items of a training set are taken without augmentation
+        ds_idx:int|DataLoader=1, # Index of `learn.dls` when `dl` is `None`; items of a training set are taken without augmentation; or `dl` itself
         dl:DataLoader|None=None, # Labelled `DataLoader` to interpret
         act:Callable|None=None, # Instead of the loss function's activation
         method:str|Callable|Sequence='gradcam', # How maps are made, as `learn.show_cam` takes it
@@ -90,6 +108,7 @@ class CAMInterpretation(ClassificationInterpretation):
         "Run `learn` over a labelled set, and leave it as it was"
         _refuse(kwargs, method, 'from_learner')
         check_learner(learn)
+        if dl is None and not isinstance(ds_idx, Integral): ds_idx,dl = 1,ds_idx
         if dl is not None: _check_loader(dl)
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
         as_methods(method)
@@ -103,6 +122,40 @@ class CAMInterpretation(ClassificationInterpretation):
         interp = cls(learn, source.dl, losses, act)
         interp.method,interp.layer = method,layer
         return interp
+
+    def _answers(self):
+        "Predicted and actual classes, of items or pixels, and how many classes there are; `ValueError` where nothing is put into classes"
+        task,none = task_of(self.learn),'and only classes can be confused with each other: plot_top_losses_cam shows its largest errors'
+        if isinstance(task, Values): raise ValueError(f'this learner predicts values, points or pictures, not classes, {none}')
+        with learner_as_found(self.learn) as quiet: logits,actual = quiet.get_preds(dl=self.dl, act=noop, reorder=False)
+        task = task.of(logits, actual)
+        if isinstance(task, (MultiLabel, Values)): raise ValueError(f'this learner does not put its items into one class each, {none}')
+        n = task.n_classes(logits)
+        if self.vocab is None or len(self.vocab) != n: self.vocab = list(range(n)) # classes without names have numbers
+        is_binary = logits[0].numel()==1 or logits.dim() > 3 and logits.shape[1]==1
+        predicted = (logits > 0).long() if is_binary else logits.argmax(1)
+        predicted,actual = predicted.flatten().as_subclass(Tensor).long(),actual.flatten().as_subclass(Tensor).long()
+        known = (actual >= 0) & (actual < n) # pixels of no class are counted nowhere
+        return predicted[known],actual[known],n
+
+    def confusion_matrix(self) -> np.ndarray: # `[n, n]`: actual by predicted class
+        "How many items (pixels, where each has a class) of a class are taken for which"
+        predicted,actual,n = self._answers()
+        return (actual*n + predicted).bincount(minlength=n*n).reshape(n, n).numpy()
+
+    def print_classification_report(self) -> None:
+        "Print scikit-learn's classification report"
+        predicted,actual,n = self._answers()
+        print(classification_report(actual, predicted, labels=list(range(n)), target_names=[str(name) for name in self.vocab]))
+
+    def plot_confusion_matrix(self,
+        *args, # As fastai's
+        **kwargs # As fastai's: `normalize`, `title`, `cmap`, `norm_dec`, `plot_txt`, and options of the figure
+    ) -> None:
+        "fastai's plot, with names drawn as they are"
+        with plt.rc_context({'text.parse_math': False, 'text.usetex': False}): super().plot_confusion_matrix(*args, **kwargs)
+        ax = plt.gca()
+        plain_text(ax.title, *ax.get_xticklabels(), *ax.get_yticklabels())
 
     def top_losses(self,
         k:int|None=None, # How many, at most; `None`: all
@@ -136,7 +189,7 @@ class CAMInterpretation(ClassificationInterpretation):
     ) -> CAMs: # Of the items in order of their loss
         "The maps of the items with the largest (or smallest) losses"
         _refuse(kwargs, self.method if method is None else method, 'top_losses_cams')
-        actual = Region(Actual(), 'actual') # in segmentation, where the mask says that it is
+        actual = _actual()
         questions = dict(pred=None, actual=actual, both=[Predicted(), actual])
         show = _words.get(show, show) if isinstance(show, str) else show
         if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
@@ -144,7 +197,7 @@ class CAMInterpretation(ClassificationInterpretation):
         losses,idxs = self._ranked(k, largest)
         with learner_as_found(self.learn): chosen = dl_source(self.learn, self.dl, idxs.tolist(), image=image)
         cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer, image=image)
-        cams.losses = losses.as_subclass(Tensor)
+        if cams.losses is None: cams.losses = losses.as_subclass(Tensor) # else those of the pictures shown, which a random transform draws anew
         return cams
 
     def plot_top_losses_cam(self,
@@ -160,8 +213,9 @@ class CAMInterpretation(ClassificationInterpretation):
         **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
     ) -> None:
         "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
-        check_words(kwargs, self.method if method is None else method, ('layer', 'method'))
         if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
+        check_words(kwargs, self.method if method is None else method, ('layer', 'method', 'k'))
+        _refuse_class(kwargs)
         check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
         cams = self.top_losses_cams(k, largest, show, method, layer, image)
         n_q = cams.n_questions

@@ -9,6 +9,7 @@ __all__ = ['class_names', 'task_of', 'CAMCallback', 'check_rows', 'check_words',
 
 # %% ../nbs/04_learner.ipynb #3874d6e6
 import inspect
+from functools import partial
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -32,10 +33,10 @@ from fastai.vision.learner import create_head, vision_learner
 from .tasks import MultiLabel, NOT_ASKED, NoAnswer, Points, SingleLabel, Task, Values
 from .probe import Probe, _each_tensor, bare, check_layers
 from .targets import AllClasses, Several, as_target
-from .methods import METHODS, as_methods, enlarge, method_name
+from .methods import METHODS, WRAPPERS, as_methods, enlarge, method_name
 from .maps import CAMs, check_style
 from .state import bar_of_long_work, call_event, check_learner, has_bar, is_stand_in, learner_as_found, released, stand_in, valid_loader
-from .source import Source, as_source
+from .source import Source, as_source, n_shown
 
 # %% ../nbs/04_learner.ipynb #493b9109
 def class_names(
@@ -105,8 +106,8 @@ class CAMCallback(Callback):
         image:int=0 # Which of the images that go into the model for one item
     ):
         self.cls,self.method,self.layer,self.image = cls,method,layer,image
-        self.watcher = self.cams = self.wrapped = None
-        self.n_rows = []
+        self.watcher = self.cams = self.wrapped = self.task = self.target = self.methods = None
+        self.n_rows,self.found_maps,self.found_classes,self.found_regions = [],[],[],[] # a validation that is cancelled may not get to `before_validate`
 
     def __call__(self, event_name):
         try: return call_event(self, event_name)
@@ -234,16 +235,11 @@ def check_rows(
     if sum(learn.rows) != n:
         raise ValueError(f'{n} items were asked for and the DataLoader gave {sum(learn.rows)}, {unknown}: it skips items, or draws its own; pass the items as a list')
 
-class _SeedGenerator(torch.Generator):
-    "Draws the seeds of a loader's worker processes, which have no use for itself"
-    def __reduce__(self): return torch.Generator,()
-
 def _predict(learn, source, callback, **kwargs):
     "`get_preds` of a stand-in of `learn` over `source`, watched by a `CAMCallback`; to be called inside `learner_as_found`"
     learn = stand_in(learn)
     for cb in learn.cbs:
         if isinstance(cb, ProgressCallback) and len(source.dl)==1: cb.run = False # a single batch needs no progress bar
-    if hasattr(source.dl, 'fake_l'): source.dl.fake_l.generator = _SeedGenerator()
     with released(callback.close): found = learn.get_preds(dl=source.dl, reorder=False, cbs=callback, **kwargs)
     check_rows(learn, len(source.items), callback.n_rows)
     return found
@@ -251,7 +247,37 @@ def _predict(learn, source, callback, **kwargs):
 _meant = dict(cls=('class_name class_names class_idx class_index class_id class_ target targets target_class target_category '
                    'category label labels').split(),
               layer='layers layer_name target_layer target_layers conv_layer module'.split(), method='methods algorithm cam_method cam attribution'.split(),
-              item='items img imgs images input inputs x file files fn path dl idx idxs'.split(), max_n='n n_items max_items k'.split())
+              item='items img imgs images input inputs x file files fn path dl idx idxs'.split(), max_n='n n_items max_items k'.split(),
+              k='max_n n n_items max_items'.split())
+_meant.update(methods=['method', *_meant['method'][1:]], layers=['layer', *_meant['layer'][1:]]) # where several are compared
+
+def _parts(method): return [part.strip() for part in method.replace('++', '_pp').split('+')] if isinstance(method, str) else []
+
+def _steps(method):
+    "The method and the wrappers in a name, each as `(name, function, number of its arguments that are no options)`"
+    name,*wrappers = _parts(method) or ['']
+    if name in METHODS: yield name,METHODS[name],2
+    yield from ((wrapper, WRAPPERS[wrapper], 1) for wrapper in wrappers if wrapper in WRAPPERS)
+
+def _options_of(func, n_first): return list(inspect.signature(func).parameters)[n_first:]
+
+def _check_options(method):
+    "`TypeError` if a `partial` of a method has an option that the method does not have"
+    for one in (method if is_listy(method) else [method]):
+        if not isinstance(one, partial) or one.func not in METHODS.values(): continue
+        known = _options_of(one.func, 2)
+        wrong = [name for name in one.keywords if name not in known]
+        if wrong:
+            raise TypeError(f'the method {method_name(one.func)!r} has no option {wrong[0]!r}: its options are {", ".join(known) or "none"}')
+
+def _with_option(method, name, option, value):
+    "How to write a method, given by its name, with this option of it or of one of its wrappers"
+    parts = _parts(method)
+    at = parts.index(name)
+    what = f'WRAPPERS[{name!r}]({"+".join(parts[:at])!r}' if at else f'partial(METHODS[{name!r}]'
+    given = f'{what}, {option}={value!r})'
+    for wrapper in parts[at+1:]: given = f'WRAPPERS[{wrapper!r}]({given})'
+    return given
 
 def check_words(
     kwargs:dict, # Arguments that a function does not know
@@ -259,14 +285,16 @@ def check_words(
     has:Sequence=('cls', 'layer', 'method', 'item', 'max_n') # Those of the usual arguments that the function has
 ) -> None:
     "`TypeError` that says what was meant, if `kwargs` holds another library's word for an argument, or an option of the method"
+    _check_options(method)
     for name,value in kwargs.items():
+        for one in (method if is_listy(method) else [method]):
+            for step,func,n_first in _steps(one):
+                if name not in _options_of(func, n_first): continue
+                raise TypeError(f'{name!r} is an option of the method {step!r} and is given with it: '
+                                f'from functools import partial, then method={_with_option(one, step, name, value)}')
         for word,others in _meant.items():
             if name in others and word in has:
                 raise TypeError(f'there is no argument {name!r} here: it is called {word!r}, so write {word}=...')
-        for one in (method if is_listy(method) else [method]):
-            if isinstance(one, str) and one in METHODS and name in list(inspect.signature(METHODS[one]).parameters)[2:]:
-                raise TypeError(f'{name!r} is an option of the method {one!r} and is given with it: '
-                                f'from functools import partial, then method=partial(METHODS[{one!r}], {name}={value!r})')
 
 def _refuse(kwargs, method, has=('cls', 'layer', 'method', 'item', 'max_n')):
     "`TypeError` for arguments that a function does not have"
@@ -308,7 +336,7 @@ def show_cam(self:Learner,
     cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these (one column each); `None`: the predicted class
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these (one column each)
     layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `'every stage'`; `None`: the last layer that still has space
-    max_n:int|None=9, # At most this many items; `None`: all
+    max_n:int|str|None='auto', # At most this many items; `None`: all; `'auto'`: 36 of items that are listed, 9 of a loader or a batch
     nrows:int|None=None, # Rows of the grid
     ncols:int|None=None, # Columns of the grid
     figsize:tuple|None=None, # Size of the figure in inches
@@ -319,6 +347,7 @@ def show_cam(self:Learner,
     "Show what the model looked at: `item`, decoded, with its class activation map over it"
     check_words(kwargs, method)
     check_learner(self)
+    if isinstance(max_n, str) and max_n=='auto': max_n = n_shown(self, item)
     check_style(max_n=max_n, nrows=nrows, ncols=ncols, figsize=figsize, ax=ax, **kwargs)
     columns = len(_target(self, cls))*len(as_methods(method))
     if columns > 100: raise ValueError(f'{columns} maps of every item cannot be read in one picture: name the classes to show, or take the maps from get_cams')

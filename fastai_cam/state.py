@@ -26,7 +26,8 @@ from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastcore.imports import noop
 from fastprogress.fastprogress import progress_bar
-from fastai.callback.core import Callback, GatherPredsCallback
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+                                  CancelStepException, CancelTrainException, CancelValidException, GatherPredsCallback)
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.hook import Hook, HookCallback, Hooks
 from fastai.callback.mixup import MixHandler
@@ -122,7 +123,9 @@ class _LoopState(Callback):
 
     def before_validate(self): self.learn.training,self.learn.rows,self.learn.n_cancelled = False,[],0
     def before_batch(self): self.learn.rows.append(find_bs(self.learn.xb))
-    def after_cancel_batch(self): self.learn.n_cancelled += 1
+    def after_cancel_batch(self):
+        self.learn.n_cancelled += 1
+        self.learn.loss = torch.zeros(self.learn.rows[-1]) # one an item, as those who gather losses expect, also of a first batch
 
 class _ModelPrecision(Callback):
     "Inputs as the model has them, instead of fastai's own half precision, which would convert the model for good"
@@ -132,11 +135,20 @@ class _ModelPrecision(Callback):
     def after_pred(self): self.learn.pred = to_float(self.learn.pred)
 
 # %% ../nbs/04_state.ipynb #a4c01e17
+_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+            CancelValidException)
+_of_batch = 'before_batch', 'after_pred', 'after_loss' # in these a single batch may be cancelled, which is counted
+
 class _StandIn:
     "What a stand-in does otherwise than a learner of its class"
     def __call__(self, event_name):
         for name in L(event_name):
-            for cb in self.cbs.sorted('order'): (call_event if type(cb).__call__ is Callback.__call__ else type(cb).__call__)(cb, name)
+            try:
+                for cb in self.cbs.sorted('order'): (call_event if type(cb).__call__ is Callback.__call__ else type(cb).__call__)(cb, name)
+            except _cancels as e:
+                if isinstance(e, CancelBatchException) and name in _of_batch: raise
+                raise ValueError(f'a callback of the learner cancelled the pass ({type(e).__name__} in {name}), so its items have no result: '
+                                 'take it off meanwhile, with learn.removed_cbs(...)') from e
 
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False) # every process has all the items that it was asked for
 

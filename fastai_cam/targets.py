@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import store_attr
 from .probe import _batch_size, _each_tensor
-from .tasks import NoAnswer, SingleLabel, Task, Values, as_logits, parts_of
+from .tasks import NoAnswer, Segmentation, SingleLabel, Task, Values, as_logits, parts_of
 
 # %% ../nbs/01_targets.ipynb #d1f7333d
 def _plain(value):
@@ -37,6 +37,7 @@ class Target:
     labels:list[str] = ['']
     needs_labels = False
     task:Task = SingleLabel() # what the output is
+    is_region = False # was this part asked for by a `Region`?
     where:Any = 'predicted' # the part of the picture that the score is taken over, where the model says something at every pixel
     def classes(self,
         out:Any, # Output of the model, e.g. `[B, n_classes]`
@@ -65,14 +66,22 @@ class Target:
         y:Any=None # Labels of the batch
     ) -> Callable: # `func(out, items)`: scores `[n, K]` of another output, whose rows belong to `items`; `None`: one row an item
         "The same question about other outputs: the class that was predicted for an item stays the one that is asked about"
-        return self.task.of(out).asks(out, y, self.classes(out, y), self.where)
+        return self._task_of(out).asks(out, y, self.classes(out, y), self.where)
+
+    def _task_of(self, out):
+        "The task that the output says it is; `ValueError` if a `Region` is asked of a model without regions"
+        task = self.task.of(out)
+        if self.is_region and not isinstance(task, (Segmentation, NoAnswer)):
+            raise ValueError('a Region is for models that say something at every pixel, and this one says something about the whole picture: '
+                             'give the class by itself')
+        return task
 
     def regions(self,
         out:Any, # Output of the model
         y:Any=None # Labels of the batch
     ) -> Tensor|None: # `[B, K, H, W]`; `None` where no score is taken over a part of the picture
         "The part of the picture that each score is taken over"
-        return self.task.of(out).regions(out, y, self.classes(out, y), self.where)
+        return self._task_of(out).regions(out, y, self.classes(out, y), self.where)
 
     def of_task(self,
         task:Task # What the output is
@@ -182,9 +191,19 @@ class Similarity(Score):
         reference:Tensor, # Embedding to compare with, `[D]`
         label:str='similarity' # What to show
     ):
-        self.reference = reference.detach()
-        super().__init__(lambda out: torch.cosine_similarity(as_logits(out), self.reference.to(out)[None], dim=1))
+        self.reference = torch.as_tensor(reference).detach()
+        if self.reference.dim()==2 and len(self.reference)==1: self.reference = self.reference[0] # of a batch of one
+        if self.reference.dim() != 1:
+            raise ValueError(f'Similarity compares with one embedding [length], not with shape {list(self.reference.shape)}')
+        super().__init__(self._similarity)
         self.labels = [label]
+
+    def _similarity(self, out):
+        found,n = as_logits(out),len(self.reference)
+        if found.shape[1] != n:
+            raise ValueError(f'the embedding to compare with has length {n}, and the model returns {found.shape[1]} numbers an item: '
+                             'take it from the same model')
+        return torch.cosine_similarity(found, self.reference.to(found)[None], dim=1)
 
 class Several(Target):
     "Several targets side by side"
@@ -225,12 +244,18 @@ class Several(Target):
 def _alike(target):
     "Targets of which this is the same can be asked together: classes of one task over one region"
     is_plain = type(target).settled is Target.settled and type(target).regions is Target.regions
-    return (id(target.task), id(target.where)) if is_plain else id(target)
+    return (id(target.task), id(target.where), target.is_region) if is_plain else id(target)
 
 class _Classes(Target):
     "The classes of several targets that are asked alike"
-    def __init__(self, targets): self.targets,self.task,self.where = targets,targets[0].task,targets[0].where
+    def __init__(self, targets):
+        self.targets,self.task,self.where,self.is_region = targets,targets[0].task,targets[0].where,targets[0].is_region
     def classes(self, out:Any, y:Any=None) -> Tensor: return torch.cat([target.classes(out, y) for target in self.targets], dim=1)
+
+def _is_mask(where):
+    "May it say of every pixel whether it is meant? A box, of four numbers, does not"
+    if isinstance(where, (list, tuple)): return len(where) > 0 and not any(isinstance(row, Number) for row in where)
+    return where is None or len(getattr(where, 'shape', ())) > 1
 
 class Region(Target):
     "A class over a part of the picture, for models that say something at every pixel (Seg-Grad-CAM, https://arxiv.org/abs/2002.11434)"
@@ -238,7 +263,9 @@ class Region(Target):
         cls:Any, # Class name, index, `'predicted'`, `'actual'` or `Target`, or a list of these
         where:Any='actual' # `'predicted'`: where the model says the class is; `'actual'`: where the mask says so; `'everywhere'`; or a mask `[H, W]`, or one for each item
     ):
-        if isinstance(where, str) and where not in ('predicted', 'actual', 'everywhere'): raise ValueError(f"a region is 'predicted', 'actual', 'everywhere' or a mask [height, width], not {where!r}")
+        if not _is_mask(where) and not (isinstance(where, str) and where in ('predicted', 'actual', 'everywhere')):
+            got = f'shape {list(where.shape)}' if hasattr(where, 'shape') else repr(where)
+            raise ValueError(f"a region is 'predicted', 'actual', 'everywhere' or a mask [height, width], not {got}")
         store_attr()
     def resolved(self,
         vocab:Sequence|None=None, # Names of the classes
@@ -251,7 +278,7 @@ class Region(Target):
             raise ValueError('a Region is about a class: give its name or index, not a function or a Versus')
         def placed(one):
             found = copy(one)
-            found.where,found.needs_labels = self.where,one.needs_labels or isinstance(self.where, str) and self.where=='actual'
+            found.is_region,found.where,found.needs_labels = True,self.where,one.needs_labels or isinstance(self.where, str) and self.where=='actual'
             return found
         return Several([placed(part) for part in parts]) if isinstance(target, Several) else placed(target)
     def of_task(self, task:Task) -> Target: return self.resolved(getattr(task, 'vocab', None)).of_task(task)

@@ -2,21 +2,27 @@
 import pickle
 from functools import partial
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.data.core import Datasets
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                                  CancelValidException)
+from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.interpret import ClassificationInterpretation
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.data import Numericalize, pad_input
 from fastai.torch_core import set_seed
+from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, RegressionBlock, Resize, TensorImage, Transform, get_image_files, imagenet_stats, parent_label
 from fastai.vision.all import resnet18, vision_learner
 
-from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, cam_head
+from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS, Region, WRAPPERS, cam_head
 
 
 def ready(dls, loss=None):
@@ -129,3 +135,166 @@ def test_pickled_and_read_again(dls, tmp_path):
     learn.export(file)
     assert torch.allclose(load_learner(file).get_cams(dls.valid.items[0]).maps, learn.get_cams(0).maps, atol=1e-6)
     pickle.loads(pickle.dumps(CAMCallback('left')))
+
+
+# -- pictures that validation draws at random
+
+class Dims(Transform):
+    "Another brightness in every pass, in validation too"
+    order = 200
+    def encodes(self, x:TensorImage): return x*(4*torch.rand(len(x), 1, 1, 1))
+
+
+def dims(pictures):
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=FuncSplitter(lambda f: int(f.stem) >= 12), item_tfms=Resize(64),
+                      batch_tfms=[Dims(), Normalize.from_stats(*imagenet_stats)])
+    return block.dataloaders(pictures, bs=5, num_workers=0)
+
+
+@pytest.mark.parametrize('show', ['pred', 'actual', 'both'])
+def test_the_loss_in_the_title_is_that_of_the_picture_shown(pictures, show):
+    learn = ready(dims(pictures))
+    for p in learn.model.parameters(): p.data.mul_(2)
+    interp = CAMInterpretation.from_learner(learn)
+    torch.manual_seed(7)
+    cams = interp.top_losses_cams(6, show=show)
+    assert cams.items==[interp.dl.items[i] for i in interp.top_losses(6)[1]] # in the order of the interpretation's losses
+    assert torch.allclose(cams.losses, -cams.preds[range(6), cams.targs].log(), atol=1e-4)
+    assert (cams.losses - interp.top_losses(6)[0]).abs().max() > 1e-3
+
+
+def test_items_without_a_loss_of_their_own_keep_the_interpretations(dls):
+    interp = CAMInterpretation.from_learner(ready(dls, mean_loss))
+    assert torch.equal(interp.top_losses_cams(4).losses, interp.top_losses(4)[0].as_subclass(torch.Tensor))
+
+
+def test_a_label_is_asked_about_without_a_region(dls):
+    learn = ready(dls)
+    idxs = CAMInterpretation.from_learner(learn).top_losses(4)[1]
+    assert torch.allclose(CAMInterpretation.from_learner(learn).top_losses_cams(4, show='actual').maps, learn.get_cams(idxs, cls='actual').maps, atol=1e-6)
+    with pytest.raises(ValueError, match='a Region is for models'): learn.get_cams(0, cls=Region('left', 'actual'))
+
+
+# -- what is inherited
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self): self.x = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    def __len__(self): return 9
+    def __getitem__(self, i): return self.x[i], torch.tensor(i%3)
+
+
+def counted(learn, dl, n):
+    "The confusion matrix, item by item"
+    found = np.zeros((n, n), dtype=int)
+    for batch in dl:
+        with torch.no_grad(): out = learn.model.eval()(batch[0].as_subclass(torch.Tensor))
+        for row, label in zip(out, batch[1]): found[int(label), int(row.argmax())] += 1
+    return found
+
+
+def test_confusion_without_names(capsys):
+    "PyTorch's loaders have no vocab: classes are called by their number"
+    loader = torch.utils.data.DataLoader(Samples(), batch_size=4)
+    set_seed(3)
+    learn = Learner(DataLoaders(loader, loader), nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), cam_head(4, 3)), loss_func=nn.CrossEntropyLoss())
+    interp, expected = CAMInterpretation.from_learner(learn), counted(learn, loader, 3)
+    assert (interp.confusion_matrix()==expected).all() and expected.sum()==9
+    off = sorted(((i, j, expected[i, j]) for i in range(3) for j in range(3) if i != j and expected[i, j]), key=lambda one: -one[2])
+    assert sorted(interp.most_confused())==sorted(off)
+    interp.plot_confusion_matrix()
+    assert [text.get_text() for text in plt.gca().get_yticklabels()]==['0', '1', '2'] and len(plt.gca().texts)==9
+    capsys.readouterr()
+    interp.print_classification_report()
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()[:2] in ('0 ', '1 ', '2 ')]==['3', '3', '3']
+
+
+def test_confusion_is_fastais(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    assert (interp.confusion_matrix()==ClassificationInterpretation.confusion_matrix(interp)).all()
+    yes_or_no = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), cam_head(4, 1)), loss_func=BCEWithLogitsLossFlat())
+    interp = CAMInterpretation.from_learner(yes_or_no)
+    logits = torch.cat([yes_or_no.model.eval()(x.as_subclass(torch.Tensor)) for x, _ in interp.dl])[:,0]
+    labels = torch.cat([y for _, y in interp.dl])
+    assert interp.confusion_matrix().tolist()==[[int(((labels==i) & ((logits > 0)==bool(j))).sum()) for j in (0, 1)] for i in (0, 1)]
+
+
+def test_values_are_not_confused_with_each_other(pictures):
+    block = DataBlock((ImageBlock, RegressionBlock), get_items=get_image_files, get_y=lambda f: float(int(f.stem)%3), splitter=FuncSplitter(lambda f: int(f.stem) >= 12), item_tfms=Resize(32))
+    interp = CAMInterpretation.from_learner(ready(block.dataloaders(pictures, bs=5, num_workers=0), nn.MSELoss()))
+    for call in (interp.confusion_matrix, interp.plot_confusion_matrix, interp.most_confused, interp.print_classification_report):
+        with pytest.raises(ValueError, match='not classes, and only classes can be confused with each other'): call()
+
+
+def test_names_in_the_confusion_matrix_are_no_formulas(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    interp.vocab = ['a$x_1$', '$\\frac']
+    interp.plot_confusion_matrix(title='50% $a_')
+    figure, ax = plt.gcf(), plt.gca()
+    figure.canvas.draw()
+    texts = [ax.title, *ax.get_xticklabels(), *ax.get_yticklabels()]
+    assert [text.get_text() for text in texts]==['50% $a_', 'a$x_1$', '$\\frac', 'a$x_1$', '$\\frac'] and not any(text.get_parse_math() for text in texts)
+
+
+def test_a_loader_by_its_place(dls):
+    learn = ready(dls)
+    plain = CAMInterpretation.from_learner(learn, dl=dls.train)
+    assert torch.equal(CAMInterpretation.from_learner(learn, dls.train).losses, plain.losses) and len(plain.losses)==12
+    assert list(plain.dl.items)==list(dls.train.items)
+    for wrong in ('x.png', [1, 2], 1.):
+        with pytest.raises(TypeError, match='dl is a labelled DataLoader'): CAMInterpretation.from_learner(learn, wrong)
+    with pytest.raises(TypeError, match='pass dls.valid'): CAMInterpretation.from_learner(learn, dls)
+
+
+# -- a callback that cancels
+
+@pytest.mark.parametrize('cancel', [CancelBatchException, CancelValidException, CancelFitException, CancelEpochException, CancelTrainException, CancelStepException])
+@pytest.mark.parametrize('event', ['before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch'])
+def test_a_cancelled_pass_says_so(dls, event, cancel):
+    def stop(self):
+        if not self.training: raise cancel
+    Stops = type('Stops', (Callback,), {event: stop, 'before_batch': stop if event=='before_batch' else lambda self: None})
+    learn = ready(dls)
+    learn.add_cb(Stops())
+    for call in (lambda: learn.get_cams([0, 1]), lambda: CAMInterpretation.from_learner(learn)):
+        with pytest.raises(ValueError, match=r'a callback of the learner cancel.*take it off meanwhile, with learn.removed_cbs') as caught: call()
+        assert '\n' not in str(caught.value) and not any(m._forward_hooks for m in learn.model.modules())
+    with learn.removed_cbs(learn.cbs[-1]): assert len(learn.get_cams([0, 1]))==2
+
+
+def test_a_validation_of_ones_own_that_is_cancelled(dls):
+    "Also before the callback has begun"
+    class Stops(Callback):
+        order = -10
+        def before_validate(self): raise CancelValidException
+    with pytest.raises(ValueError, match='gave no batch: it has no items, or a callback of the learner cancels them'): ready(dls).validate(cbs=[Stops(), CAMCallback()])
+
+
+# -- arguments that are called otherwise
+
+def test_options_of_wrapped_methods_and_of_partials(dls):
+    learn = ready(dls)
+    interp = CAMInterpretation.from_learner(learn)
+    handle = learn.model.register_forward_pre_hook(lambda *args: pytest.fail('work was done'))
+    names = dict(partial=partial, METHODS=METHODS, WRAPPERS=WRAPPERS)
+    for method, option, step in (('scorecam+tta', dict(top=4), 'scorecam'), ('scorecam + tta', dict(top=4), 'scorecam'), ('smooth_gradcam_pp', dict(n=2), 'smooth_gradcam_pp'),
+                                 ('gradcam+tta', dict(flip=False), 'tta'), ('scorecam', dict(top=4), 'scorecam')):
+        for call in (learn.get_cams, learn.show_cam, lambda item, **kwargs: interp.top_losses_cams(3, **kwargs), lambda item, **kwargs: interp.plot_top_losses_cam(3, **kwargs)):
+            with pytest.raises(TypeError, match=f'{next(iter(option))!r} is an option of the method {step!r}') as caught: call(0, method=method, **option)
+            assert '\n' not in str(caught.value)
+        wanted = eval(str(caught.value).partition('then method=')[2], names) # what the sentence says works
+        handle.remove()
+        assert learn.get_cams(0, method=wanted).maps.shape==(1, 8, 8)
+        handle = learn.model.register_forward_pre_hook(lambda *args: pytest.fail('work was done'))
+    for call in (lambda: learn.get_cams(0, method=partial(METHODS['scorecam'], topk=16)), lambda: learn.show_cam(0, method=['gradcam', partial(METHODS['scorecam'], topk=16)]),
+                 lambda: CAMInterpretation.from_learner(learn, method=partial(METHODS['scorecam'], topk=16)), lambda: interp.top_losses_cams(2, method=partial(METHODS['scorecam'], topk=16))):
+        with pytest.raises(TypeError, match="the method 'scorecam' has no option 'topk': its options are top, reduce, bs"): call()
+
+
+def test_a_class_where_show_chooses(dls):
+    interp = CAMInterpretation.from_learner(ready(dls))
+    for name in ('cls', 'class_name', 'target', 'category'):
+        for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
+            with pytest.raises(TypeError, match=r"show='pred', 'actual' or 'both' chooses .* learn.show_cam\(interp.top_losses\(k\)\[1\], cls='left'\) asks about one class"): call(3, **{name: 'left'})
+    for name in ('n', 'n_items'):
+        for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
+            with pytest.raises(TypeError, match=f"{name!r} here: it is called 'k'"): call(3, **{name: 3})

@@ -3,11 +3,13 @@ import copy
 import random
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
+from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
@@ -326,3 +328,22 @@ def test_every_stage(dls):
     with Probe(learn.model, 'every stage') as p: assert p(dls.valid.one_batch()[0]).names==['0.1', '0']
     assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], layer=['0.1', '0']).maps)
     assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], method='gradcam+stages').maps, atol=1e-6) and as_layer.shape==(3, 16, 16)
+
+
+def n_drawn(learn, item, **kwargs):
+    plt.close('all')
+    learn.show_cam(item, **kwargs)
+    return sum(ax.has_data() for ax in plt.gcf().axes)
+
+
+def test_listed_items_are_all_shown(dls, monkeypatch):
+    "Items that somebody lists are drawn, in whatever form they are listed; a loader or a batch shows nine"
+    learn, mask = small_learner(dls), np.arange(12) > 0
+    files, batch = list(dls.valid.items), dls.valid.new(bs=12).one_batch()
+    for item, n in ((list(range(12)), 12), (range(11), 11), (files, 12), (tuple(files[:10]), 10), (L(files), 12), (pd.Series(files), 12), (np.arange(12), 12), (torch.arange(12)[:,None], 12), (mask, 11),
+                    (mask.tolist(), 11), (iter(files), 12), ([x for x in batch[0]], 12), (0, 1), (dls.valid, 9), (batch, 9), (batch[0], 9), (None, 5)):
+        assert n_drawn(learn, item)==n, item
+    assert n_drawn(learn, list(range(12)), max_n=3)==3 and n_drawn(learn, dls.valid, max_n=None)==12
+    monkeypatch.setattr('fastai_cam.source._most_listed', 4)
+    with pytest.warns(UserWarning, match='the first 4 of these 6 items are shown: max_n=None shows all'): assert n_drawn(learn, list(range(6)))==4
+    with pytest.raises(IndexError, match='item 12 is out of range'): learn.show_cam(list(range(13)))

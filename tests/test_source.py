@@ -718,3 +718,68 @@ def test_items_that_make_no_batch(tmp_path):
         with pytest.raises(ValueError, match='the items make no batch .*images of different sizes need Resize among the item_tfms, or a call each') as caught: call()
         assert '\n' not in str(caught.value)
     assert learn.get_cams(5).images[0].shape==(3, 32, 40)
+
+
+# -- indices and masks, however they were found
+
+def indices_of(mask):
+    "The same choice of items, in the forms in which it is found"
+    chosen = mask.nonzero()
+    return [chosen, chosen.T, chosen.squeeze(1), chosen.numpy(), np.argwhere(mask.numpy()), np.argwhere(mask.numpy()).T, chosen.int(), list(chosen), list(chosen.numpy()),
+            chosen.tolist(), np.where(mask.numpy()), mask.nonzero(as_tuple=True), L(chosen), mask, mask[:,None], mask[None], mask.numpy()[:,None], mask.tolist(), list(mask), tuple(mask.numpy())]
+
+
+@pytest.mark.parametrize('chosen', [[1, 4, 5], [7]])
+def test_indices_of_any_shape_are_indices(dls, chosen):
+    learn, mask = learner(dls), torch.zeros(12, dtype=torch.bool)
+    mask[chosen] = True
+    plain = learn.get_cams(chosen)
+    for form in indices_of(mask):
+        found = learn.get_cams(form)
+        assert found.items==plain.items and torch.equal(found.maps, plain.maps), form
+
+
+def test_a_column_of_pixels_is_a_picture(dls):
+    "Bytes are pixels, also where the picture is one pixel wide"
+    learn = learner(dls)
+    column = np.full((12, 1), 200, dtype=np.uint8)
+    assert torch.equal(learn.get_cams(column).maps, learn.get_cams(np.repeat(column[...,None], 3, 2)).maps)
+
+
+@pytest.mark.parametrize('items', [False, True])
+def test_top_losses_as_they_come(dls, items):
+    learn = learner(dls)
+    interp = CAMInterpretation.from_learner(learn)
+    top = interp.top_losses(3, items=items)
+    plain = learn.get_cams(top[1])
+    for form in (top, list(top), (top[0].numpy(), top[1].numpy(), *top[2:])):
+        assert learn.get_cams(form).items==plain.items and torch.equal(learn.get_cams(form).maps, plain.maps)
+
+
+def test_one_row_of_a_batch(dls):
+    learn = learner(dls)
+    xb, yb = dls.valid.one_batch()
+    batch, row = learn.get_cams((xb, yb), cls='actual'), learn.get_cams((xb[2], yb[2]), cls='actual')
+    assert len(row)==1 and torch.allclose(row.maps[0], batch.maps[2], atol=1e-6) and torch.allclose(row.losses[0], batch.losses[2], atol=1e-6) and row.targs.tolist()==[yb[2].item()]
+
+
+def test_channels_last_are_named(dls):
+    learn = learner(dls)
+    learn.model.register_forward_pre_hook(lambda *args: pytest.fail('work was done'))
+    for x in (torch.rand(64, 48, 3), torch.rand(2, 64, 48, 3), [torch.rand(64, 48, 3)]):
+        with pytest.raises(ValueError, match=r'has its 3 channels last: pass it.movedim\(-1, -3\)'): learn.get_cams(x)
+    x = torch.randn(64, 48, 3)
+    assert torch.equal(learner(dls).get_cams(x.movedim(-1, -3)).maps, learner(dls).get_cams(x.permute(2, 0, 1)).maps)
+
+
+def test_no_pass_draws_from_the_global_generator(dls, monkeypatch):
+    "Putting the state back is of no use where another thread draws meanwhile: nothing is drawn at all"
+    learn = learner(dls)
+    interp = CAMInterpretation.from_learner(learn)
+    monkeypatch.setattr('fastai_cam.state._at_work', lambda: True) # as if another thread did: then nothing is put back
+    calls = dict(cams=lambda: learn.get_cams([0, 1]), a_loader=lambda: learn.get_cams(dls.valid), losses=lambda: CAMInterpretation.from_learner(learn), top=lambda: interp.top_losses_cams(2),
+                 sanity=lambda: learn.sanity_check([0, 1], n_steps=1), confusion=interp.confusion_matrix, shown=lambda: learn.show_cam([0, 1]))
+    for name, call in calls.items():
+        state = torch.get_rng_state()
+        call()
+        assert torch.equal(torch.get_rng_state(), state), name

@@ -15,7 +15,7 @@ from fastai.vision.all import CategoryBlock, CategoryMap, ColReader, CrossEntrop
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam.probe import Capture, Probe
-from fastai_cam.targets import Actual, AllClasses, ClassIndex, Output, Predicted, Region, Score, Several, Target, Versus, WhyNot, as_target
+from fastai_cam.targets import Actual, AllClasses, ClassIndex, Output, Predicted, Region, Score, Several, Similarity, Target, Versus, WhyNot, as_target
 from fastai_cam.tasks import MultiLabel, SingleLabel, Values
 
 
@@ -234,3 +234,44 @@ def test_gradients_of_a_wide_head_are_kept_in_pieces():
         most = max(piece.shape[1] for piece in pieces)
         assert len(pieces) > 1 and torch.equal(torch.cat(pieces, 1), score) and 4*most*(3*score.numel() + cap.acts[0].numel()) <= 2**28
         assert torch.equal(cap.question(pieces[1])(cap.out), pieces[1])
+
+
+# -- a region is a part of the picture, where the model speaks of it
+
+@pytest.mark.parametrize('where', ['actual', 'predicted', 'everywhere', torch.ones(4, 5)])
+@pytest.mark.parametrize('task', [SingleLabel(['a', 'b', 'c']), MultiLabel(['a', 'b', 'c']), Values()])
+def test_a_region_of_a_classifier_is_refused(where, task):
+    "In a list and in a part of the output too; the class by itself is asked about"
+    out, y = torch.randn(2, 3), torch.tensor([0, 1])
+    for cls in (Region(1, where), [Region(1, where)], [0, Region(1, where)], [Region([0, 1], where), 2]):
+        target = as_target(cls, ['a', 'b', 'c'], task=task)
+        for ask in (target, target.settled, target.regions):
+            with pytest.raises(ValueError, match='a Region is for models that say something at every pixel') as caught: ask(out, y)
+            assert '\n' not in str(caught.value)
+    assert torch.equal(as_target([0, 1], ['a', 'b', 'c'], task=task)(out), out[:,:2])
+
+
+def test_a_region_and_a_class_of_the_same_place_are_asked_apart():
+    "The class's own part is the predicted one: joined with a region of it, in either order, each gives what it gives alone"
+    out = torch.randn(2, 3, 4, 5)
+    asked = [as_target(cls, task=SingleLabel()) for cls in (Region(1, 'predicted'), 0)]
+    alone = torch.cat([target(out) for target in asked], dim=1)
+    for order in ([0, 1], [1, 0]): assert torch.allclose(as_target([[Region(1, 'predicted'), 0][i] for i in order], task=SingleLabel())(out), alone[:,order])
+
+
+@pytest.mark.parametrize('where', [(50, 50, 100, 100), [0, 0, 4, 4], np.array([0, 0, 4, 4]), torch.tensor([0., 0, 4, 4]), 7, lambda out: out, {'mask': 1}, [], 'here'])
+def test_a_box_is_no_mask(where):
+    with pytest.raises(ValueError, match=r"a region is 'predicted', 'actual', 'everywhere' or a mask \[height, width\], not "): Region(0, where)
+
+
+# -- embeddings
+
+def test_an_embedding_of_another_length_is_refused():
+    out = torch.tensor([[3., 4., 0.], [0., 0., 2.]])
+    for reference in (torch.tensor([1., 0, 0]), torch.tensor([[1., 0, 0]]), np.array([1., 0, 0]), [1., 0, 0]):
+        assert torch.allclose(Similarity(reference)(out), torch.tensor([[.6], [0.]]))
+    with pytest.raises(ValueError, match='to compare with has length 2, and the model returns 3 numbers an item'): Similarity(torch.ones(2))(out)
+    for wrong in (torch.ones(1), torch.ones(1, 2)):
+        with pytest.raises(ValueError, match='the model returns 3 numbers'): Similarity(wrong)(out)
+    for wrong in (torch.ones(2, 3), torch.tensor(1.)):
+        with pytest.raises(ValueError, match=r'one embedding \[length\], not with shape'): Similarity(wrong)
