@@ -1210,3 +1210,109 @@ def test_byte_order_and_memory_order_do_not_matter(tmp_path):
     cams = everything()
     cams.save(tmp_path/'cams.npz')
     same(CAMs.load(rewritten(tmp_path/'cams.npz', maps=np.asfortranarray(cams.maps.numpy().astype('>f4')))), cams)
+
+
+# -- pictures that are not there any more: their sizes are
+
+def of_pictures(n=3):
+    "Maps 4×4, of one question, of pictures of different sizes that are read when they are needed"
+    maps = torch.stack([bumps((4, 4), (1, 2, 1., .4))]*n)
+    def fetch(idxs): return [torch.zeros(3, 40*(i + 1), 60) for i in idxs]
+    return CAMs(maps, Images(fetch, range(n)))
+
+
+def test_boxes_and_peaks_stay_in_pixels_of_the_picture(tmp_path):
+    cams = of_pictures()
+    back = CAMs.load(cams.save(tmp_path/'cams.npz'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert back.images is None and back.sizes.tolist()==[[40, 60], [80, 60], [120, 60]]
+        assert back.boxes()==cams.boxes() and back.peaks()==cams.peaks() and back.boxes(.3)==cams.boxes(.3)
+        assert back.boxes()[0][0].right > 4 and back.boxes()[2][0].bottom > 45
+        for some in (back[[2, 0]], back[1:], back[torch.tensor([True, False, True])]): assert some.boxes()==[back.boxes()[int(h)//40 - 1] for h in some.sizes[:, 0]]
+        assert back[1].boxes()==cams[1].boxes() and back[1].peaks()==cams[1].peaks()
+        assert back.boxes(size=(4, 4))==cams.boxes(size=(4, 4))
+        twice = CAMs.load(back.save(tmp_path/'again.npz')) # the sizes are passed on
+        assert twice.boxes()==cams.boxes()
+        axs = back.show(boxes=True)
+        for ax, boxes, height in zip(axs, back.boxes(), (40, 80, 120)):
+            assert tuple(ax.images[0].get_extent())==(-.5, 59.5, height - .5, -.5)
+            assert (ax.patches[1].get_x() + .5, ax.patches[1].get_y() + .5)==(boxes[0].left, boxes[0].top)
+        assert CAMs.load(tmp_path/'cams.npz', images=[torch.zeros(3, 8, 8)]*3).boxes()==cams.boxes(size=(8, 8)) # pictures say more
+    several = everything()
+    assert CAMs.load(several.save(tmp_path/'cams.npz')).peaks()==several.peaks() and CAMs.load(several.save(tmp_path/'cams.npz'))[1, 1].boxes()==several[1, 1].boxes()
+    assert CAMs.load(several.save(tmp_path/'cams.npz', images=True)).boxes()==several.boxes()
+    plt.close('all')
+
+
+def test_places_in_cells_are_said_once(tmp_path):
+    "A file of an earlier version knows no sizes; pictures that are gone have none; maps that never had pictures were always in cells"
+    cams = of_pictures()
+    cams.save(tmp_path/'new.npz')
+    old = CAMs.load(rewritten(tmp_path/'new.npz', {'sizes': None}))
+    def fetch(idxs): raise OSError('gone')
+    gone = CAMs.load(CAMs(cams.maps, Images(fetch, range(3))).save(tmp_path/'gone.npz'))
+    with warnings.catch_warnings(record=True): unpickled = pickle.loads(pickle.dumps(cams))
+    for lost in (old, gone, unpickled, old[1:], CAMs.load(old.save(tmp_path/'again.npz'))):
+        for find in (lost.boxes, lost.peaks, lost[0].boxes, lost[0].peaks):
+            with pytest.warns(UserWarning, match='in cells of the map') as said: find()
+            assert len(said)==1 and 'size=' in str(said[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert lost.boxes(size=(40, 60))[0]==cams.boxes(size=(40, 60))[0]
+            assert tuple(lost.show(boxes=True)[0].images[0].get_extent())==(-.5, 3.5, 3.5, -.5) # the drawing is right in any unit
+            lost[0].show(peaks=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        bare = CAMs(cams.maps)
+        assert CAMs.load(bare.save(tmp_path/'bare.npz')).boxes()==bare.boxes() and pickle.loads(pickle.dumps(bare)).boxes()==bare.boxes()
+    plt.close('all')
+
+
+@pytest.mark.parametrize('sizes, message', [('x', 'sizes'), ([[1, 2]], '1 sizes for 4'), ([[1]]*4, 'sizes'), ([[1, -2]]*4, 'sizes'), ([[1, 2.5]]*4, 'sizes'), ([[10**6, 10**6]]*4, 'sizes'), ([['a', 'b']]*4, 'sizes')])
+def test_sizes_are_not_trusted(sizes, message, tmp_path):
+    with pytest.raises(ValueError, match='or it is damaged: .*' + message): CAMs.load(rewritten(everything().save(tmp_path/'cams.npz'), {'sizes': sizes}))
+
+
+def test_a_pickle_without_its_pictures_says_so():
+    cams = of_pictures()
+    with pytest.warns(UserWarning, match='are not pickled') as said: back = pickle.loads(pickle.dumps(cams))
+    assert len(said)==1 and 'cams.images.load()' in str(said[0].message) and back.images is None
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cams.images = cams.images.load()
+        back = pickle.loads(pickle.dumps(cams))
+        assert back.images[2].shape==(3, 120, 60) and back.boxes()==cams.boxes()
+        assert copy.deepcopy(of_pictures()).boxes()==cams.boxes()
+
+
+# -- what is drawn
+
+def test_one_map_has_its_title_once():
+    for cams in (CAMs(torch.ones(1, 2, 2)), CAMs(torch.ones(1, 1, 2, 2)), CAMs(torch.ones(1, 2, 3, 3), n_space=3)):
+        ax = cams.show(title='mine')[0]
+        words = [text.get_text() for text in ax.figure.findobj(Text)]
+        assert sum('mine' in word for word in words)==1, words
+    ax = CAMs(torch.ones(2, 2, 2)).show(title='mine')[0]
+    assert ax.figure.get_suptitle()=='mine' and ax.get_title()==''
+    points = CAMs(torch.ones(1, 2, 2), preds=torch.zeros(1, 2), targs=torch.zeros(1, 2), task='points')
+    assert points.show()[0].figure.get_suptitle()=='● Predicted / ✚ Actual'
+    plt.close('all')
+
+
+def test_a_number_is_the_threshold_of_what_is_drawn():
+    cam_map = CAMMap(bumps((20, 20), (4, 4, 1., 2.), (14, 14, .6, 2.)), torch.zeros(20, 20))
+    def n_drawn(**kwargs):
+        ax = cam_map.show(**kwargs)
+        return len(ax.patches)//2, len(ax.collections)
+    assert n_drawn(boxes=True)==(2, 0) and n_drawn(boxes=.8)==(1, 0) and n_drawn(boxes=np.float32(.8), peaks=.5)==(1, 2) and n_drawn(peaks=.7)==(0, 1)
+    assert n_drawn(boxes=None, peaks=False)==(0, 0) and n_drawn(boxes=1)==(1, 0)
+    drawn = cam_map.show(boxes=.8).patches[1]
+    assert (drawn.get_width(), drawn.get_height())==(cam_map.boxes(.8)[0].right - cam_map.boxes(.8)[0].left, cam_map.boxes(.8)[0].bottom - cam_map.boxes(.8)[0].top)
+    cams = CAMs(torch.stack([cam_map.map]*2))
+    assert [len(ax.patches)//2 for ax in cams.show(boxes=.8)]==[1, 1] and [len(ax.collections) for ax in cams.show(peaks=.5, boxes=None)]==[2, 2]
+    for wrong in (3, 0, -.5, 1.5, float('nan')):
+        for name in ('boxes', 'peaks'):
+            for shown in (cam_map, cams):
+                with pytest.raises(ValueError, match=f'{name} is True or a list.*threshold above 0 and at most 1'): shown.show(**{name: wrong})
+    plt.close('all')
