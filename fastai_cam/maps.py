@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'normalize', 'upsample', 'plain_text', 'plain_legend', 'plai
            'check_style', 'CAMMap', 'Box', 'Peak', 'Images', 'ItemMaps', 'CAMs']
 
 # %% ../nbs/03_maps.ipynb #a96e974c
-import errno, html, inspect, json, math, os, shutil, stat, textwrap, time, unicodedata, warnings
+import errno, html, inspect, json, math, os, re, shutil, stat, textwrap, time, unicodedata, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -235,6 +235,7 @@ def _written(
     if not file.parent.is_dir(): raise FileNotFoundError(f'there is no folder {str(file.parent)!r} to save {file.name!r} in: make it first')
     if file.is_dir(): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. {str(file/"maps.npz")!r}')
     target = Path(os.path.realpath(file))
+    if target.is_symlink(): raise ValueError(f'{str(file)!r} is a link that leads back to itself: remove it, or save under another name')
     known = file.stat() if file.exists() else None
     is_regular = known is None or stat.S_ISREG(known.st_mode)
     if known is not None and is_regular and not (known.st_mode & 0o222 and os.access(file, os.W_OK)):
@@ -783,6 +784,14 @@ def _several(texts, width=1000):
     while n > 1 and len(';'.join(texts[:n])) > width: n -= 1
     return ';'.join(texts[:n] + [f'+{len(texts) - n}']*(n < len(texts)))
 
+def _wrapped(text, width=28):
+    "Lines of at most `width` letters, broken after blanks, colons and plus signs, and where there are none anywhere"
+    lines = ['']
+    for part in re.split(r'(?<=[ :+])', text):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width: lines.append('')
+        lines[-1] += part
+    return [piece.rstrip() for line in lines for piece in (line[start:start + width] for start in range(0, len(line), width)) if piece.strip()]
+
 def _rounded(value):
     "A number to three significant digits"
     text = f'{value:.3g}'
@@ -1121,8 +1130,10 @@ class CAMs:
 
     def _panel_title(self, i, j, loss, is_first):
         if self.n_questions > 1: # the item's title stands over its first map and may run on over the others
-            asked = self.question(i, j, 26)
-            return f'{self.item_title(i, loss, 11*self.n_questions) if is_first else ""}\n' + (f'▸ {asked}' if asked else '')
+            asked = [_wrapped(f'▸ {asked}') if asked else [] for asked in (self.question(i, k, 26) for k in range(self.n_questions))]
+            spare = [''] * (max(map(len, asked)) - len(asked[j])) # so that the item's title stands above them all
+            item = self.item_title(i, loss, 11*self.n_questions) if is_first else ''
+            return '\n'.join([item, *spare, *asked[j]])
         explains = self.title(i)==self.item_title(i)
         lines = textwrap.wrap(self._text(i), 34) + textwrap.wrap(self._known(i, loss), 34) + ([] if explains else textwrap.wrap('▸ ' + self.question(i, j), 34))
         return '\n'.join(lines)
@@ -1194,6 +1205,11 @@ def _as_array(name, values):
     try: return values.numpy()
     except TypeError: return values.view({1: torch.uint8, 2: torch.int16}[values.element_size()]).numpy()
 
+def _check_computable(name, dtype):
+    "`TypeError` for values that can be stored, but neither drawn nor compared"
+    is_plain = not dtype.is_complex and (not dtype.is_floating_point or torch.finfo(dtype).bits >= 16)
+    if not is_plain: raise TypeError(f'{name} are {dtype}, and maps are neither drawn nor kept in that: convert them first, cams.{name} = cams.{name}.float()')
+
 def _as_bytes(image, n_space, depth):
     pixels = to_pixels(image) if n_space==2 else to_slices(image, depth)
     return pixels if pixels.dtype==np.uint8 else (pixels*255).round().astype(np.uint8)
@@ -1229,6 +1245,7 @@ def save(self:CAMs,
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')
     tensors = {name: getattr(self, name) for name in _saved_tensors if getattr(self, name) is not None}
+    for name,values in tensors.items(): _check_computable(name, getattr(values, 'dtype', torch.float))
     arrays = {name: _as_array(name, values) for name,values in tensors.items()}
     header = _header_of(self, tensors, len(self) if images else 0)
     _check_header(header)
@@ -1281,6 +1298,14 @@ def _check_header(header):
     if sizes is not None and not (isinstance(sizes, list) and all(map(_is_size, sizes))):
         raise ValueError(f'{textwrap.shorten(repr(sizes), 60)} are no sizes of pictures')
 
+def _check_regions(regions, n_questions, n_space):
+    "`ValueError` where regions have a shape that belongs to no maps"
+    space = ('H, W', 'D, H, W')[n_space - 2]
+    n_before = len(regions) - n_space
+    if n_before==1 or n_before==2 and regions[1]==n_questions:
+        if 0 not in regions[1:]: return
+    raise ValueError(f'regions are a bool tensor [n, {space}] or [n, {n_questions}, {space}], not {list(regions)}')
+
 def _check_lengths(header, shapes):
     "`ValueError` where there is not one of everything for each item and for each question"
     maps,n_space = shapes['maps'],header['n_space']
@@ -1293,6 +1318,9 @@ def _check_lengths(header, shapes):
     if header['labels'] is not None and len(header['labels']) != n_questions:
         raise ValueError(f'there are {len(header["labels"])} labels for {n_questions} questions')
     classes = shapes.get('classes')
+    if 0 in maps[1:]: raise ValueError(f'maps of the shape {list(maps)} have no places')
+    regions = shapes.get('regions')
+    if regions is not None: _check_regions(regions, n_questions, n_space)
     if classes not in (None, (n,), maps[:-n_space]): raise ValueError(f'classes have the shape {list(classes)} for maps {list(maps)}')
     if header['n_images'] not in (0, n): raise ValueError(f'there are {header["n_images"]} images for {n} items')
 
@@ -1332,6 +1360,7 @@ def _check_arrays(archive, header, allowed):
         expected = _as_array(name, torch.empty(0, dtype=_dtypes[header['dtypes'][name]])).dtype
         if dtype.newbyteorder('=') != expected: raise ValueError(f'{name} are {dtype}, and its header says {header["dtypes"][name]}')
     if 'classes' in heads and heads['classes'][1].kind not in 'iu': raise ValueError('classes are no whole numbers')
+    for name in heads: _check_computable(name, _dtypes[header['dtypes'][name]])
     images = [_array_head(archive, f'image_{i}') for i in range(header['n_images'])]
     for shape,dtype,_ in images:
         space,colours = shape[:header['n_space']],shape[header['n_space']:]
@@ -1349,6 +1378,15 @@ def _sizes_in(header, n):
     sizes = header.get('sizes', [[0,0]]*n)
     return torch.tensor(sizes, dtype=torch.int32) if sizes else None
 
+def _check_classes(header, tensors):
+    "`ValueError` where a number stands for no class; one that the vocab lacks can be of another output, and is called by its number"
+    classes = tensors.get('classes')
+    if classes is None or classes.numel()==0: return
+    vocab,low,high = header['vocab'],int(classes.min()),int(classes.max())
+    is_binary = header['task']=='binary' and (vocab is None or len(vocab) != 2)
+    if low < min(-1, NOT_ASKED): raise ValueError(f'class {low} is none')
+    if is_binary and high > 1: raise ValueError(f'class {high} is none of the two of a binary model')
+
 def _parts(file, max_bytes):
     "Header, tensors and images of a saved file; of a newer format, the header only"
     allowed = max(1 << 28, 100*file.stat().st_size) if max_bytes is None else max_bytes
@@ -1358,6 +1396,7 @@ def _parts(file, max_bytes):
         _check_arrays(archive, header, allowed)
         tensors = {name: torch.from_numpy(_unpacked(archive, name, allowed)) for name in header['dtypes']}
         tensors = {name: values.view(_dtypes[header['dtypes'][name]]) for name,values in tensors.items()}
+        _check_classes(header, tensors)
         return header,tensors,[_unpacked(archive, f'image_{i}', allowed) for i in range(header['n_images'])]
 
 @patch(cls_method=True)

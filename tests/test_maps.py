@@ -26,6 +26,7 @@ from PIL import Image
 from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Resize, get_image_files, resnet18, vision_learner
 
 import fastai_cam.learner
+import fastai_cam.maps as maps_module
 from fastai_cam.audit import SanityCheck
 from fastai_cam.compare import CAMTable, CAMTrust
 from fastai_cam.maps import NOT_ASKED, Box, CAMMap, CAMs, Images, ItemMaps, Peak, check_style, normalize, plain_html, plain_legend, plain_text, to_pixels, to_slices
@@ -1316,3 +1317,76 @@ def test_a_number_is_the_threshold_of_what_is_drawn():
             for shown in (cam_map, cams):
                 with pytest.raises(ValueError, match=f'{name} is True or a list.*threshold above 0 and at most 1'): shown.show(**{name: wrong})
     plt.close('all')
+
+
+# -- what can be stored, but not used
+
+@pytest.mark.parametrize('header, arrays, message', [
+    ({'dtypes': {'maps': 'torch.complex64'}}, {'maps': np.ones((4, 2, 5, 6), np.complex64)}, 'maps are torch.complex64'),
+    ({'dtypes': {'maps': 'torch.float8_e5m2'}}, {'maps': np.ones((4, 2, 5, 6), np.uint8)}, 'maps are torch.float8_e5m2'),
+    ({}, {'maps': np.ones((4, 2, 0, 6), np.float32)}, 'have no places'), ({}, {'maps': np.ones((4, 2, 5, 0), np.float32)}, 'have no places'),
+    ({}, {'regions': np.ones((4, 3, 20, 30), bool)}, 'regions are'), ({}, {'regions': np.ones((4, 2, 2, 20, 30), bool)}, 'regions are'),
+    ({}, {'regions': np.ones((4, 20), bool)}, 'regions are'), ({}, {'regions': np.ones((4, 0, 20), bool)}, 'regions are'),
+    ({}, {'classes': np.full((4, 2), -99)}, 'class -99 is none'),
+    ({'task': 'binary'}, {'classes': np.full((4, 2), 2)}, 'class 2 is none of the two'),
+])
+def test_what_cannot_be_used_is_not_loaded(header, arrays, message, tmp_path):
+    everything().save(tmp_path/'cams.npz')
+    if 'dtypes' in header: arrays.update({name: None for name in ('classes', 'preds', 'targs', 'losses', 'regions')})
+    with pytest.raises(ValueError, match='or it is damaged: .*' + message) as error: CAMs.load(rewritten(tmp_path/'cams.npz', header, **arrays))
+    assert '\n' not in str(error.value)
+
+
+def test_a_class_of_another_output_is_loaded(tmp_path):
+    "It is called by its number, in memory and from a file"
+    cams = CAMs(torch.ones(2, 2, 2), classes=torch.tensor([7, NOT_ASKED]), vocab=VOCAB)
+    assert CAMs.load(cams.save(tmp_path/'cams.npz')).question(0)=='class 7'
+
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_what_cannot_be_used_is_not_saved(dtype, tmp_path):
+    with pytest.raises(TypeError, match=rf'maps are {dtype}.*cams.maps = cams.maps.float\(\)'): CAMs(torch.ones(1, 2, 2).to(dtype)).save(tmp_path/'cams.npz')
+    with pytest.raises(TypeError, match='preds are'): CAMs(torch.ones(1, 2, 2), preds=torch.ones(1, 2).to(dtype)).save(tmp_path/'cams.npz')
+    assert names(tmp_path)==[]
+
+
+@pytest.mark.parametrize('write', [write_maps, write_figure])
+def test_a_link_to_itself_is_no_place(write, tmp_path):
+    (tmp_path/'self.png').symlink_to(tmp_path/'self.png')
+    (tmp_path/'a.png').symlink_to('b.png')
+    (tmp_path/'b.png').symlink_to('a.png')
+    for name in ('self.png', 'a.png'):
+        with pytest.raises(ValueError, match=f'{name}.* leads back to itself'): write(tmp_path/name)
+        assert (tmp_path/name).is_symlink()
+    assert names(tmp_path)==['a.png', 'b.png', 'self.png']
+    plt.close('all')
+
+
+# -- titles beside one another
+
+METHODS = ['hirescam', 'smooth_gradcam_pp', 'eigengradcam', 'guided_backprop+tta', 'layercam+stages+pca']
+
+
+@pytest.mark.parametrize('name', ['cat', 'american staffordshire terrier', 'x'*80])
+def test_titles_of_questions_do_not_overlap(name):
+    n = len(METHODS)
+    cams = CAMs(torch.rand(2, n, 3, 3), classes=torch.zeros(2, n, dtype=torch.long), labels=[f'{method}: {name}' for method in METHODS], preds=torch.tensor([[.9, .1]]*2), targs=torch.tensor([0, 1]), vocab=[name, 'dog'], task='single')
+    axs = cams.show()
+    fig = axs[0].figure
+    fig.canvas.draw()
+    for row in (axs[:n], axs[n:]):
+        lines = [ax.get_title(loc='left').split('\n') for ax in row]
+        assert len({len(one) for one in lines})==1 and all(one[0]=='' for one in lines[1:]) and lines[0][0] # the item's title is above them all
+        assert all(len(line) <= 28 for one in lines for line in one[1:])
+        assert [''.join(one[1:]).replace(' ', '').split(':')[0] for one in lines]==[f'▸{method}' for method in METHODS]
+        for left, right in zip(row, row[1:]):
+            words = left.text(0, 0, max(left.get_title(loc='left').split('\n')[1:], key=len), fontsize=9)
+            assert words.get_window_extent().width < right.get_window_extent().x0 - left.get_window_extent().x0
+            words.remove()
+    plt.close(fig)
+
+
+def test_words_are_wrapped_where_they_can_be():
+    def lines(text): return maps_module._wrapped(text, 12)
+    assert lines('short')==['short'] and lines('')==[] and lines('one two three four')==['one two', 'three four'] and lines('gradcam+tta+pca: x')==['gradcam+tta+', 'pca: x']
+    assert lines('a'*30)==['a'*12, 'a'*12, 'a'*6] and ''.join(lines('ab:cd+ef'*5))=='ab:cd+ef'*5
