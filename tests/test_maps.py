@@ -1390,3 +1390,15 @@ def test_words_are_wrapped_where_they_can_be():
     def lines(text): return maps_module._wrapped(text, 12)
     assert lines('short')==['short'] and lines('')==[] and lines('one two three four')==['one two', 'three four'] and lines('gradcam+tta+pca: x')==['gradcam+tta+', 'pca: x']
     assert lines('a'*30)==['a'*12, 'a'*12, 'a'*6] and ''.join(lines('ab:cd+ef'*5))=='ab:cd+ef'*5
+
+
+def test_a_real_learner_s_boxes_come_back_from_a_file(dls, tmp_path):
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    with learn.no_bar():
+        for kwargs in ({}, dict(cls='all'), dict(method=['gradcam', 'guided_backprop'])):
+            cams = learn.get_cams([0, 1, 2], **kwargs)
+            back = CAMs.load(cams.save(tmp_path/'cams.npz'))
+            assert back.sizes.tolist()==[[64, 64]]*3 and back.boxes()==cams.boxes() and back.peaks()==cams.peaks()
+        learn.show_cam(0, title='mine', boxes=.8)
+    assert sum('mine' in text.get_text() for text in plt.gcf().findobj(Text))==1
+    plt.close('all')
