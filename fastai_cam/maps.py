@@ -348,7 +348,8 @@ def _check_marks(name, value):
     if value is None or isinstance(value, (bool, list, tuple, L)): return
     ways = f'True or a list, as the method {name} gives it, or a threshold above 0 and at most 1, a share of the peak'
     if not isinstance(value, (int, float, np.number)): raise TypeError(f'{name} is {ways}, not {type(value).__name__}')
-    if not 0 < value <= 1: raise ValueError(f'{name} is {ways}, not {value!r}: for the strongest few pass the list that {name}(max_n=…) gives')
+    if not 0 < value <= 1:
+        raise ValueError(f'{name} is {ways}, not {value!r}: for the strongest few pass the list that {name}(max_n=…) gives')
 
 def _colours(cmap, signed): return cmap if cmap is not None else 'RdBu_r' if signed else 'inferno'
 def _axes(ax): return list(np.ravel(np.array(ax, dtype=object))) # one, a list, or an array of them
@@ -784,13 +785,15 @@ def _several(texts, width=1000):
     while n > 1 and len(';'.join(texts[:n])) > width: n -= 1
     return ';'.join(texts[:n] + [f'+{len(texts) - n}']*(n < len(texts)))
 
-def _wrapped(text, width=28):
-    "Lines of at most `width` letters, broken after blanks, colons and plus signs, and where there are none anywhere"
+def _wrapped(text, width=28, most=34):
+    "One line if that has at most `most` letters; or lines of `width`, broken after blanks, colons and plus signs, and where there are none anywhere"
+    if len(text) <= most: return [text] if text else []
     lines = ['']
     for part in re.split(r'(?<=[ :+])', text):
         if lines[-1] and len((lines[-1] + part).rstrip()) > width: lines.append('')
         lines[-1] += part
-    return [piece.rstrip() for line in lines for piece in (line[start:start + width] for start in range(0, len(line), width)) if piece.strip()]
+    pieces = [line[start:start + width] for line in lines for start in range(0, len(line), width)]
+    return [piece.rstrip() for piece in pieces if piece.strip()]
 
 def _rounded(value):
     "A number to three significant digits"
@@ -1208,7 +1211,8 @@ def _as_array(name, values):
 def _check_computable(name, dtype):
     "`TypeError` for values that can be stored, but neither drawn nor compared"
     is_plain = not dtype.is_complex and (not dtype.is_floating_point or torch.finfo(dtype).bits >= 16)
-    if not is_plain: raise TypeError(f'{name} are {dtype}, and maps are neither drawn nor kept in that: convert them first, cams.{name} = cams.{name}.float()')
+    advice = f'convert them first, cams.{name} = cams.{name}.float()'
+    if not is_plain: raise TypeError(f'{name} are {dtype}, and maps are neither drawn nor kept in that: {advice}')
 
 def _as_bytes(image, n_space, depth):
     pixels = to_pixels(image) if n_space==2 else to_slices(image, depth)
@@ -1239,8 +1243,8 @@ def save(self:CAMs,
     file:str|Path, # File to write, usually `'….npz'`
     images:bool=False # Write the decoded images too, as bytes?
 ) -> Path: # The file
-    """Write everything to one file that holds no code; what is there is replaced when the new file is complete, and keeps permissions and links.
-    Of the images only their sizes are written where `images` is not set, for which they are read"""
+    """Write everything to one file that holds no code; what is there is replaced when the new file is complete,
+    and keeps permissions and links.    Of the images only their sizes are written where `images` is not set, for which they are read"""
     path = _as_path(file)
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')

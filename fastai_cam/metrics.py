@@ -364,8 +364,9 @@ def pixel_flipping(
     seed:int=0, # Of the order of ties
     bs:int|None=None # How many images to make at once; `None`: 8 on a CPU, else 64
 ) -> Tensor: # `[B]`, in units of the score
-    r"""Area over the perturbation curve, $\frac1p\int_0^p (s_0 - s_x)\,dx$, while the share $p$ of the patches is replaced, the one with the highest mean relevance first:
-    the mean fall of the score, by the trapezoidal rule over the shares that the steps really flip; of a patch that `share` takes in part, that part of its fall.
+    r"""Area over the perturbation curve, $\frac1p\int_0^p (s_0 - s_x)\,dx$, while the share $p$ of the patches is replaced,
+    the one with the highest mean relevance first: the mean fall of the score, by the trapezoidal rule over the shares that the steps
+    really flip; of a patch that `share` takes in part, that part of its fall.
     Costs `steps + 1` forward passes. Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140; Samek et al. 2015, https://arxiv.org/abs/1509.06321"""
     if not 0 < share <= 1: raise ValueError(f'share={share} is no share of the patches: use more than 0 and at most 1')
     height,width = images.shape[-2:]

@@ -625,7 +625,8 @@ class Shortcuts:
         "Why no class could be looked over"
         counts = sorted((self.counts or {}).items(), key=lambda counted: -counted[1])
         named = ', '.join(f'{name} {n}' for name,n in counts[:5]) + (f', and {len(counts) - 5} classes of fewer' if len(counts) > 5 else '')
-        known = f'that takes a class of at least {self.min_items} pictures (min_items), beside as many others' if self.min_items else 'no class has enough pictures'
+        known = 'no class has enough pictures'
+        if self.min_items: known = f'that takes a class of at least {self.min_items} pictures (min_items), beside as many others'
         found = f'; taken for each class are: {named}' if named else ''
         can_lower = self.min_items is None or self.min_items > _fewest
         advice = f', or lower min_items (to {_fewest} at least)' if can_lower else ': min_items is as low as it can be'

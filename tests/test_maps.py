@@ -1377,7 +1377,7 @@ def test_titles_of_questions_do_not_overlap(name):
     for row in (axs[:n], axs[n:]):
         lines = [ax.get_title(loc='left').split('\n') for ax in row]
         assert len({len(one) for one in lines})==1 and all(one[0]=='' for one in lines[1:]) and lines[0][0] # the item's title is above them all
-        assert all(len(line) <= 28 for one in lines for line in one[1:])
+        assert all(len(line) <= 34 for one in lines for line in one[1:])
         assert [''.join(one[1:]).replace(' ', '').split(':')[0] for one in lines]==[f'▸{method}' for method in METHODS]
         for left, right in zip(row, row[1:]):
             words = left.text(0, 0, max(left.get_title(loc='left').split('\n')[1:], key=len), fontsize=9)
@@ -1387,7 +1387,7 @@ def test_titles_of_questions_do_not_overlap(name):
 
 
 def test_words_are_wrapped_where_they_can_be():
-    def lines(text): return maps_module._wrapped(text, 12)
+    def lines(text): return maps_module._wrapped(text, 12, 12)
     assert lines('short')==['short'] and lines('')==[] and lines('one two three four')==['one two', 'three four'] and lines('gradcam+tta+pca: x')==['gradcam+tta+', 'pca: x']
     assert lines('a'*30)==['a'*12, 'a'*12, 'a'*6] and ''.join(lines('ab:cd+ef'*5))=='ab:cd+ef'*5
 
