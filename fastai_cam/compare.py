@@ -233,7 +233,7 @@ def compare_cams(self:CAMInterpretation,
     masks:Callable|None=None, # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]` in pixels of its image; `None`: what the labels hold
     cls:Any=None, # What is explained, as `learn.show_cam` takes it; `None`: the predicted class
     baselines:bool=True, # Add the rows of maps that know nothing of the model? Without them a number means little
-    dtype:torch.dtype|None=None # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it, and areas change by less than .001; `None`: the learner's own
+    dtype:torch.dtype|None=None # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it, and areas change by less than .01; `None`: the learner's own
 ) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
     "Measure methods on the same items, in one pass for each layer; the learner is left as it was"
     learn = self.learn

@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'normalize', 'upsample', 'plain_text', 'plain_legend', 'plai
            'check_style', 'CAMMap', 'Box', 'Peak', 'Images', 'ItemMaps', 'CAMs']
 
 # %% ../nbs/03_maps.ipynb #a96e974c
-import errno, html, inspect, json, math, os, shutil, stat, textwrap, time, unicodedata, warnings
+import errno, html, inspect, json, math, os, re, shutil, stat, textwrap, time, unicodedata, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -235,6 +235,7 @@ def _written(
     if not file.parent.is_dir(): raise FileNotFoundError(f'there is no folder {str(file.parent)!r} to save {file.name!r} in: make it first')
     if file.is_dir(): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. {str(file/"maps.npz")!r}')
     target = Path(os.path.realpath(file))
+    if target.is_symlink(): raise ValueError(f'{str(file)!r} is a link that leads back to itself: remove it, or save under another name')
     known = file.stat() if file.exists() else None
     is_regular = known is None or stat.S_ISREG(known.st_mode)
     if known is not None and is_regular and not (known.st_mode & 0o222 and os.access(file, os.W_OK)):
@@ -335,12 +336,20 @@ def check_style(
     index = kwargs.get('slice')
     if index is not None and (not isinstance(index, int) or isinstance(index, bool)): raise TypeError(f'slice is the index of one slice of a volume, not {index!r}: slices=6 shows several')
     for name in ('boxes', 'peaks'):
-        if not isinstance(kwargs.get(name), (bool, list, tuple, type(None))): raise TypeError(f'{name} is True or a list, as the method {name} gives it, not {type(kwargs[name]).__name__}')
+        _check_marks(name, kwargs.get(name))
     figsize = kwargs.get('figsize')
     if figsize is not None and not (isinstance(figsize, (tuple, list)) and len(figsize)==2): raise ValueError(f'figsize is (width, height) in inches, not {figsize!r}')
     if kwargs.get('save') is not None: _check_save(kwargs['save'])
     axes = kwargs['ax'] if kwargs.get('ax') is not None else kwargs.get('ctx')
     if axes is not None and not all(isinstance(one, Axes) for one in _axes(axes)): raise TypeError(f'ax is a matplotlib Axes or a list of these, not {type(axes).__name__}')
+
+def _check_marks(name, value):
+    "`ValueError` or `TypeError` for what says nothing about the boxes or peaks to draw"
+    if value is None or isinstance(value, (bool, list, tuple, L)): return
+    ways = f'True or a list, as the method {name} gives it, or a threshold above 0 and at most 1, a share of the peak'
+    if not isinstance(value, (int, float, np.number)): raise TypeError(f'{name} is {ways}, not {type(value).__name__}')
+    if not 0 < value <= 1:
+        raise ValueError(f'{name} is {ways}, not {value!r}: for the strongest few pass the list that {name}(max_n=…) gives')
 
 def _colours(cmap, signed): return cmap if cmap is not None else 'RdBu_r' if signed else 'inferno'
 def _axes(ax): return list(np.ravel(np.array(ax, dtype=object))) # one, a list, or an array of them
@@ -385,7 +394,8 @@ class CAMMap:
         title:str='', # Title when shown
         region:Tensor|None=None, # Bool `[H, W]` (of a volume `[D, H, W]`): the part of the picture that the score was taken over, drawn as an outline
         points:dict|None=None, # Points to mark, by name: each `[p, 2]`, x and y from −1 (left, top) to 1 (right, bottom), as fastai has them
-        signed:bool=False # Is it shown signed where `show` is not told?
+        signed:bool=False, # Is it shown signed where `show` is not told?
+        size:tuple[int,int]|None=None # Height and width of its picture in pixels, where there is no `image`; 0: not known any more
     ):
         if map.dim() not in (2,3): raise ValueError(f'a CAMMap is one map [h, w], or [d, h, w] of a volume, not {list(map.shape)}: index the batch first')
         if region is not None and region.dim() != map.dim(): raise ValueError(f'the region of a map of {map.dim()} dimensions has as many, not {list(region.shape)}')
@@ -398,6 +408,14 @@ class CAMMap:
 
     def _announce(self):
         if not (self._is_announced or self.is_finite): _warn_not_finite([self.title or 'the map'])
+
+    @property
+    def _is_size_lost(self): return self.image is None and self.size is not None and min(self.size) < 1
+
+    def _picture_size(self):
+        "Height and width that boxes and peaks are in: of the picture, or where that is not known of the map"
+        if self.image is not None: return to_pixels(self.image).shape[:2]
+        return tuple(self.size) if self.size is not None and min(self.size) > 0 else tuple(self.map.shape)
 
     @property
     def is_empty(self) -> bool:
@@ -420,8 +438,8 @@ class CAMMap:
         title:str|None=None, # Instead of the map's own
         figsize:tuple|None=None, # Size of the figure in inches, where one is made
         save:str|Path|None=None, # File to write the figure to
-        boxes:bool|Sequence=False, # Draw the `boxes` of the map, or those in this list
-        peaks:bool|Sequence=False, # Mark the `peaks` of the map, or those in this list
+        boxes:bool|float|Sequence=False, # Draw the `boxes` of the map, those for this `threshold`, or those in this list
+        peaks:bool|float|Sequence=False, # Mark the `peaks` of the map, those for this `threshold`, or those in this list
         slice:int|None=None, # Which slice of a volume; `None`: the one with the strongest evidence
         **kwargs # Passed to the `imshow` of the map
     ) -> Axes:
@@ -453,8 +471,11 @@ class CAMMap:
 
     def _marks(self, given, name):
         "Boxes or peaks to draw: those given, or those that the method of this name finds"
-        if given is True: return getattr(self, name)() if self.is_finite else []
-        return given or []
+        if given is None or given is False: return []
+        if is_listy(given): return given
+        if not self.is_finite: return []
+        threshold = {} if given is True else dict(threshold=float(given))
+        return getattr(self, name)(size=self._picture_size() if self.map.dim()==2 else None, **threshold)
 
     def _layers(self, saturate, signed):
         "The image as pixels (`None` without one), and the map as it is drawn; of a volume, all slices, on one scale"
@@ -467,7 +488,7 @@ class CAMMap:
     def _draw(self, ax, pixels, values, index, signed, style):
         "Image, map, region and points; of a volume, slice `index`"
         if index is not None: values = values[index]
-        h,w = values.shape
+        h,w = self._picture_size() if pixels is None and index is None else values.shape
         if pixels is not None:
             plane = pixels if index is None else pixels[index]
             h,w = plane.shape[:2]
@@ -497,6 +518,11 @@ def _warn_not_finite(names, doing='neither drawn nor searched'):
     named = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
     advice = 'look for NaN in the weights, the input or the output of the model'
     warnings.warn(f'not finite (NaN or infinite values in the map or its score), so {doing}: {named}; {advice}', stacklevel=4)
+
+def _warn_of_cells():
+    "Say that places are in cells of the map, although there was a picture"
+    unit = 'boxes and peaks are in cells of the map, not in pixels'
+    warnings.warn(f'the size of the picture is not known any more, so {unit}: pass size=(height, width), or the images', stacklevel=4)
 
 def _as_drawn(values):
     "A map as numbers to draw or to search: on the CPU, without gradients, in a type that numpy knows"
@@ -613,7 +639,9 @@ def _strength(self:CAMMap, size):
     "The positive evidence in pixels of `size`, as shares of its peak; all zero where there is none"
     if self.map.dim()==3: raise ValueError('boxes and peaks lie in a picture, and this map is a volume: take one plane of it, CAMMap(cam_map.map[i])')
     self._announce()
-    if size is None: size = self.map.shape if self.image is None else to_pixels(self.image).shape[:2]
+    if size is None:
+        size = self._picture_size()
+        if self._is_size_lost and not self._is_announced: _warn_of_cells()
     if self.is_empty: return np.zeros(tuple(size))
     values = normalize(enlarge(normalize(self.map.detach().cpu().as_subclass(Tensor).double()), size)).numpy()
     return values.round(6) # what is equal but for rounding is one plateau
@@ -718,9 +746,11 @@ class Images:
     def __copy__(self) -> 'Images': return self
     def __deepcopy__(self, memo:dict) -> 'Images': return self # nothing in it changes
     def __reduce__(self):
-        "Images that are held are pickled; of those that would have to be fetched, `None` is left"
-        is_held = isinstance(self.fetch, partial) and self.fetch.func is _take
-        return (_held, (self.load(),)) if is_held else (type(None), ())
+        "Images that are held are pickled; of those that would have to be fetched, `None` is left, which a warning says"
+        if isinstance(self.fetch, partial) and self.fetch.func is _take: return _held, (self.load(),)
+        advice = 'cams.images = cams.images.load() takes them along, and so does cams.save(file, images=True)'
+        warnings.warn(f'pictures that are read when they are needed are not pickled: {advice}', stacklevel=2)
+        return type(None), ()
 
 def _held(images): return Images(partial(_take, images), range(len(images)))
 
@@ -755,6 +785,16 @@ def _several(texts, width=1000):
     while n > 1 and len(';'.join(texts[:n])) > width: n -= 1
     return ';'.join(texts[:n] + [f'+{len(texts) - n}']*(n < len(texts)))
 
+def _wrapped(text, width=28, most=34):
+    "One line if that has at most `most` letters; or lines of `width`, broken after blanks, colons and plus signs, and where there are none anywhere"
+    if len(text) <= most: return [text] if text else []
+    lines = ['']
+    for part in re.split(r'(?<=[ :+])', text):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width: lines.append('')
+        lines[-1] += part
+    pieces = [line[start:start + width] for line in lines for start in range(0, len(line), width)]
+    return [piece.rstrip() for piece in pieces if piece.strip()]
+
 def _rounded(value):
     "A number to three significant digits"
     text = f'{value:.3g}'
@@ -777,7 +817,8 @@ class CAMs:
         regions:Tensor|None=None, # Bool `[n, H, W]` or `[n, K, H, W]`: the part of the picture that each map's score was taken over, drawn as an outline
         signed:bool=False, # Are the maps shown signed where `show` is not told?
         thresh:float=.5, # Probability from which a label (of a binary model: the positive class) counts as predicted
-        texts:Sequence|None=None # What else went into the model with each item, e.g. a question about the picture; `None` for none
+        texts:Sequence|None=None, # What else went into the model with each item, e.g. a question about the picture; `None` for none
+        sizes:Tensor|None=None # `[n, 2]` height and width of the pictures in pixels, used where there are no images; 0: not known any more
     ):
         if n_space not in (2,3): raise ValueError(f'n_space is 2, or 3 for volumes, not {n_space!r}')
         space = 'h, w' if n_space==2 else 'd, h, w'
@@ -791,7 +832,22 @@ class CAMs:
         maps,classes,preds,targs,losses,regions = map(_plain, (maps, classes, preds, targs, losses, regions))
         items = list(items) if isinstance(items, tuple) else items
         store_attr(but='images')
-        self.images = images if isinstance(images, Images) or images is None else Images(partial(_take, images), range(len(maps)))
+        self.images = images
+
+    @property
+    def images(self) -> Images|None:
+        "Decoded images"
+        return self._images
+    @images.setter
+    def images(self, images):
+        self._images = images if isinstance(images, Images) or images is None else Images(partial(_take, images), range(len(self.maps)))
+        self._had_images = getattr(self, '_had_images', False) or images is not None
+
+    def __setstate__(self, state:dict):
+        "Of images that were not pickled it stays known that there were some"
+        self.__dict__.update(state)
+        is_lost = self._images is None and self._had_images and self.sizes is None and self.n_space==2
+        if is_lost: self.sizes = torch.zeros(len(self.maps), 2, dtype=torch.int32)
 
     @property
     def n_questions(self) -> int:
@@ -871,10 +927,11 @@ class CAMs:
     def _map(self, i, k, image, title=''):
         found = self._flat(i)[k]
         if not self._are_scores_finite([i])[0,k]: found = torch.full_like(found, math.nan) # ReLUs may have let through zeros
-        return CAMMap(found, image, title, self._region(i, k), self._points(i), self.signed)
+        size = None if self.sizes is None else tuple(self.sizes[i].tolist())
+        return CAMMap(found, image, title, self._region(i, k), self._points(i), self.signed, size)
     def _with(self, **changed): return CAMs(**{name: changed.get(name, getattr(self, name)) for name in inspect.signature(CAMs).parameters})
     def _subset(self, idxs):
-        per_item = ('maps', 'images', 'classes', 'preds', 'targs', 'losses', 'items', 'regions', 'texts')
+        per_item = ('maps', 'images', 'classes', 'preds', 'targs', 'losses', 'items', 'regions', 'texts', 'sizes')
         return self._with(**{name: _pick(getattr(self, name), idxs) for name in per_item})
     def _loaded(self, idxs):
         "The images of `idxs`, read together"
@@ -990,8 +1047,8 @@ class CAMs:
         ctx:Axes|None=None, # fastai's name for `ax`
         loss:bool=False, # Give the losses in the titles?
         save:str|Path|None=None, # File to write the figure to
-        boxes:bool|Sequence=False, # Draw the boxes of the maps, or these, as `cams.boxes` gives them
-        peaks:bool|Sequence=False, # Mark the peaks of the maps, or these, as `cams.peaks` gives them
+        boxes:bool|float|Sequence=False, # Draw the boxes of the maps, those for this `threshold`, or these, as `cams.boxes` gives them
+        peaks:bool|float|Sequence=False, # Mark the peaks of the maps, those for this `threshold`, or these, as `cams.peaks` gives them
         slices:int=6, # How many slices of a volume, in a row
         **kwargs # Passed to `CAMMap.show`: `alpha`, `cmap`, `interpolation`, `signed`, `slice`, …
     ) -> list[Axes]: # One a map (of volumes: one a slice)
@@ -1000,7 +1057,7 @@ class CAMs:
         check_style(max_n=max_n, nrows=nrows, ncols=ncols, figsize=figsize, ax=ax, save=save, boxes=boxes, peaks=peaks, slices=slices, **kwargs)
         if self.n_space==3 and (boxes or peaks): raise ValueError('boxes and peaks lie in a picture, and these maps are volumes: leave them out')
         for name,found in dict(boxes=boxes, peaks=peaks).items():
-            if not isinstance(found, bool) and len(found) != len(self): raise ValueError(f'{name} has {len(found)} entries for {len(self)} items: give one list an item, as cams.{name}() does')
+            if is_listy(found) and len(found) != len(self): raise ValueError(f'{name} has {len(found)} entries for {len(self)} items: give one list an item, as cams.{name}() does')
         n,k = len(self) if max_n is None else min(len(self), max_n),self.n_questions
         if n==0: raise ValueError('there are no items to show')
         panels = [(i,j) for i in range(n) for j in range(k)]
@@ -1036,14 +1093,15 @@ class CAMs:
                 if '$' in heading: panel_ax.title.set_parse_math(False) # also for who moves the words to the middle
             axs = [places[panel] for panel in asked]
         if ax is None:
-            title = self.legend(loss) if title is None and (n > 1 or self.task=='points') else title
+            if title is None and (n > 1 or self.task=='points'): title = self.legend(loss)
+            elif n*k==1: title = None # it stands over the map
             if title: plain_text(fig.suptitle(title, weight='bold', size=12))
         _save(fig, save)
         return axs
 
     def _of_panel(self, found, i, j):
-        "What to mark in one panel: entry of a list that was given, or the bool that stands for all"
-        if isinstance(found, bool): return found
+        "What to mark in one panel: entry of a list that was given, or the bool or threshold that stands for all"
+        if not is_listy(found): return found
         return list(found[i] if self._is_single else found[i][self._asked(i).index(j)])
 
     def _show_volumes(self, asked, titles, slices, figsize, ax, style):
@@ -1075,8 +1133,10 @@ class CAMs:
 
     def _panel_title(self, i, j, loss, is_first):
         if self.n_questions > 1: # the item's title stands over its first map and may run on over the others
-            asked = self.question(i, j, 26)
-            return f'{self.item_title(i, loss, 11*self.n_questions) if is_first else ""}\n' + (f'▸ {asked}' if asked else '')
+            asked = [_wrapped(f'▸ {asked}') if asked else [] for asked in (self.question(i, k, 26) for k in range(self.n_questions))]
+            spare = [''] * (max(map(len, asked)) - len(asked[j])) # so that the item's title stands above them all
+            item = self.item_title(i, loss, 11*self.n_questions) if is_first else ''
+            return '\n'.join([item, *spare, *asked[j]])
         explains = self.title(i)==self.item_title(i)
         lines = textwrap.wrap(self._text(i), 34) + textwrap.wrap(self._known(i, loss), 34) + ([] if explains else textwrap.wrap('▸ ' + self.question(i, j), 34))
         return '\n'.join(lines)
@@ -1096,6 +1156,8 @@ def _found(self:CAMs, find, size):
     if self.n_space==3: raise ValueError('boxes and peaks lie in a picture, and these maps are volumes: index one and take a plane of it, CAMMap(cam_map.map[i])')
     found = []
     self._announce(range(len(self)))
+    is_lost = size is None and self.images is None and self.sizes is not None and bool((self.sizes < 1).any())
+    if is_lost: _warn_of_cells()
     for start in range(0, len(self), 64): # not all images at once
         idxs = list(range(start, min(start + 64, len(self))))
         for i,image in zip(idxs, [None]*len(idxs) if size is not None else self._loaded(idxs)):
@@ -1146,6 +1208,12 @@ def _as_array(name, values):
     try: return values.numpy()
     except TypeError: return values.view({1: torch.uint8, 2: torch.int16}[values.element_size()]).numpy()
 
+def _check_computable(name, dtype):
+    "`TypeError` for values that can be stored, but neither drawn nor compared"
+    is_plain = not dtype.is_complex and (not dtype.is_floating_point or torch.finfo(dtype).bits >= 16)
+    advice = f'convert them first, cams.{name} = cams.{name}.float()'
+    if not is_plain: raise TypeError(f'{name} are {dtype}, and maps are neither drawn nor kept in that: {advice}')
+
 def _as_bytes(image, n_space, depth):
     pixels = to_pixels(image) if n_space==2 else to_slices(image, depth)
     return pixels if pixels.dtype==np.uint8 else (pixels*255).round().astype(np.uint8)
@@ -1160,16 +1228,28 @@ def _header_of(cams, tensors, n_images):
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
     return header
 
+def _sizes_of(cams):
+    "Height and width of each picture, 0 where it cannot be read; `None` where there are no pictures"
+    if cams.n_space==3 or cams.images is None: return None if cams.sizes is None else cams.sizes.tolist()
+    found = []
+    for start in range(0, len(cams), 64):
+        idxs = list(range(start, min(start + 64, len(cams))))
+        try: found += [list(to_pixels(image).shape[:2]) for image in cams._loaded(idxs)]
+        except Exception: found += [[0,0]]*len(idxs) # maps of pictures that are gone can be kept
+    return found
+
 @patch
 def save(self:CAMs,
     file:str|Path, # File to write, usually `'….npz'`
     images:bool=False # Write the decoded images too, as bytes?
 ) -> Path: # The file
-    "Write everything to one file that holds no code; what is there is replaced when the new file is complete, and keeps permissions and links"
+    """Write everything to one file that holds no code; what is there is replaced when the new file is complete,
+    and keeps permissions and links.    Of the images only their sizes are written where `images` is not set, for which they are read"""
     path = _as_path(file)
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')
     tensors = {name: getattr(self, name) for name in _saved_tensors if getattr(self, name) is not None}
+    for name,values in tensors.items(): _check_computable(name, getattr(values, 'dtype', torch.float))
     arrays = {name: _as_array(name, values) for name,values in tensors.items()}
     header = _header_of(self, tensors, len(self) if images else 0)
     _check_header(header)
@@ -1179,6 +1259,7 @@ def save(self:CAMs,
         for start in range(0, header['n_images'], 64):
             idxs = list(range(start, min(start + 64, len(self))))
             arrays.update({f'image_{i}': _as_bytes(image, self.n_space, self.maps.shape[-3]) for i,image in zip(idxs, self._loaded(idxs))})
+        header['sizes'] = None if images else _sizes_of(self)
         np.savez_compressed(out, header=np.array(json.dumps(header)), **arrays)
     return path
 
@@ -1188,6 +1269,10 @@ _dtypes = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dty
 
 def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 def _is_list(value, *types): return value is None or isinstance(value, list) and all(isinstance(one, types) for one in value)
+
+def _is_size(value):
+    is_pair = isinstance(value, list) and len(value)==2 and all(isinstance(side, int) and side >= 0 for side in value)
+    return is_pair and math.prod(value) <= 1 << 28 # more would take gigabytes
 
 _is_right = dict( # what a word of the header can be
     n_images=lambda value: isinstance(value, int) and value >= 0,
@@ -1213,6 +1298,17 @@ def _check_header(header):
     for name,is_right in _is_right.items():
         if name not in header: raise ValueError(f'its header lacks {name!r}')
         if not is_right(header[name]): raise ValueError(f'{textwrap.shorten(repr(header[name]), 60)} is no {name!r}')
+    sizes = header.get('sizes') # earlier versions did not write them
+    if sizes is not None and not (isinstance(sizes, list) and all(map(_is_size, sizes))):
+        raise ValueError(f'{textwrap.shorten(repr(sizes), 60)} are no sizes of pictures')
+
+def _check_regions(regions, n_questions, n_space):
+    "`ValueError` where regions have a shape that belongs to no maps"
+    space = ('H, W', 'D, H, W')[n_space - 2]
+    n_before = len(regions) - n_space
+    if n_before==1 or n_before==2 and regions[1]==n_questions:
+        if 0 not in regions[1:]: return
+    raise ValueError(f'regions are a bool tensor [n, {space}] or [n, {n_questions}, {space}], not {list(regions)}')
 
 def _check_lengths(header, shapes):
     "`ValueError` where there is not one of everything for each item and for each question"
@@ -1221,11 +1317,14 @@ def _check_lengths(header, shapes):
     n,n_questions = maps[0],1 if len(maps)==n_space + 1 else maps[1]
     for name,shape in shapes.items():
         if not shape or shape[0] != n: raise ValueError(f'{name} have the shape {list(shape)} for {n} items')
-    for name in ('items', 'texts'):
-        if header[name] is not None and len(header[name]) != n: raise ValueError(f'there are {len(header[name])} {name} for {n} items')
+    for name in ('items', 'texts', 'sizes'):
+        if header.get(name) is not None and len(header[name]) != n: raise ValueError(f'there are {len(header[name])} {name} for {n} items')
     if header['labels'] is not None and len(header['labels']) != n_questions:
         raise ValueError(f'there are {len(header["labels"])} labels for {n_questions} questions')
     classes = shapes.get('classes')
+    if 0 in maps[1:]: raise ValueError(f'maps of the shape {list(maps)} have no places')
+    regions = shapes.get('regions')
+    if regions is not None: _check_regions(regions, n_questions, n_space)
     if classes not in (None, (n,), maps[:-n_space]): raise ValueError(f'classes have the shape {list(classes)} for maps {list(maps)}')
     if header['n_images'] not in (0, n): raise ValueError(f'there are {header["n_images"]} images for {n} items')
 
@@ -1265,6 +1364,7 @@ def _check_arrays(archive, header, allowed):
         expected = _as_array(name, torch.empty(0, dtype=_dtypes[header['dtypes'][name]])).dtype
         if dtype.newbyteorder('=') != expected: raise ValueError(f'{name} are {dtype}, and its header says {header["dtypes"][name]}')
     if 'classes' in heads and heads['classes'][1].kind not in 'iu': raise ValueError('classes are no whole numbers')
+    for name in heads: _check_computable(name, _dtypes[header['dtypes'][name]])
     images = [_array_head(archive, f'image_{i}') for i in range(header['n_images'])]
     for shape,dtype,_ in images:
         space,colours = shape[:header['n_space']],shape[header['n_space']:]
@@ -1276,6 +1376,21 @@ def _check_arrays(archive, header, allowed):
         sizes = f'{size/1e6:.1f} MB and would unpack to {total/1e9:.1f} GB'
         raise _TooLarge(f'{str(archive.filename)!r} is {sizes}: if you trust it, load it with max_bytes={total}')
 
+def _sizes_in(header, n):
+    "Sizes of the pictures of `n` items as a header has them; 0 where it does not say whether there were any"
+    if header['n_images'] or header['n_space']==3: return None
+    sizes = header.get('sizes', [[0,0]]*n)
+    return torch.tensor(sizes, dtype=torch.int32) if sizes else None
+
+def _check_classes(header, tensors):
+    "`ValueError` where a number stands for no class; one that the vocab lacks can be of another output, and is called by its number"
+    classes = tensors.get('classes')
+    if classes is None or classes.numel()==0: return
+    vocab,low,high = header['vocab'],int(classes.min()),int(classes.max())
+    is_binary = header['task']=='binary' and (vocab is None or len(vocab) != 2)
+    if low < min(-1, NOT_ASKED): raise ValueError(f'class {low} is none')
+    if is_binary and high > 1: raise ValueError(f'class {high} is none of the two of a binary model')
+
 def _parts(file, max_bytes):
     "Header, tensors and images of a saved file; of a newer format, the header only"
     allowed = max(1 << 28, 100*file.stat().st_size) if max_bytes is None else max_bytes
@@ -1285,6 +1400,7 @@ def _parts(file, max_bytes):
         _check_arrays(archive, header, allowed)
         tensors = {name: torch.from_numpy(_unpacked(archive, name, allowed)) for name in header['dtypes']}
         tensors = {name: values.view(_dtypes[header['dtypes'][name]]) for name,values in tensors.items()}
+        _check_classes(header, tensors)
         return header,tensors,[_unpacked(archive, f'image_{i}', allowed) for i in range(header['n_images'])]
 
 @patch(cls_method=True)
@@ -1301,7 +1417,8 @@ def load(cls:CAMs,
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
-        loaded = cls(images=stored or None, **tensors, **{name: header[name] for name in _saved_words}) if known else None
+        words = {name: header[name] for name in _saved_words} if known else {}
+        loaded = cls(images=stored or None, sizes=_sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way
         raise ValueError(f'{str(file)!r} is not a file that CAMs.save wrote, or it is damaged: {" ".join(str(e).split())}') from None

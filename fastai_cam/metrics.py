@@ -345,6 +345,13 @@ def deletion(
     return curve_area(deletion_curve(maps, images, rescore, steps, baseline, seed, bs), curve_shares(images, steps))
 
 # %% ../nbs/08_metrics.ipynb #61b23dca
+def _mean_until(curve, places, end):
+    "Mean of a curve `[B, n]` of straight lines, given at `places` `[n]`, from the first to `end`, which lies between the last two"
+    places = places.to(curve)
+    part = (end - places[-2])/(places[-1] - places[-2])
+    curve = torch.cat([curve[:,:-1], torch.lerp(curve[:,-2:-1], curve[:,-1:], part)], 1)
+    return curve_area(curve, torch.cat([places[:-1], places.new_tensor([end])])/end)
+
 @cam_metric('faithfulness', higher=True)
 def pixel_flipping(
     maps:Tensor, # `[B, h, w]`
@@ -357,16 +364,20 @@ def pixel_flipping(
     seed:int=0, # Of the order of ties
     bs:int|None=None # How many images to make at once; `None`: 8 on a CPU, else 64
 ) -> Tensor: # `[B]`, in units of the score
-    r"""Area over the perturbation curve, $\frac1{L+1}\sum_{k=0}^{L} (s_0 - s_k)$, while patches are replaced, the one with the highest mean relevance first.
+    r"""Area over the perturbation curve, $\frac1p\int_0^p (s_0 - s_x)\,dx$, while the share $p$ of the patches is replaced,
+    the one with the highest mean relevance first: the mean fall of the score, by the trapezoidal rule over the shares that the steps
+    really flip; of a patch that `share` takes in part, that part of its fall.
     Costs `steps + 1` forward passes. Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140; Samek et al. 2015, https://arxiv.org/abs/1509.06321"""
     if not 0 < share <= 1: raise ValueError(f'share={share} is no share of the patches: use more than 0 and at most 1')
     height,width = images.shape[-2:]
     relevance = F.avg_pool2d(_at_pixels(maps, (height, width))[:,None], patch, ceil_mode=True)[:,0]
     ranks = _ranks(relevance.flatten(1), seed).view_as(relevance)
     at_pixels = ranks.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:,:height,:width]
-    n_flipped = max(1, round(share*ranks[0].numel()))
-    curve = _inside_out(baseline_images(images, baseline), images, at_pixels, _steps(n_flipped, min(steps, n_flipped)), rescore, bs)
-    return (curve[:,:1] - curve).mean(1)
+    end = max(1e-6, round(share*ranks[0].numel(), 6)) # in patches, without what multiplying has added
+    n_flipped = math.ceil(end)
+    counts = _steps(n_flipped, min(steps, n_flipped))
+    curve = _inside_out(baseline_images(images, baseline), images, at_pixels, counts, rescore, bs)
+    return _mean_until(curve[:,:1] - curve, counts, end)
 
 # %% ../nbs/08_metrics.ipynb #6ea75559
 def _neighbours(x):

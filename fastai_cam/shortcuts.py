@@ -564,6 +564,8 @@ class _Tester:
         return tuple(float(value) for value in _interval((lost/self.way_to_go(suspect.cls)).numpy()))
 
 # %% ../nbs/11_shortcuts.ipynb #5dd0c3e2
+_fewest = 6 # of fewer pictures it cannot be said what they have in common
+
 class Shortcut:
     "Evidence that pictures of a class share, and that moves the model when it is put into others"
     def __init__(self,
@@ -598,7 +600,9 @@ class Shortcuts:
         found:Sequence[Shortcut], # The findings
         looked_at:dict[str,int], # How many pictures of each class were looked over
         images:Any=None, # Decoded images of the set
-        maps:Tensor|None=None # Their maps
+        maps:Tensor|None=None, # Their maps
+        counts:dict[str,int]|None=None, # How many pictures are taken for each class, also for those that were not looked over
+        min_items:int|None=None # How many had to be taken for a class to look it over
     ): store_attr()
     def __len__(self) -> int: return len(self.found)
     def __iter__(self): return iter(self.found)
@@ -613,12 +617,23 @@ class Shortcuts:
 
     def __repr__(self) -> str:
         if len(self): return '\n'.join(shortcut.sentence for shortcut in self)
-        if not self.looked_at: return 'Nothing could be looked for: no class has enough pictures that are taken for it. Look over a larger set, or lower min_items.'
+        if not self.looked_at: return self._why_not()
         return f'No shortcut was found ({sum(self.looked_at.values())} pictures of {len(self.looked_at)} classes).'
     def _repr_html_(self) -> str: return plain_html(repr(self))
 
+    def _why_not(self):
+        "Why no class could be looked over"
+        counts = sorted((self.counts or {}).items(), key=lambda counted: -counted[1])
+        named = ', '.join(f'{name} {n}' for name,n in counts[:5]) + (f', and {len(counts) - 5} classes of fewer' if len(counts) > 5 else '')
+        known = 'no class has enough pictures'
+        if self.min_items: known = f'that takes a class of at least {self.min_items} pictures (min_items), beside as many others'
+        found = f'; taken for each class are: {named}' if named else ''
+        can_lower = self.min_items is None or self.min_items > _fewest
+        advice = f', or lower min_items (to {_fewest} at least)' if can_lower else ': min_items is as low as it can be'
+        return f'Nothing could be looked for: {known}{found}. Look over a larger set{advice}.'
+
     def _plot_nothing(self, figsize, save):
-        fig,ax = plt.subplots(figsize=figsize or (7, .6), layout='constrained')
+        fig,ax = plt.subplots(figsize=figsize or (7, .9), layout='constrained')
         ax.axis('off')
         ax.text(.5, .5, repr(self), ha='center', va='center', wrap=True, parse_math=False)
         _save(fig, save)
@@ -700,14 +715,14 @@ def find_shortcuts(self:CAMInterpretation,
     n:int|None=400, # How many items, taken evenly; `None`: all (they are kept in memory)
     method:str|Callable|None=None, # How maps are made; `None`: the interpretation's own, if it is one
     layer:Any=None, # Where; `None`: the interpretation's own
-    min_items:int=8, # Classes that fewer pictures are taken for are left out
+    min_items:int=8, # Classes that fewer pictures are taken for, or all but fewer, are left out; at least 6
     seed:int=0 # Of what is drawn by chance; no global random state is touched
 ) -> Shortcuts: # The strongest first; empty where nothing was found
     """Look for evidence that pictures of a class share and that is not its object: something at a place at the edge, in the surroundings, or one thing found again and again. Every suspect is put into pictures
     of other classes, and only what moves the model is reported. For learners that classify pictures, with one or several labels. Costs about a thousand forward passes for each class that has a suspect; the learner is left as it was"""
     learn = self.learn
     check_learner(learn)
-    if isinstance(min_items, bool) or not isinstance(min_items, int) or min_items < 6: raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least 6')
+    if isinstance(min_items, bool) or not isinstance(min_items, int) or min_items < _fewest: raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least {_fewest}')
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 2*min_items): raise ValueError(f'n={n!r} items are too few to look for what they share: use at least {2*min_items}, or None for all')
     if n_inputs(learn) > 1: raise ValueError('this learner takes several inputs, and shortcuts are looked for in single pictures')
     task = task_of(learn)
@@ -734,4 +749,5 @@ def find_shortcuts(self:CAMInterpretation,
         tester = _Tester(known, predict, seed)
         decode = lambda images: decode_images(source.dl, (to_device(images, next(learn.model.parameters()).device),))
         shortcuts = [_as_shortcut(tester, result, name(result['suspect'].cls), decode) for result in _found_by(tester, groups, learn)]
-    return Shortcuts(shortcuts, {name(c): len(group) for c,group in groups.items()}, source.images, known.maps)
+    counts = {name(c): len(known.group(c)) for c in range(known.predicted.shape[1])}
+    return Shortcuts(shortcuts, {name(c): len(group) for c,group in groups.items()}, source.images, known.maps, counts, min_items)

@@ -26,6 +26,7 @@ from PIL import Image
 from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Resize, get_image_files, resnet18, vision_learner
 
 import fastai_cam.learner
+import fastai_cam.maps as maps_module
 from fastai_cam.audit import SanityCheck
 from fastai_cam.compare import CAMTable, CAMTrust
 from fastai_cam.maps import NOT_ASKED, Box, CAMMap, CAMs, Images, ItemMaps, Peak, check_style, normalize, plain_html, plain_legend, plain_text, to_pixels, to_slices
@@ -1210,3 +1211,194 @@ def test_byte_order_and_memory_order_do_not_matter(tmp_path):
     cams = everything()
     cams.save(tmp_path/'cams.npz')
     same(CAMs.load(rewritten(tmp_path/'cams.npz', maps=np.asfortranarray(cams.maps.numpy().astype('>f4')))), cams)
+
+
+# -- pictures that are not there any more: their sizes are
+
+def of_pictures(n=3):
+    "Maps 4×4, of one question, of pictures of different sizes that are read when they are needed"
+    maps = torch.stack([bumps((4, 4), (1, 2, 1., .4))]*n)
+    def fetch(idxs): return [torch.zeros(3, 40*(i + 1), 60) for i in idxs]
+    return CAMs(maps, Images(fetch, range(n)))
+
+
+def test_boxes_and_peaks_stay_in_pixels_of_the_picture(tmp_path):
+    cams = of_pictures()
+    back = CAMs.load(cams.save(tmp_path/'cams.npz'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert back.images is None and back.sizes.tolist()==[[40, 60], [80, 60], [120, 60]]
+        assert back.boxes()==cams.boxes() and back.peaks()==cams.peaks() and back.boxes(.3)==cams.boxes(.3)
+        assert back.boxes()[0][0].right > 4 and back.boxes()[2][0].bottom > 45
+        for some in (back[[2, 0]], back[1:], back[torch.tensor([True, False, True])]): assert some.boxes()==[back.boxes()[int(h)//40 - 1] for h in some.sizes[:, 0]]
+        assert back[1].boxes()==cams[1].boxes() and back[1].peaks()==cams[1].peaks()
+        assert back.boxes(size=(4, 4))==cams.boxes(size=(4, 4))
+        twice = CAMs.load(back.save(tmp_path/'again.npz')) # the sizes are passed on
+        assert twice.boxes()==cams.boxes()
+        axs = back.show(boxes=True)
+        for ax, boxes, height in zip(axs, back.boxes(), (40, 80, 120)):
+            assert tuple(ax.images[0].get_extent())==(-.5, 59.5, height - .5, -.5)
+            assert (ax.patches[1].get_x() + .5, ax.patches[1].get_y() + .5)==(boxes[0].left, boxes[0].top)
+        assert CAMs.load(tmp_path/'cams.npz', images=[torch.zeros(3, 8, 8)]*3).boxes()==cams.boxes(size=(8, 8)) # pictures say more
+    several = everything()
+    assert CAMs.load(several.save(tmp_path/'cams.npz')).peaks()==several.peaks() and CAMs.load(several.save(tmp_path/'cams.npz'))[1, 1].boxes()==several[1, 1].boxes()
+    assert CAMs.load(several.save(tmp_path/'cams.npz', images=True)).boxes()==several.boxes()
+    plt.close('all')
+
+
+def test_places_in_cells_are_said_once(tmp_path):
+    "A file of an earlier version knows no sizes; pictures that are gone have none; maps that never had pictures were always in cells"
+    cams = of_pictures()
+    cams.save(tmp_path/'new.npz')
+    old = CAMs.load(rewritten(tmp_path/'new.npz', {'sizes': None}))
+    def fetch(idxs): raise OSError('gone')
+    gone = CAMs.load(CAMs(cams.maps, Images(fetch, range(3))).save(tmp_path/'gone.npz'))
+    with warnings.catch_warnings(record=True): unpickled = pickle.loads(pickle.dumps(cams))
+    for lost in (old, gone, unpickled, old[1:], CAMs.load(old.save(tmp_path/'again.npz'))):
+        for find in (lost.boxes, lost.peaks, lost[0].boxes, lost[0].peaks):
+            with pytest.warns(UserWarning, match='in cells of the map') as said: find()
+            assert len(said)==1 and 'size=' in str(said[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert lost.boxes(size=(40, 60))[0]==cams.boxes(size=(40, 60))[0]
+            assert tuple(lost.show(boxes=True)[0].images[0].get_extent())==(-.5, 3.5, 3.5, -.5) # the drawing is right in any unit
+            lost[0].show(peaks=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        bare = CAMs(cams.maps)
+        assert CAMs.load(bare.save(tmp_path/'bare.npz')).boxes()==bare.boxes() and pickle.loads(pickle.dumps(bare)).boxes()==bare.boxes()
+    plt.close('all')
+
+
+@pytest.mark.parametrize('sizes, message', [('x', 'sizes'), ([[1, 2]], '1 sizes for 4'), ([[1]]*4, 'sizes'), ([[1, -2]]*4, 'sizes'), ([[1, 2.5]]*4, 'sizes'), ([[10**6, 10**6]]*4, 'sizes'), ([['a', 'b']]*4, 'sizes')])
+def test_sizes_are_not_trusted(sizes, message, tmp_path):
+    with pytest.raises(ValueError, match='or it is damaged: .*' + message): CAMs.load(rewritten(everything().save(tmp_path/'cams.npz'), {'sizes': sizes}))
+
+
+def test_a_pickle_without_its_pictures_says_so():
+    cams = of_pictures()
+    with pytest.warns(UserWarning, match='are not pickled') as said: back = pickle.loads(pickle.dumps(cams))
+    assert len(said)==1 and 'cams.images.load()' in str(said[0].message) and back.images is None
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cams.images = cams.images.load()
+        back = pickle.loads(pickle.dumps(cams))
+        assert back.images[2].shape==(3, 120, 60) and back.boxes()==cams.boxes()
+        assert copy.deepcopy(of_pictures()).boxes()==cams.boxes()
+
+
+# -- what is drawn
+
+def test_one_map_has_its_title_once():
+    for cams in (CAMs(torch.ones(1, 2, 2)), CAMs(torch.ones(1, 1, 2, 2)), CAMs(torch.ones(1, 2, 3, 3), n_space=3)):
+        ax = cams.show(title='mine')[0]
+        words = [text.get_text() for text in ax.figure.findobj(Text)]
+        assert sum('mine' in word for word in words)==1, words
+    ax = CAMs(torch.ones(2, 2, 2)).show(title='mine')[0]
+    assert ax.figure.get_suptitle()=='mine' and ax.get_title()==''
+    points = CAMs(torch.ones(1, 2, 2), preds=torch.zeros(1, 2), targs=torch.zeros(1, 2), task='points')
+    assert points.show()[0].figure.get_suptitle()=='● Predicted / ✚ Actual'
+    plt.close('all')
+
+
+def test_a_number_is_the_threshold_of_what_is_drawn():
+    cam_map = CAMMap(bumps((20, 20), (4, 4, 1., 2.), (14, 14, .6, 2.)), torch.zeros(20, 20))
+    def n_drawn(**kwargs):
+        ax = cam_map.show(**kwargs)
+        return len(ax.patches)//2, len(ax.collections)
+    assert n_drawn(boxes=True)==(2, 0) and n_drawn(boxes=.8)==(1, 0) and n_drawn(boxes=np.float32(.8), peaks=.5)==(1, 2) and n_drawn(peaks=.7)==(0, 1)
+    assert n_drawn(boxes=None, peaks=False)==(0, 0) and n_drawn(boxes=1)==(1, 0)
+    drawn = cam_map.show(boxes=.8).patches[1]
+    assert (drawn.get_width(), drawn.get_height())==(cam_map.boxes(.8)[0].right - cam_map.boxes(.8)[0].left, cam_map.boxes(.8)[0].bottom - cam_map.boxes(.8)[0].top)
+    cams = CAMs(torch.stack([cam_map.map]*2))
+    assert [len(ax.patches)//2 for ax in cams.show(boxes=.8)]==[1, 1] and [len(ax.collections) for ax in cams.show(peaks=.5, boxes=None)]==[2, 2]
+    for wrong in (3, 0, -.5, 1.5, float('nan')):
+        for name in ('boxes', 'peaks'):
+            for shown in (cam_map, cams):
+                with pytest.raises(ValueError, match=f'{name} is True or a list.*threshold above 0 and at most 1'): shown.show(**{name: wrong})
+    plt.close('all')
+
+
+# -- what can be stored, but not used
+
+@pytest.mark.parametrize('header, arrays, message', [
+    ({'dtypes': {'maps': 'torch.complex64'}}, {'maps': np.ones((4, 2, 5, 6), np.complex64)}, 'maps are torch.complex64'),
+    ({'dtypes': {'maps': 'torch.float8_e5m2'}}, {'maps': np.ones((4, 2, 5, 6), np.uint8)}, 'maps are torch.float8_e5m2'),
+    ({}, {'maps': np.ones((4, 2, 0, 6), np.float32)}, 'have no places'), ({}, {'maps': np.ones((4, 2, 5, 0), np.float32)}, 'have no places'),
+    ({}, {'regions': np.ones((4, 3, 20, 30), bool)}, 'regions are'), ({}, {'regions': np.ones((4, 2, 2, 20, 30), bool)}, 'regions are'),
+    ({}, {'regions': np.ones((4, 20), bool)}, 'regions are'), ({}, {'regions': np.ones((4, 0, 20), bool)}, 'regions are'),
+    ({}, {'classes': np.full((4, 2), -99)}, 'class -99 is none'),
+    ({'task': 'binary'}, {'classes': np.full((4, 2), 2)}, 'class 2 is none of the two'),
+])
+def test_what_cannot_be_used_is_not_loaded(header, arrays, message, tmp_path):
+    everything().save(tmp_path/'cams.npz')
+    if 'dtypes' in header: arrays.update({name: None for name in ('classes', 'preds', 'targs', 'losses', 'regions')})
+    with pytest.raises(ValueError, match='or it is damaged: .*' + message) as error: CAMs.load(rewritten(tmp_path/'cams.npz', header, **arrays))
+    assert '\n' not in str(error.value)
+
+
+def test_a_class_of_another_output_is_loaded(tmp_path):
+    "It is called by its number, in memory and from a file"
+    cams = CAMs(torch.ones(2, 2, 2), classes=torch.tensor([7, NOT_ASKED]), vocab=VOCAB)
+    assert CAMs.load(cams.save(tmp_path/'cams.npz')).question(0)=='class 7'
+
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_what_cannot_be_used_is_not_saved(dtype, tmp_path):
+    with pytest.raises(TypeError, match=rf'maps are {dtype}.*cams.maps = cams.maps.float\(\)'): CAMs(torch.ones(1, 2, 2).to(dtype)).save(tmp_path/'cams.npz')
+    with pytest.raises(TypeError, match='preds are'): CAMs(torch.ones(1, 2, 2), preds=torch.ones(1, 2).to(dtype)).save(tmp_path/'cams.npz')
+    assert names(tmp_path)==[]
+
+
+@pytest.mark.parametrize('write', [write_maps, write_figure])
+def test_a_link_to_itself_is_no_place(write, tmp_path):
+    (tmp_path/'self.png').symlink_to(tmp_path/'self.png')
+    (tmp_path/'a.png').symlink_to('b.png')
+    (tmp_path/'b.png').symlink_to('a.png')
+    for name in ('self.png', 'a.png'):
+        with pytest.raises(ValueError, match=f'{name}.* leads back to itself'): write(tmp_path/name)
+        assert (tmp_path/name).is_symlink()
+    assert names(tmp_path)==['a.png', 'b.png', 'self.png']
+    plt.close('all')
+
+
+# -- titles beside one another
+
+METHODS = ['hirescam', 'smooth_gradcam_pp', 'eigengradcam', 'guided_backprop+tta', 'layercam+stages+pca']
+
+
+@pytest.mark.parametrize('name', ['cat', 'american staffordshire terrier', 'x'*80])
+def test_titles_of_questions_do_not_overlap(name):
+    n = len(METHODS)
+    cams = CAMs(torch.rand(2, n, 3, 3), classes=torch.zeros(2, n, dtype=torch.long), labels=[f'{method}: {name}' for method in METHODS], preds=torch.tensor([[.9, .1]]*2), targs=torch.tensor([0, 1]), vocab=[name, 'dog'], task='single')
+    axs = cams.show()
+    fig = axs[0].figure
+    fig.canvas.draw()
+    for row in (axs[:n], axs[n:]):
+        lines = [ax.get_title(loc='left').split('\n') for ax in row]
+        assert len({len(one) for one in lines})==1 and all(one[0]=='' for one in lines[1:]) and lines[0][0] # the item's title is above them all
+        assert all(len(line) <= 34 for one in lines for line in one[1:])
+        assert [''.join(one[1:]).replace(' ', '').split(':')[0] for one in lines]==[f'▸{method}' for method in METHODS]
+        for left, right in zip(row, row[1:]):
+            words = left.text(0, 0, max(left.get_title(loc='left').split('\n')[1:], key=len), fontsize=9)
+            assert words.get_window_extent().width < right.get_window_extent().x0 - left.get_window_extent().x0
+            words.remove()
+    plt.close(fig)
+
+
+def test_words_are_wrapped_where_they_can_be():
+    def lines(text): return maps_module._wrapped(text, 12, 12)
+    assert lines('short')==['short'] and lines('')==[] and lines('one two three four')==['one two', 'three four'] and lines('gradcam+tta+pca: x')==['gradcam+tta+', 'pca: x']
+    assert lines('a'*30)==['a'*12, 'a'*12, 'a'*6] and ''.join(lines('ab:cd+ef'*5))=='ab:cd+ef'*5
+
+
+def test_a_real_learner_s_boxes_come_back_from_a_file(dls, tmp_path):
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    with learn.no_bar():
+        for kwargs in ({}, dict(cls='all'), dict(method=['gradcam', 'guided_backprop'])):
+            cams = learn.get_cams([0, 1, 2], **kwargs)
+            back = CAMs.load(cams.save(tmp_path/'cams.npz'))
+            assert back.sizes.tolist()==[[64, 64]]*3 and back.boxes()==cams.boxes() and back.peaks()==cams.peaks()
+        learn.show_cam(0, title='mine', boxes=.8)
+    assert sum('mine' in text.get_text() for text in plt.gcf().findobj(Text))==1
+    plt.close('all')

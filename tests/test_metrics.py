@@ -338,14 +338,14 @@ def test_a_share_that_is_rounded_to_whole_pixels_keeps_its_true_size():
 
 
 def test_pixel_flipping_of_fewer_patches_than_steps():
-    "Four patches, of which one holds everything: gone at the first step, (0 + 1 + 1 + 1 + 1)/5, in however many steps"
+    "Four patches, of which one holds everything: gone at the first step, (0/2 + 1 + 1 + 1 + 1/2)/4, in however many steps"
     image = torch.zeros(1, 1, 32, 32)
     image[0, 0, :16, :16] = 1/256
     def total(images, items): return images.sum((1, 2, 3))
-    for steps in (4, 5, 7, 20, 400): assert pixel_flipping(image[:, 0], image, total, steps=steps, baseline='zero').item()==pytest.approx(.8), steps
-    assert pixel_flipping(image[:, 0], image, total, steps=2, baseline='zero').item()==pytest.approx(2/3) # 0, 2 and 4 patches
-    assert pixel_flipping(image[:, 0], image, total, share=.5, baseline='zero').item()==pytest.approx(2/3)
-    assert pixel_flipping(image[:, 0], image, total, share=.01, baseline='zero').item()==pytest.approx(1/2) # one patch at least
+    for steps in (4, 5, 7, 20, 400): assert pixel_flipping(image[:, 0], image, total, steps=steps, baseline='zero').item()==pytest.approx(3.5/4), steps
+    assert pixel_flipping(image[:, 0], image, total, steps=2, baseline='zero').item()==pytest.approx(3/4) # 0, 2 and 4 patches
+    assert pixel_flipping(image[:, 0], image, total, share=.5, baseline='zero').item()==pytest.approx(3/4)
+    assert pixel_flipping(image[:, 0], image, total, share=.01, baseline='zero').item()==pytest.approx(.04/2) # of one patch a 25th
 
 
 @pytest.mark.parametrize('share', [1., .4])
@@ -354,14 +354,37 @@ def test_pixel_flipping_by_loops(maps, images, share):
     for i, large in enumerate(enlarged(maps, images)):
         corners = [(top, left) for top in range(0, 24, 5) for left in range(0, 32, 5)]
         corners.sort(key=lambda corner: -large[corner[0]:corner[0]+5, corner[1]:corner[1]+5].mean())
-        whole, new, n_done, drops = linear(images[i:i+1], torch.tensor([i])).item(), images[i].clone(), 0, []
+        whole, new, n_done, drops, places = linear(images[i:i+1], torch.tensor([i])).item(), images[i].clone(), 0, [], []
         for k in range(7):
-            while n_done < round(k*round(share*len(corners))/6):
+            while n_done < round(k*math.ceil(share*len(corners))/6):
                 top, left = corners[n_done]
                 new[:, top:top+5, left:left+5] = 0
                 n_done += 1
             drops.append(whole - linear(new[None], torch.tensor([i])).item())
-        assert found[i].item()==pytest.approx(np.mean(drops), abs=1e-5)
+            places.append(n_done)
+        dense = np.linspace(0, share*len(corners), 10001)
+        assert found[i].item()==pytest.approx(np.interp(dense, places, drops).mean(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 7, 9, 10, 23])
+def test_pixel_flipping_of_a_sum_is_half_the_share(n):
+    "Patches that all hold the same: half of the share is gone on average, whatever the number of patches and of steps"
+    image = torch.full((1, 1, 2, 2*n), 1/(4*n))
+    def total(images, items): return images.sum((1, 2, 3))
+    for share in (1., .7, .5, .3, .1, .01):
+        for steps in (1, 2, 3, 4, 5, 20):
+            found = pixel_flipping(image[:, 0], image, total, patch=2, steps=steps, share=share, baseline='zero').item()
+            assert found==pytest.approx(share/2, abs=1e-5), (share, steps)
+    assert pixel_flipping(image[:, 0], image, total, patch=2, share=1e-9, baseline='zero').item()==pytest.approx(0, abs=1e-5)
+
+
+def test_pixel_flipping_costs_a_pass_a_step():
+    image, n_run = torch.rand(1, 1, 8, 8), []
+    def total(images, items): n_run.extend(items.tolist()); return images.sum((1, 2, 3))
+    for steps, share, expected in ((20, 1., 5), (3, 1., 4), (20, .3, 3), (1, .3, 2)):
+        n_run.clear()
+        pixel_flipping(image[:, 0], image, total, patch=4, steps=steps, share=share)
+        assert len(n_run)==expected, (steps, share)
 
 
 def test_uniform_maps_favour_no_place(images):

@@ -474,3 +474,21 @@ def test_wrong_input_is_refused(planted, wrong, message):
 def test_too_few_pictures_are_said(planted):
     with planted.learn.no_bar(): nothing = planted.find_shortcuts(n=50, min_items=25)
     assert 'Nothing could be looked for' in repr(nothing)
+    assert 'at least 25 pictures (min_items), beside as many others' in repr(nothing) and 'or lower min_items (to 6 at least)' in repr(nothing)
+    assert sum(nothing.counts.values())==50 and all(f'{name} {n}' in repr(nothing) for name, n in nothing.counts.items())
+
+@pytest.mark.parametrize('picked, min_items', [([0], 8), ([0, 1, 2], 8), ([0, 1, 2, 3], 6)])
+def test_a_handful_of_pictures_is_too_few(planted, picked, min_items):
+    "One or two of a class: what is there, what is needed, and what can be done"
+    learn = planted.learn
+    few = learn.dls.test_dl([learn.dls.valid_ds.items[i] for i in picked], with_labels=True)
+    with learn.no_bar(): nothing = planted.find_shortcuts(few, min_items=min_items)
+    assert len(nothing)==0 and sum(nothing.counts.values())==len(picked) and '\n' not in repr(nothing)
+    assert f'at least {min_items} pictures' in repr(nothing) and 'larger set' in repr(nothing)
+    assert ('min_items is as low as it can be' if min_items==6 else 'to 6 at least') in repr(nothing)
+    assert len(nothing.table)==0 and nothing.plot().axes[0].texts[0].get_text()==repr(nothing)
+
+def test_of_many_classes_the_largest_are_said():
+    nothing = shortcuts.Shortcuts([], {}, counts={f'c{i}': i for i in range(100)}, min_items=200)
+    assert 'c99 99, c98 98, c97 97, c96 96, c95 95, and 95 classes of fewer.' in repr(nothing)
+    assert repr(shortcuts.Shortcuts([], {}))=='Nothing could be looked for: no class has enough pictures. Look over a larger set, or lower min_items (to 6 at least).'
