@@ -105,16 +105,22 @@ def _remove_hooks(*handles):
 def _weakly(method, *args):
     "A hook that does not keep its probe alive: a probe that an interrupt has cut off from its block goes, and takes its hooks along"
     found = WeakMethod(method)
-    return lambda *called, **kwargs: None if found() is None else found()(*args, *called, **kwargs)
+    def hook(*called, **kwargs):
+        method = found() # once: another thread may let it go at any time
+        return None if method is None else method(*args, *called, **kwargs)
+    return hook
 
 @contextmanager
 def _hooked(
     hooks:Iterable[tuple[nn.Module,Callable]] # Modules, and for each a hook to be called after its forward
 ) -> Iterator[None]:
     "Hooks, for as long as the block runs"
-    handles = []
-    with _undoing(lambda: _remove_hooks(handles)):
-        for module,hook in hooks: handles.append(module.register_forward_hook(_in_this_thread(hook)))
+    ours = [(module, _in_this_thread(hook)) for module,hook in hooks]
+    def undo(): # by the hooks themselves: an interrupt may come before there is a handle
+        for module,hook in ours:
+            for key in [key for key,registered in list(module._forward_hooks.items()) if registered is hook]: module._forward_hooks.pop(key, None)
+    with _undoing(undo):
+        for module,hook in ours: module.register_forward_hook(hook)
         yield
 
 @contextmanager
@@ -210,7 +216,9 @@ def _rebuilt(func, values, done):
         done[id(values)] = new
     else:
         try: done[id(values)] = new = base.__new__(kind)
-        except TypeError: return values # a type written in C, which cannot be made like this
+        except TypeError: # a type written in C, which cannot be made like this
+            try: done[id(values)] = new = copy(values)
+            except Exception: return values
         if base is defaultdict: new.default_factory = values.default_factory
         if base is deque: deque.__init__(new, (), values.maxlen)
         if issubclass(base, dict):
@@ -219,7 +227,9 @@ def _rebuilt(func, values, done):
             for item in base.__iter__(values): base.append(new, _each_tensor(func, item, done))
     for name,part in _attributes(values).items():
         copied = _each_tensor(func, part, done)
-        object.__setattr__(new, name, dict(part) if name=='__dict__' and copied is part else copied) # frozen, too
+        try: object.__setattr__(new, name, dict(part) if name=='__dict__' and copied is part else copied) # frozen, too
+        except (AttributeError, TypeError): # as of `types.SimpleNamespace`
+            if name=='__dict__': vars(new).update(copied)
     return new
 
 def _replaced(old, new, args, kwargs):
@@ -462,19 +472,31 @@ def _apart(quadrants):
     left,upper = quadrants[:,:,0].sum(1),quadrants[:,0].sum(1)
     return min(left[0] - left[1], left[2] - left[3]).item(), min(upper[0] - upper[2], upper[1] - upper[3]).item()
 
-def _best_reading(readings, moved):
+def _evidence(layout, moved):
+    "How well what moved bears a reading out: 0 (not) to 1"
+    places = layout.spatial(moved).flatten(1, -3).sum(1) # of all channels, and of all planes
+    if not bool((places.flatten(1).sum(1) > 0).all()): return 0. # it does not depend on the whole image
+    across,down = _apart(_moved_quadrants(places))
+    if not layout.is_line: return min(across, down)
+    along,beside = (across, down) if layout.grid[0]==1 else (down, across)
+    return along if along > beside else 0.
+
+def _best_reading(readings, moved, least=.1):
     "The first reading that what moved bears out; `None`: none"
-    for layout in readings:
-        least = .1 if math.prod(layout.grid) > 4 else .3 # of few places, chance looks like order
-        places = layout.spatial(moved).sum(1)
-        if not bool((places.flatten(1).sum(1) > 0).all()): continue # it does not depend on the whole image
-        across,down = _apart(_moved_quadrants(places))
-        if layout.is_line and max(across, down) > least and (across > down)==(layout.grid[0]==1): return layout
-        if not layout.is_line and min(across, down) > least: return layout
-    return None
+    enough = lambda layout: least if math.prod(layout.grid) > 4 else 3*least # of few places, chance looks like order
+    return next((layout for layout in readings if _evidence(layout, moved) > enough(layout)), None)
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
                    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd) # what these return is `[B, C, H, W]`
+
+def _convolves(module): return any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
+
+def _ends_channels_last(module):
+    "Is the last part of `module` one that works on the last dimension?"
+    *_,last = module.modules()
+    return isinstance(last, (nn.Linear, nn.LayerNorm))
+
+_ORDERS = WeakKeyDictionary() # of each model, the tokens that were found to be in the order of their grid
 
 def _channels_first(shape): return Layout('channels first', shape[2:]) if math.prod(shape[2:]) > 1 else None
 
@@ -526,7 +548,9 @@ class Survey:
         self._outs,self._calls,self._several = [],{},len(_tensors((list(args), kwargs))) > 1
         self._doubts,self._stacked,self._recent = {},None,()
         self._channels_by_length = set() # shapes of sequences whose channels are known to come first
+        self._grids_of_tokens = {} # what is read as the grid of a convolution, by its number
         self.out = self._run(args, kwargs, self._note)
+        if self._grids_of_tokens: self._check_orders()
         if self._doubts: self._settle()
 
     def _act(self, module, out):
@@ -563,11 +587,27 @@ class Survey:
             self._channels_by_length.add(tuple(out.shape))
         kinds = ('tokens last',) if tuple(out.shape) in self._channels_by_length else ('tokens', 'tokens last') if is_named else ('tokens',)
         readings = find_layouts(out.shape, self.image_size, self.grids, self.lines, kinds)
-        if len(readings)==1 and not readings[0].is_line: return readings[0]
-        if readings:
-            if out.dim()==3: readings = sorted(readings, key=self._doubt_about)
-            likely = readings[0] if out.dim() > 3 or readings[0].grid==self._recent else None
-            self._doubts[number] = (readings, likely, out.detach().clone())
+        if out.dim() > 3: return self._grid_of(number, module, tuple(out.shape), readings)
+        if out.dim() < 3: return None
+        readings = sorted(readings, key=self._doubt_about)
+        if readings and readings[0].grid in self.grids and all(other.n_extra for other in readings[1:]):
+            self._grids_of_tokens[number] = readings
+            return readings[0]
+        may_be_windows = n_space==2 and out.shape[1] > 3 and (self.named or not self.grids) # of any length
+        likely = readings[0] if readings and readings[0].grid==self._recent else None
+        if readings or may_be_windows: self._doubts[number] = (readings, likely)
+        return None
+
+    def _grid_of(self, number, module, shape, readings):
+        "Which way round a grid is; of a layer that is named and convolves nothing, both ways are thought of"
+        is_sure = module not in self.named or _convolves(module)
+        if is_sure and len(readings)==1: return readings[0]
+        if not is_sure and len(shape)==2 + len(self.image_size):
+            both = [Layout('channels first', shape[2:]), Layout('channels last', shape[1:-1])]
+            readings = readings + [layout for layout in both if math.prod(layout.grid) > 1 and layout not in readings]
+            if _ends_channels_last(module): readings = sorted(readings, key=lambda layout: layout.kind=='channels first')
+        known = readings and (readings[0].grid in self.grids or _ends_channels_last(module))
+        if readings: self._doubts[number] = (readings, readings[0] if known or is_sure else None)
         return None
 
     def _doubt_about(self, layout):
@@ -576,22 +616,54 @@ class Survey:
         if not layout.is_line: return 0 if layout.grid==self._recent else 2
         return 1 if length in self.lines or length in self._recent else 3
 
-    def _settle(self):
-        "Which of the readings of a sequence is right: disturb one quadrant of the image after the other, and see where it changes"
-        moved,generator = {number: 0 for number in self._doubts},torch.Generator().manual_seed(0)
-        def changed(image):
+    def _check_orders(self):
+        "Are tokens in the order of their grid, row by row? The first of each layout has to show it, and what is named"
+        known = _ORDERS.setdefault(self.model, set())
+        first = {str(self.seen[number].layout): number for number in reversed(self._grids_of_tokens)}
+        of = {number: (self.image_size, name, layout) for number in self._grids_of_tokens for name,layout in [(self.seen[number].name, str(self.seen[number].layout))]}
+        asked = [number for number in self._grids_of_tokens if of[number] not in known and (number in first.values() or self.seen[number].module in self.named)]
+        if not asked: return
+        moved,_ = self._disturb(asked, 1)
+        wrong = [number for number in asked if moved[number].any() and _best_reading([self.seen[number].layout], moved[number], .03) is None]
+        known.update(of[number] for number in asked if number not in wrong)
+        layouts = {str(self.seen[number].layout) for number in wrong if number in first.values()}
+        for number,readings in self._grids_of_tokens.items():
+            if number in wrong or str(self.seen[number].layout) in layouts:
+                self._doubts[number],self.seen[number].layout = (readings[1:], None),None
+        self._doubts = dict(sorted(self._doubts.items()))
+
+    def _disturb(self, numbers, n_times):
+        "How much each element of some outputs changes when one quadrant of the image after the other is disturbed, and what they are undisturbed"
+        generator,image = torch.Generator().manual_seed(0),self._own_image.detach()[:1]
+        def ran(image):
             outs = []
             args,kwargs = _replaced(self._own_image, image, self.args, self.kwargs)
-            self._run(args, kwargs, lambda name, module, out: outs.append(self._act(module, out)))
-            return {number: (_wide(outs[number]) - _wide(before)).abs() for number,(*_,before) in self._doubts.items()}
-        for _ in range(2):
-            found = [changed(image) for image in _disturbed_quadrants(self._own_image.detach()[:1], generator)]
-            moved = {number: moved[number] + torch.cat([one[number] for one in found]) for number in moved}
-        for number,(readings,likely,before) in self._doubts.items():
-            seen,layout = self.seen[number],_best_reading(readings, moved[number]) or likely
+            def note(name, module, out): outs.append(self._act(module, out).detach().clone() if len(outs) in numbers else None)
+            self._run(args, kwargs, note)
+            return {number: outs[number] for number in numbers}
+        before,moved = ran(image),{number: 0 for number in numbers}
+        for _ in range(n_times):
+            found = [ran(disturbed) for disturbed in _disturbed_quadrants(image, generator)]
+            moved = {number: moved[number] + torch.cat([(_wide(one[number]) - _wide(before[number])).abs() for one in found]) for number in numbers}
+        return moved,before
+
+    def _settle(self):
+        "Which of the readings of an output is right: disturb one quadrant of the image after the other, and see where it changes"
+        moved,before = self._disturb(list(self._doubts), 2)
+        for number,(readings,likely) in self._doubts.items():
+            seen,layout = self.seen[number],_best_reading(readings, moved[number])
+            if layout is None and likely is not None and (not likely.is_tokens or _best_reading([likely], moved[number], .03)): layout = likely
+            if layout is None and len(seen.shape)==3 and len(self.image_size)==2: layout = self._windows(seen.shape[1], moved[number])
             if layout is None: continue
-            seen.layout,seen.n_channels = layout,layout.spatial(before).shape[1]
-            if self._several: self._outs[number] = before
+            if layout.is_line: self.lines.append(math.prod(layout.grid))
+            seen.layout,seen.n_channels = layout,layout.spatial(before[number]).shape[1]
+            if self._several: self._outs[number] = before[number]
+
+    def _windows(self, n_tokens, moved):
+        "Windows of the image from left to right, or from top to bottom, of any number; such as were seen before may have a few tokens before them"
+        n_extra = next((n for n in range(5) if n_tokens - n in self.lines), 0)
+        length = n_tokens - n_extra
+        return _best_reading([Layout('tokens', grid, n_extra) for grid in ((1,length), (length,1)) if length > 3], moved, .3)
 
     def layout_of(self,
         name:str, # Dotted name of a layer that is named
@@ -600,7 +672,7 @@ class Survey:
         "Where the places are in what a layer returned in its last call"
         calls = [seen for seen in self.seen if seen.name==name and seen.shape and seen.shape[1:]==tuple(shape[1:])]
         if calls and (calls[-1].layout or calls[-1].shape[0] != 1 or len(shape)==3): return calls[-1].layout
-        return find_layout(shape, self.image_size, self.grids)
+        return find_layout(shape, self.image_size, self.grids) if len(shape) > 3 else None
 
     def is_sequence(self,
         name:str # Dotted name of a layer that is named
@@ -609,10 +681,12 @@ class Survey:
         return any(self.seen[number].name==name for number in self._doubts)
 
     def layout_as_named(self,
+        module:nn.Module, # Layer that is named
         shape:Sequence[int] # `[B, C, H, W]`, as far as is known
     ) -> Layout|None: # `None`: these are no places
         "Channels first, for a layer that a user named and whose grid was not seen: a pooling makes its own"
         if len(shape) != 2 + len(self.image_size or (0,0)): return None
+        if _convolves(module): return _channels_first(shape)
         of_tokens = [seen for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens']
         tokens = {seen.shape[1] for seen in of_tokens} | {math.prod(seen.layout.grid) for seen in of_tokens}
         if tokens & set(shape[2:]): return None # heads of an attention
@@ -1470,11 +1544,10 @@ class Probe(ExitStack):
             readings = find_layouts(shape, self._image_size) if self._image_size else []
             if not readings and len(shape)==2 + n_space and math.prod(shape[2:])==1: return None
             if isinstance(module, _CHANNELS_FIRST) and len(shape)==2 + n_space: return _channels_first(shape)
-            convolves = any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
-            if convolves and len({reading.grid for reading in readings})==1: return readings[0] # of equals, channels first
+            if _convolves(module) and not _ends_channels_last(module) and len({reading.grid for reading in readings})==1: return readings[0] # of equals, channels first
             if self._image_size is None: return find_layout(shape, None)
         layout = self._survey().layout_of(name, shape)
-        return layout if layout is not None or self.auto or self.stages else self._survey().layout_as_named(shape)
+        return layout if layout is not None or self.auto or self.stages else self._survey().layout_as_named(module, shape)
 
     def _check_layout(self, i, layout):
         name,out,n_items = self.layers[i][0],self._acts[i][-1],self._n_items
