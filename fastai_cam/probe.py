@@ -84,7 +84,7 @@ def as_found(
 
 @contextmanager
 def _in_eval_mode(model):
-    training = [module for module in model.modules() if module.training] # the others are left alone: another block may have to put them back
+    training = [module for module in model.modules() if getattr(module, 'training', False)] # a frozen one has no modes; the others are left alone: another block may have to put them back
     def restore():
         for module in training: module.training = True
     with _undoing(restore): model.eval(); yield
@@ -312,6 +312,8 @@ def _found_by_a_pass(layers): return isinstance(layers, str) and layers in (EVER
 
 def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)
 
+def _scripted_part(model): return next((name for name,module in model.named_modules() if name and _is_scripted(module)), None)
+
 def _check_watchable(model):
     if _is_scripted(model):
         raise ValueError('this model is scripted or traced (torch.jit), and what its layers return cannot be seen from outside: '
@@ -481,6 +483,13 @@ def _evidence(layout, moved):
     along,beside = (across, down) if layout.grid[0]==1 else (down, across)
     return along if along > beside else 0.
 
+def _is_turned(layout, moved):
+    "Are tokens in the order of their grid's columns, one after the other, or not in that of a grid at all?"
+    if len(layout.grid) != 2: return False
+    by_columns = Layout('channels first', layout.grid)
+    turned = _evidence(by_columns, Layout(layout.kind, layout.grid[::-1], layout.n_extra).spatial(moved).mT)
+    return turned > max(.1, _evidence(layout, moved))
+
 def _best_reading(readings, moved, least=.1):
     "The first reading that what moved bears out; `None`: none"
     enough = lambda layout: least if math.prod(layout.grid) > 4 else 3*least # of few places, chance looks like order
@@ -513,9 +522,40 @@ def _why_cut(model, cut):
     if quantised is not None:
         return (f'layer {quantised!r} is quantised, and quantised arithmetic has no gradients: explain the model that it was made from, '
                 'or use a method that needs no gradients, such as eigencam or ablationcam')
-    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or in a checkpoint with use_reentrant=True, '
+    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or torch.inference_mode(), or in a checkpoint with use_reentrant=True, '
                     'and what comes from there has no gradients: name a layer behind it, or use use_reentrant=False')
     return None
+
+_NO_GRADIENTS_OUT = ('what this model returns has no gradients, since the model itself cuts them behind the layer (detach(), torch.no_grad(), or an operation '
+                     'that has none, such as argmax): change the model, or use a method that needs no gradients, such as eigencam or ablationcam')
+
+def _gradients(*args, **kwargs):
+    "`torch.autograd.grad`, with a sentence where it cannot be"
+    try: return torch.autograd.grad(*args, **kwargs)
+    except RuntimeError as e:
+        if 'use_reentrant=True' not in str(e): raise
+        raise ValueError('a part of this model behind the layer runs in a checkpoint with use_reentrant=True, through which the gradients at a layer '
+                         'cannot be computed: use use_reentrant=False, or a method that needs no gradients, such as eigencam or ablationcam') from e
+
+_STEPS = 'Round', 'Floor', 'Ceil', 'Trunc', 'Sign'
+
+def _check_steps(out):
+    "`ValueError` if a step function is among what made `out`, so that no gradient comes through it"
+    todo,seen = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None],set()
+    while todo:
+        node = todo.pop()
+        if node in seen: continue
+        seen.add(node)
+        step = next((step for step in _STEPS if node.name().startswith(f'{step}Backward')), None)
+        if step is not None:
+            raise ValueError(f'all gradients are zero, since the model rounds what it computes (torch.{step.lower()}), and a step has no slope: '
+                             'explain what it rounds, or use a method that needs no gradients, such as eigencam or ablationcam')
+        todo += [following for following,_ in node.next_functions if following is not None]
+
+def _of_one_frame(name, out, image_size):
+    return (f'layer {name!r} returns {describe_output(out)}, the places of one frame or plane, but the images are [batch, …, {", ".join(map(str, image_size[-2:]))}] '
+            'with several of them (frames, [batch, frames, channels, height, width]?), which this model runs one by one: '
+            'explain the part of it that takes one image, or give it one frame an item')
 
 def _has_parameters(module): return next(module.parameters(), None) is not None
 
@@ -617,20 +657,27 @@ class Survey:
         return 1 if length in self.lines or length in self._recent else 3
 
     def _check_orders(self):
-        "Are tokens in the order of their grid, row by row? The first of each layout has to show it, and what is named"
-        known = _ORDERS.setdefault(self.model, set())
-        first = {str(self.seen[number].layout): number for number in reversed(self._grids_of_tokens)}
-        of = {number: (self.image_size, name, layout) for number in self._grids_of_tokens for name,layout in [(self.seen[number].name, str(self.seen[number].layout))]}
-        asked = [number for number in self._grids_of_tokens if of[number] not in known and (number in first.values() or self.seen[number].module in self.named)]
-        if not asked: return
+        "Are tokens in the order of their grid, row by row? The first of each layout has to show it; the last, and what is named, must not show another"
+        layouts = {number: str(readings[0]) for number,readings in self._grids_of_tokens.items()}
+        first,last = ({layouts[number]: number for number in numbers}.values() for numbers in (reversed(layouts), layouts))
+        named = [number for number in layouts if self.seen[number].module in self.named]
+        known,keys = _ORDERS.setdefault(self.model, set()),{number: (self.image_size, self.seen[number].name, layouts[number]) for number in layouts}
+        asked = [number for number in {*first, *last, *named} if keys[number] not in known]
+        if not asked: return # of this model, all is known
         moved,_ = self._disturb(asked, 1)
-        wrong = [number for number in asked if moved[number].any() and _best_reading([self.seen[number].layout], moved[number], .03) is None]
-        known.update(of[number] for number in asked if number not in wrong)
-        layouts = {str(self.seen[number].layout) for number in wrong if number in first.values()}
-        for number,readings in self._grids_of_tokens.items():
-            if number in wrong or str(self.seen[number].layout) in layouts:
-                self._doubts[number],self.seen[number].layout = (readings[1:], None),None
-        self._doubts = dict(sorted(self._doubts.items()))
+        wrong = {number for number in asked if self._is_wrong(number, moved[number], number in first)}
+        known.update(keys[number] for number in asked if number not in wrong)
+        of_first = {layouts[number] for number in wrong if number in first}
+        for number,(_,*others) in self._grids_of_tokens.items():
+            if number in wrong or layouts[number] in of_first: self._doubts[number],self.seen[number].layout = (others, None),None
+        self._doubts = dict(sorted(self._doubts.items())) # in the order in which they ran
+
+    def _is_wrong(self, number, moved, is_first):
+        "Does what moved speak against the grid that tokens were taken for?"
+        layout,*others = self._grids_of_tokens[number]
+        if not moved.any(): return False
+        if is_first and _best_reading([layout], moved, .03) is None: return True
+        return _is_turned(layout, moved) or any(_evidence(other, moved) > max(.3, _evidence(layout, moved)) for other in others)
 
     def _disturb(self, numbers, n_times):
         "How much each element of some outputs changes when one quadrant of the image after the other is disturbed, and what they are undisturbed"
@@ -712,9 +759,15 @@ class Survey:
     def _find_spatial(self):
         chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None and _has_parameters(seen.module)]
         if not chosen:
+            scripted = _scripted_part(self.model)
+            if scripted is not None:
+                raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched, and no other layer of this {type(self.model).__name__} '
+                                 'has an output with space: explain the model as it was before')
             if self._stacked:
                 raise ValueError('this {} runs several images of an item in one batch (layer {!r} returns {} rows for one item), '
                                  'so it is not known which row belongs to which image: explain the part of it that takes one image, or give it one image an item'.format(type(self.model).__name__, *self._stacked))
+            frame = next((seen for seen in self.seen if len(self.image_size or ())==3 and seen.shape and len(seen.shape)==4 and math.prod(seen.shape[2:]) > 1), None)
+            if frame is not None: raise ValueError(_of_one_frame(frame.name, torch.empty(frame.shape, device='meta'), self.image_size))
             raise ValueError(f'no layer of this {type(self.model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
         chosen = [i for i in chosen if min(self.seen[i].layout.grid) > 1] or chosen # a single row knows only half of where
         if self._several: chosen = self._of_the_image(chosen)
@@ -747,7 +800,7 @@ class Survey:
             if not (isinstance(score, Tensor) and score.requires_grad): return chosen # who asks that will be told
             weights = torch.linspace(1, 2, score.numel(), dtype=score.dtype, device=score.device).view(score.shape) # probabilities add up to 1, and 1 has no gradient
             tracked = [i for i in chosen if outs[i].requires_grad]
-            grads = torch.autograd.grad((score*weights).sum(), [outs[i] for i in tracked], allow_unused=True)
+            grads = _gradients((score*weights).sum(), [outs[i] for i in tracked], allow_unused=True)
         found = [i for i,grad in zip(tracked, grads) if grad is not None and bool((self.seen[i].layout.spatial(grad) != 0).any())]
         if not found and _is_saturated(out): raise ValueError(_SATURATED)
         if not found: raise ValueError(f'the output of this {type(self.model).__name__} does not change with any layer that has space (is its last layer all zeros, as some are before training?): train it first, or pass the layer to look at')
@@ -1173,7 +1226,7 @@ class Capture(Pass):
         grads = []
         with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
             for k in range(score.shape[1]):
-                found = torch.autograd.grad(score[:,k].sum(), self._attention, retain_graph=True, allow_unused=True)
+                found = _gradients(score[:,k].sum(), self._attention, retain_graph=True, allow_unused=True)
                 grads.append([torch.zeros_like(one) if grad is None else grad for one,grad in zip(self._attention, found)])
         return [torch.stack([self._heads(_wide(grad)) for grad in of_scores], dim=1) for of_scores in zip(*grads)]
 
@@ -1188,7 +1241,9 @@ class Capture(Pass):
         self._check_grad()
         if self._kept[0] is not score:
             grads = self._differentiate(score, self._tracked)
-            if _is_saturated(self.out) and not any(bool(grad.any()) for grad in grads): raise ValueError(_SATURATED)
+            if not any(bool(grad.any()) for grad in grads):
+                if _is_saturated(self.out): raise ValueError(_SATURATED)
+                _check_steps(self.out)
             self._kept = (score, self._channels_first(grads))
         return self._kept[1]
 
@@ -1223,7 +1278,7 @@ class Capture(Pass):
 
     def _curvatures(self, score):
         def product(act, total):
-            grad, = torch.autograd.grad(total, [act], create_graph=True)
+            grad, = _gradients(total, [act], create_graph=True)
             if not grad.requires_grad: return torch.zeros_like(grad)
             found, = torch.autograd.grad(grad, [act], grad_outputs=act.detach(), retain_graph=True, allow_unused=True)
             return torch.zeros_like(grad) if found is None else found
@@ -1235,7 +1290,8 @@ class Capture(Pass):
         with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
             if not isinstance(score, Tensor): score = score(self.out)
             if not score.requires_grad:
-                why = None if any(t.requires_grad for t in _tensors(self.out)) else _why_cut(self.model, self.cut)
+                returned = _tensors(self.out)
+                why = None if not returned or any(t.requires_grad for t in returned) else _why_cut(self.model, self.cut) or _NO_GRADIENTS_OUT
                 raise ValueError(why or 'the score has no graph to differentiate: compute it from the output without detach() (with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
             if score.dim() < 2: return self._vjp(score.sum(), inputs)
             if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
@@ -1250,9 +1306,9 @@ class Capture(Pass):
         scales = (2.**12, 1.) if any(inp.dtype is torch.float16 for inp in inputs) else (1.,)
         for scale in scales:
             weights = scale*(torch.ones_like(score) if directions is None else directions)
-            grads = torch.autograd.grad(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
+            grads = _gradients(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
             unused = [name for name,grad in zip(self.names, grads) if grad is None]
-            if unused: raise ValueError(_why_cut(self.model, [name for name in self.cut if name in unused]) or f'the score does not depend on layer {unused[0]!r}: choose a layer on the way to the output that is explained')
+            if unused: raise ValueError(_why_cut(self.model, [name for name in self.cut if name in unused]) or f'the score does not depend on layer {unused[0]!r}, or the model detaches what comes from it: choose a layer on the way to the output that is explained')
             grads = [_wide(grad.detach().as_subclass(Tensor)) for grad in grads]
             if scale==1: return grads
             if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
@@ -1557,6 +1613,7 @@ class Probe(ExitStack):
         if out.dim()==3 and layout is None and self._survey().is_sequence(name):
             raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are '
                              'could not be told: name a layer before it')
+        if layout is None and out.dim()==4 and len(self._image_size or ())==3: raise ValueError(_of_one_frame(name, out, self._image_size))
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
         may_be_frames = len(self._image_size or ())==3 and self._image_size[0] <= 4
