@@ -98,9 +98,19 @@ def _in_this_thread(hook):
     thread = threading.get_ident()
     return lambda *args: hook(*args) if threading.get_ident()==thread else None
 
-def _remove_hooks(*handles):
-    for of_kind in handles:
-        while of_kind: of_kind[-1].remove(); of_kind.pop() # forgotten only when it is gone
+def _register_hook(ours, module, hook, kind='forward_hook', **kwargs):
+    "Register a hook that is in the list `ours` before it is registered: an interrupt may come before there is a handle"
+    ours.append((module, f'_{kind}s', hook))
+    getattr(module, f'register_{kind}')(hook, **kwargs)
+
+def _remove_hooks(*ours):
+    for of_kind in ours:
+        while of_kind:
+            module,kind,hook = of_kind[-1]
+            registries = [getattr(module, kind + more, {}) for more in ('_with_kwargs', '_always_called', '')]
+            for key in [key for key,registered in list(registries[-1].items()) if registered is hook]:
+                for registry in registries: registry.pop(key, None)
+            of_kind.pop() # forgotten only when it is gone
 
 def _weakly(method, *args):
     "A hook that does not keep its probe alive: a probe that an interrupt has cut off from its block goes, and takes its hooks along"
@@ -115,12 +125,9 @@ def _hooked(
     hooks:Iterable[tuple[nn.Module,Callable]] # Modules, and for each a hook to be called after its forward
 ) -> Iterator[None]:
     "Hooks, for as long as the block runs"
-    ours = [(module, _in_this_thread(hook)) for module,hook in hooks]
-    def undo(): # by the hooks themselves: an interrupt may come before there is a handle
-        for module,hook in ours:
-            for key in [key for key,registered in list(module._forward_hooks.items()) if registered is hook]: module._forward_hooks.pop(key, None)
-    with _undoing(undo):
-        for module,hook in ours: module.register_forward_hook(hook)
+    ours = []
+    with _undoing(lambda: _remove_hooks(ours)):
+        for module,hook in hooks: _register_hook(ours, module, _in_this_thread(hook))
         yield
 
 @contextmanager
@@ -459,6 +466,29 @@ def _disturbed_quadrants(image, generator, strength=1.):
         disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator).to(noise)).to(part)
         yield disturbed
 
+def _disturbed_edges(image, generator):
+    "The batch of images with noise along one edge: left, right, top, bottom"
+    spread = image.float().std().clamp(min=1e-3)
+    for side,at_end in ((-1, False), (-1, True), (-2, False), (-2, True)):
+        disturbed,width = image.clone(),max(1, image.shape[side]//8)
+        part = disturbed.narrow(side, image.shape[side] - width if at_end else 0, width)
+        part += (spread*torch.randn(part.shape, generator=generator).to(spread)).to(part)
+        yield disturbed
+
+def _without_extra(line, moved, lengths):
+    """`line`, a sequence of places, without the tokens before them that are none: so that it has one of `lengths`, which were seen before;
+    or else those change no more with the edge where it starts than with the other. `None`: too many"""
+    n_tokens,is_row = math.prod(line.grid) + line.n_extra,line.grid[0]==1
+    made = lambda n_extra: Layout(line.kind, (1,n_tokens - n_extra) if is_row else (n_tokens - n_extra,1), n_extra)
+    known = next((n for n in range(5) if n_tokens - n in lengths), None)
+    if known is not None and n_tokens - known > 1: return made(known)
+    whole = Layout(line.kind, (1,n_tokens))
+    moved = whole.spatial(moved).sum((1,2))[:2] if is_row else whole.spatial(moved).sum((1,2))[2:]
+    near,far = _shares(_shares(moved, (1,)), 0) # how much of what changes a token is that at the start, and at the end
+    lead = (near - far)[:max(2, len(near)//2)]
+    n_extra = int((lead > .5*lead.max()).int().argmax())
+    return made(n_extra) if n_extra < 5 and n_tokens - n_extra > 1 and lead.max() > 0 else None
+
 def _shares(values, dims): return values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
 def _moved_quadrants(
@@ -676,11 +706,11 @@ class Survey:
         "Does what moved speak against the grid that tokens were taken for?"
         layout,*others = self._grids_of_tokens[number]
         if not moved.any(): return False
-        if is_first and _best_reading([layout], moved, .03) is None: return True
-        return _is_turned(layout, moved) or any(_evidence(other, moved) > max(.3, _evidence(layout, moved)) for other in others)
+        if is_first and _evidence(layout, moved) <= .05: return True
+        return _is_turned(layout, moved) or _evidence(layout, moved) <= .05 and _best_reading(others, moved, .3) is not None
 
-    def _disturb(self, numbers, n_times):
-        "How much each element of some outputs changes when one quadrant of the image after the other is disturbed, and what they are undisturbed"
+    def _disturb(self, numbers, n_times, disturbances=_disturbed_quadrants):
+        "How much each element of some outputs changes when one part of the image after the other is disturbed, and what they are undisturbed"
         generator,image = torch.Generator().manual_seed(0),self._own_image.detach()[:1]
         def ran(image):
             outs = []
@@ -690,7 +720,7 @@ class Survey:
             return {number: outs[number] for number in numbers}
         before,moved = ran(image),{number: 0 for number in numbers}
         for _ in range(n_times):
-            found = [ran(disturbed) for disturbed in _disturbed_quadrants(image, generator)]
+            found = [ran(disturbed) for disturbed in disturbances(image, generator)]
             moved = {number: moved[number] + torch.cat([(_wide(one[number]) - _wide(before[number])).abs() for one in found]) for number in numbers}
         return moved,before
 
@@ -698,19 +728,25 @@ class Survey:
         "Which of the readings of an output is right: disturb one quadrant of the image after the other, and see where it changes"
         moved,before = self._disturb(list(self._doubts), 2)
         for number,(readings,likely) in self._doubts.items():
-            seen,layout = self.seen[number],_best_reading(readings, moved[number])
-            if layout is None and likely is not None and (not likely.is_tokens or _best_reading([likely], moved[number], .03)): layout = likely
-            if layout is None and len(seen.shape)==3 and len(self.image_size)==2: layout = self._windows(seen.shape[1], moved[number])
+            layout = self._settled(number, readings, likely, moved[number])
             if layout is None: continue
-            if layout.is_line: self.lines.append(math.prod(layout.grid))
-            seen.layout,seen.n_channels = layout,layout.spatial(before[number]).shape[1]
+            self.seen[number].layout,self.seen[number].n_channels = layout,layout.spatial(before[number]).shape[1]
             if self._several: self._outs[number] = before[number]
+        lines = [number for number in self._doubts if self.seen[number].layout is not None and self.seen[number].layout.is_line]
+        if not lines: return
+        moved,_ = self._disturb(lines, 2, _disturbed_edges)
+        lengths = {*self.lines, *(side for grid in self.grids for side in grid)}
+        for number in lines:
+            self.seen[number].layout = line = _without_extra(self.seen[number].layout, moved[number], lengths)
+            if line is not None: lengths.add(math.prod(line.grid)) # a class token is put before them later
 
-    def _windows(self, n_tokens, moved):
-        "Windows of the image from left to right, or from top to bottom, of any number; such as were seen before may have a few tokens before them"
-        n_extra = next((n for n in range(5) if n_tokens - n in self.lines), 0)
-        length = n_tokens - n_extra
-        return _best_reading([Layout('tokens', grid, n_extra) for grid in ((1,length), (length,1)) if length > 3], moved, .3)
+    def _settled(self, number, readings, likely, moved):
+        "The reading that what moved bears out, or the likely one, if not much speaks for it either; or windows of the image, of any number"
+        if any(reading.is_tokens and not reading.is_line and _is_turned(reading, moved) for reading in (*readings, *self._grids_of_tokens.get(number, []))): return None
+        layout,shape = _best_reading(readings, moved),self.seen[number].shape
+        if layout is None and likely is not None and (not likely.is_tokens or _best_reading([likely], moved, .03)): layout = likely
+        if layout is not None or len(shape) > 3 or len(self.image_size) != 2 or shape[1] < 4 or number in self._grids_of_tokens: return layout
+        return _best_reading([Layout('tokens', (1,shape[1])), Layout('tokens', (shape[1],1))], moved, .3)
 
     def layout_of(self,
         name:str, # Dotted name of a layer that is named
@@ -1462,8 +1498,8 @@ class Probe(ExitStack):
             for _ in range(2): self.callback(self._around.close) # an interrupt may come while the first is at work
             self.enter_context(_undoing(lambda: _remove_hooks(*hooks)))
             self._thread = threading.get_ident() # passes of other threads are not ours
-            self._root_hooks.append(self.model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True))
-            self._root_hooks.append(self.model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True))
+            _register_hook(self._root_hooks, self.model, _weakly(self._before), 'forward_pre_hook', with_kwargs=True)
+            _register_hook(self._root_hooks, self.model, _weakly(self._after), with_kwargs=True, always_call=True)
             if self.auto and not self.layers and is_body_and_head(self.model): self.layers = resolve_layers(self.model, self.model[0])
             self._watch()
             return self
@@ -1479,7 +1515,7 @@ class Probe(ExitStack):
 
     def _watch(self):
         _remove_hooks(self._layer_hooks)
-        for i,(_,module) in enumerate(self.layers): self._layer_hooks.append(module.register_forward_hook(_weakly(self._capture, i)))
+        for i,(_,module) in enumerate(self.layers): _register_hook(self._layer_hooks, module, _weakly(self._capture, i))
 
     def _survey(self):
         "What one item shows about the model, for images of this size"
