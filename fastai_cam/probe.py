@@ -706,7 +706,7 @@ class Survey:
         "Does what moved speak against the grid that tokens were taken for?"
         layout,*others = self._grids_of_tokens[number]
         if not moved.any(): return False
-        if is_first and _evidence(layout, moved) <= .05: return True
+        if is_first and _evidence(layout, moved) <= .2: return True # it is early, where changes are still in their places
         return _is_turned(layout, moved) or _evidence(layout, moved) <= .05 and _best_reading(others, moved, .3) is not None
 
     def _disturb(self, numbers, n_times, disturbances=_disturbed_quadrants):
@@ -1278,8 +1278,8 @@ class Capture(Pass):
         if self._kept[0] is not score:
             grads = self._differentiate(score, self._tracked)
             if not any(bool(grad.any()) for grad in grads):
-                if _is_saturated(self.out): raise ValueError(_SATURATED)
                 _check_steps(self.out)
+                if _is_saturated(self.out): raise ValueError(_SATURATED)
             self._kept = (score, self._channels_first(grads))
         return self._kept[1]
 
