@@ -687,7 +687,7 @@ class Survey:
         return 1 if length in self.lines or length in self._recent else 3
 
     def _check_orders(self):
-        "Are tokens in the order of their grid, row by row? The first of each layout has to show it; the last, and what is named, must not show another"
+        "Are tokens in the order of their grid, row by row? The first of all have to show it; the first and last of each layout, and what is named, must not show another"
         layouts = {number: str(readings[0]) for number,readings in self._grids_of_tokens.items()}
         first,last = ({layouts[number]: number for number in numbers}.values() for numbers in (reversed(layouts), layouts))
         named = [number for number in layouts if self.seen[number].module in self.named]
@@ -695,7 +695,7 @@ class Survey:
         asked = [number for number in {*first, *last, *named} if keys[number] not in known]
         if not asked: return # of this model, all is known
         moved,_ = self._disturb(asked, 1)
-        wrong = {number for number in asked if self._is_wrong(number, moved[number], number in first)}
+        wrong = {number for number in asked if self._is_wrong(number, moved[number], number==min(layouts))}
         known.update(keys[number] for number in asked if number not in wrong)
         of_first = {layouts[number] for number in wrong if number in first}
         for number,(_,*others) in self._grids_of_tokens.items():
