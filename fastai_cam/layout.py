@@ -168,7 +168,7 @@ def find_layout(
     if image_size is None: return Layout('channels first', shape[2:]) if len(shape) in (4,5) and math.prod(shape[2:]) > 1 else None
     image_size,grids = tuple(image_size),tuple(grids)
     if len(shape)==len(image_size) + 2: return next(iter(_grid_readings(tuple(shape), image_size, grids, tolerance)), None)
-    readings = find_layouts(shape, image_size, grids, tolerance=tolerance)
+    readings = [one for one in find_layouts(shape, image_size, grids, tolerance=tolerance) if not (one.is_line and one.n_extra)]
     return readings[0] if len(readings)==1 and not readings[0].is_line else None # of several, the shape does not say which
 
 def _grid_readings(shape, image_size, grids, tolerance):

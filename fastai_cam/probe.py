@@ -466,6 +466,8 @@ def _disturbed_quadrants(image, generator, strength=1.):
         disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator).to(noise)).to(part)
         yield disturbed
 
+def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
 def _disturbed_edges(image, generator):
     "The batch of images with noise along one edge: left, right, top, bottom"
     spread = image.float().std().clamp(min=1e-3)
@@ -1366,8 +1368,6 @@ class Capture(Pass):
 
 # Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
 warnings.filterwarnings('ignore', message='There is a performance drop because we have not yet implemented the batching rule')
-
-def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _linear_maps(model, n_in, n_out):
     "Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place; last, the identity: some networks have a map for each class before they pool"
