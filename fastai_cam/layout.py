@@ -69,6 +69,7 @@ class Layout:
 
 # %% ../nbs/00_layout.ipynb #9068c5cb
 MAX_EXTRA = 16 # more class and register tokens than any network has
+_MAX_EXTRA_OF_LINES = 4 # a sequence of columns has a class token, at most a few
 
 def _distortion(grid, image_size):
     "By how much the proportions of `grid` differ from the image's, at best, if each side may be off by one place (0: they need not differ)"
@@ -125,6 +126,15 @@ def _sides(grids, image_size):
         found.append({length for length in lengths if length > 1})
     return found
 
+def _line_readings(kind, n_tokens, sides, lines):
+    "Columns and rows of the image that a sequence may be, with the fewest tokens before them that are none"
+    rows,columns = (lengths | {length for length in lines if length > 1} for lengths in sides)
+    for n_extra in range(_MAX_EXTRA_OF_LINES + 1):
+        length = n_tokens - n_extra
+        grids = [grid for grid,known in (((1,length), columns), ((length,1), rows)) if length in known]
+        if grids and (not n_extra or length > 3): return [Layout(kind, grid, n_extra) for grid in grids]
+    return []
+
 def find_layouts(
     shape:Sequence[int], # Shape of what a layer returned
     image_size:Sequence[int], # Height and width (depth, height and width) of the image
@@ -144,10 +154,7 @@ def find_layouts(
         found = _token_grid(n_tokens, image_size, grids, tolerance)
         if found is not None: filled.append(Layout(kind, *found))
         if len(image_size) != 2: continue
-        rows,columns = _sides(grids, image_size)
-        seen = n_tokens in lines
-        if n_tokens > 1 and (seen or n_tokens in columns): of_lines.append(Layout(kind, (1,n_tokens)))
-        if n_tokens > 1 and (seen or n_tokens in rows): of_lines.append(Layout(kind, (n_tokens,1)))
+        of_lines += _line_readings(kind, n_tokens, _sides(grids, image_size), lines)
     if filled and filled[0].grid in grids: of_lines = [line for line in of_lines if line.kind==filled[0].kind or math.prod(line.grid) in lines]
     return filled[:1] + of_lines
 
@@ -161,7 +168,7 @@ def find_layout(
     if image_size is None: return Layout('channels first', shape[2:]) if len(shape) in (4,5) and math.prod(shape[2:]) > 1 else None
     image_size,grids = tuple(image_size),tuple(grids)
     if len(shape)==len(image_size) + 2: return next(iter(_grid_readings(tuple(shape), image_size, grids, tolerance)), None)
-    readings = find_layouts(shape, image_size, grids, tolerance=tolerance)
+    readings = [one for one in find_layouts(shape, image_size, grids, tolerance=tolerance) if not (one.is_line and one.n_extra)]
     return readings[0] if len(readings)==1 and not readings[0].is_line else None # of several, the shape does not say which
 
 def _grid_readings(shape, image_size, grids, tolerance):

@@ -84,7 +84,7 @@ def as_found(
 
 @contextmanager
 def _in_eval_mode(model):
-    training = [module for module in model.modules() if module.training] # the others are left alone: another block may have to put them back
+    training = [module for module in model.modules() if getattr(module, 'training', False)] # a frozen one has no modes; the others are left alone: another block may have to put them back
     def restore():
         for module in training: module.training = True
     with _undoing(restore): model.eval(); yield
@@ -98,23 +98,36 @@ def _in_this_thread(hook):
     thread = threading.get_ident()
     return lambda *args: hook(*args) if threading.get_ident()==thread else None
 
-def _remove_hooks(*handles):
-    for of_kind in handles:
-        while of_kind: of_kind[-1].remove(); of_kind.pop() # forgotten only when it is gone
+def _register_hook(ours, module, hook, kind='forward_hook', **kwargs):
+    "Register a hook that is in the list `ours` before it is registered: an interrupt may come before there is a handle"
+    ours.append((module, f'_{kind}s', hook))
+    getattr(module, f'register_{kind}')(hook, **kwargs)
+
+def _remove_hooks(*ours):
+    for of_kind in ours:
+        while of_kind:
+            module,kind,hook = of_kind[-1]
+            registries = [getattr(module, kind + more, {}) for more in ('_with_kwargs', '_always_called', '')]
+            for key in [key for key,registered in list(registries[-1].items()) if registered is hook]:
+                for registry in registries: registry.pop(key, None)
+            of_kind.pop() # forgotten only when it is gone
 
 def _weakly(method, *args):
     "A hook that does not keep its probe alive: a probe that an interrupt has cut off from its block goes, and takes its hooks along"
     found = WeakMethod(method)
-    return lambda *called, **kwargs: None if found() is None else found()(*args, *called, **kwargs)
+    def hook(*called, **kwargs):
+        method = found() # once: another thread may let it go at any time
+        return None if method is None else method(*args, *called, **kwargs)
+    return hook
 
 @contextmanager
 def _hooked(
     hooks:Iterable[tuple[nn.Module,Callable]] # Modules, and for each a hook to be called after its forward
 ) -> Iterator[None]:
     "Hooks, for as long as the block runs"
-    handles = []
-    with _undoing(lambda: _remove_hooks(handles)):
-        for module,hook in hooks: handles.append(module.register_forward_hook(_in_this_thread(hook)))
+    ours = []
+    with _undoing(lambda: _remove_hooks(ours)):
+        for module,hook in hooks: _register_hook(ours, module, _in_this_thread(hook))
         yield
 
 @contextmanager
@@ -210,7 +223,9 @@ def _rebuilt(func, values, done):
         done[id(values)] = new
     else:
         try: done[id(values)] = new = base.__new__(kind)
-        except TypeError: return values # a type written in C, which cannot be made like this
+        except TypeError: # a type written in C, which cannot be made like this
+            try: done[id(values)] = new = copy(values)
+            except Exception: return values
         if base is defaultdict: new.default_factory = values.default_factory
         if base is deque: deque.__init__(new, (), values.maxlen)
         if issubclass(base, dict):
@@ -219,7 +234,9 @@ def _rebuilt(func, values, done):
             for item in base.__iter__(values): base.append(new, _each_tensor(func, item, done))
     for name,part in _attributes(values).items():
         copied = _each_tensor(func, part, done)
-        object.__setattr__(new, name, dict(part) if name=='__dict__' and copied is part else copied) # frozen, too
+        try: object.__setattr__(new, name, dict(part) if name=='__dict__' and copied is part else copied) # frozen, too
+        except (AttributeError, TypeError): # as of `types.SimpleNamespace`
+            if name=='__dict__': vars(new).update(copied)
     return new
 
 def _replaced(old, new, args, kwargs):
@@ -301,6 +318,8 @@ EVERY_STAGE,LAST_TWO_STAGES = 'every stage','last two stages' # names of layers 
 def _found_by_a_pass(layers): return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
 
 def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)
+
+def _scripted_part(model): return next((name for name,module in model.named_modules() if name and _is_scripted(module)), None)
 
 def _check_watchable(model):
     if _is_scripted(model):
@@ -447,6 +466,31 @@ def _disturbed_quadrants(image, generator, strength=1.):
         disturbed[...,rows,columns] = part + (noise*torch.randn(part.shape, generator=generator).to(noise)).to(part)
         yield disturbed
 
+def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+def _disturbed_edges(image, generator):
+    "The batch of images with noise along one edge: left, right, top, bottom"
+    spread = image.float().std().clamp(min=1e-3)
+    for side,at_end in ((-1, False), (-1, True), (-2, False), (-2, True)):
+        disturbed,width = image.clone(),max(1, image.shape[side]//8)
+        part = disturbed.narrow(side, image.shape[side] - width if at_end else 0, width)
+        part += (spread*torch.randn(part.shape, generator=generator).to(spread)).to(part)
+        yield disturbed
+
+def _without_extra(line, moved, lengths):
+    """`line`, a sequence of places, without the tokens before them that are none: so that it has one of `lengths`, which were seen before;
+    or else those change no more with the edge where it starts than with the other. `None`: too many"""
+    n_tokens,is_row = math.prod(line.grid) + line.n_extra,line.grid[0]==1
+    made = lambda n_extra: Layout(line.kind, (1,n_tokens - n_extra) if is_row else (n_tokens - n_extra,1), n_extra)
+    known = next((n for n in range(5) if n_tokens - n in lengths), None)
+    if known is not None and n_tokens - known > 1: return made(known)
+    whole = Layout(line.kind, (1,n_tokens))
+    moved = whole.spatial(moved).sum((1,2))[:2] if is_row else whole.spatial(moved).sum((1,2))[2:]
+    near,far = _shares(_shares(moved, (1,)), 0) # how much of what changes a token is that at the start, and at the end
+    lead = (near - far)[:max(2, len(near)//2)]
+    n_extra = int((lead > .5*lead.max()).int().argmax())
+    return made(n_extra) if n_extra < 5 and n_tokens - n_extra > 1 and lead.max() > 0 else None
+
 def _shares(values, dims): return values/values.sum(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
 def _moved_quadrants(
@@ -462,19 +506,38 @@ def _apart(quadrants):
     left,upper = quadrants[:,:,0].sum(1),quadrants[:,0].sum(1)
     return min(left[0] - left[1], left[2] - left[3]).item(), min(upper[0] - upper[2], upper[1] - upper[3]).item()
 
-def _best_reading(readings, moved):
+def _evidence(layout, moved):
+    "How well what moved bears a reading out: 0 (not) to 1"
+    places = layout.spatial(moved).flatten(1, -3).sum(1) # of all channels, and of all planes
+    if not bool((places.flatten(1).sum(1) > 0).all()): return 0. # it does not depend on the whole image
+    across,down = _apart(_moved_quadrants(places))
+    if not layout.is_line: return min(across, down)
+    along,beside = (across, down) if layout.grid[0]==1 else (down, across)
+    return along if along > beside else 0.
+
+def _is_turned(layout, moved):
+    "Are tokens in the order of their grid's columns, one after the other, or not in that of a grid at all?"
+    if len(layout.grid) != 2: return False
+    by_columns = Layout('channels first', layout.grid)
+    turned = _evidence(by_columns, Layout(layout.kind, layout.grid[::-1], layout.n_extra).spatial(moved).mT)
+    return turned > max(.1, _evidence(layout, moved))
+
+def _best_reading(readings, moved, least=.1):
     "The first reading that what moved bears out; `None`: none"
-    for layout in readings:
-        least = .1 if math.prod(layout.grid) > 4 else .3 # of few places, chance looks like order
-        places = layout.spatial(moved).sum(1)
-        if not bool((places.flatten(1).sum(1) > 0).all()): continue # it does not depend on the whole image
-        across,down = _apart(_moved_quadrants(places))
-        if layout.is_line and max(across, down) > least and (across > down)==(layout.grid[0]==1): return layout
-        if not layout.is_line and min(across, down) > least: return layout
-    return None
+    enough = lambda layout: least if math.prod(layout.grid) > 4 else 3*least # of few places, chance looks like order
+    return next((layout for layout in readings if _evidence(layout, moved) > enough(layout)), None)
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
                    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd) # what these return is `[B, C, H, W]`
+
+def _convolves(module): return any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
+
+def _ends_channels_last(module):
+    "Is the last part of `module` one that works on the last dimension?"
+    *_,last = module.modules()
+    return isinstance(last, (nn.Linear, nn.LayerNorm))
+
+_ORDERS = WeakKeyDictionary() # of each model, the tokens that were found to be in the order of their grid
 
 def _channels_first(shape): return Layout('channels first', shape[2:]) if math.prod(shape[2:]) > 1 else None
 
@@ -491,9 +554,40 @@ def _why_cut(model, cut):
     if quantised is not None:
         return (f'layer {quantised!r} is quantised, and quantised arithmetic has no gradients: explain the model that it was made from, '
                 'or use a method that needs no gradients, such as eigencam or ablationcam')
-    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or in a checkpoint with use_reentrant=True, '
+    if cut: return (f'layer {cut[0]!r} runs under torch.no_grad() or torch.inference_mode(), or in a checkpoint with use_reentrant=True, '
                     'and what comes from there has no gradients: name a layer behind it, or use use_reentrant=False')
     return None
+
+_NO_GRADIENTS_OUT = ('what this model returns has no gradients, since the model itself cuts them behind the layer (detach(), torch.no_grad(), or an operation '
+                     'that has none, such as argmax): change the model, or use a method that needs no gradients, such as eigencam or ablationcam')
+
+def _gradients(*args, **kwargs):
+    "`torch.autograd.grad`, with a sentence where it cannot be"
+    try: return torch.autograd.grad(*args, **kwargs)
+    except RuntimeError as e:
+        if 'use_reentrant=True' not in str(e): raise
+        raise ValueError('a part of this model behind the layer runs in a checkpoint with use_reentrant=True, through which the gradients at a layer '
+                         'cannot be computed: use use_reentrant=False, or a method that needs no gradients, such as eigencam or ablationcam') from e
+
+_STEPS = 'Round', 'Floor', 'Ceil', 'Trunc', 'Sign'
+
+def _check_steps(out):
+    "`ValueError` if a step function is among what made `out`, so that no gradient comes through it"
+    todo,seen = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None],set()
+    while todo:
+        node = todo.pop()
+        if node in seen: continue
+        seen.add(node)
+        step = next((step for step in _STEPS if node.name().startswith(f'{step}Backward')), None)
+        if step is not None:
+            raise ValueError(f'all gradients are zero, since the model rounds what it computes (torch.{step.lower()}), and a step has no slope: '
+                             'explain what it rounds, or use a method that needs no gradients, such as eigencam or ablationcam')
+        todo += [following for following,_ in node.next_functions if following is not None]
+
+def _of_one_frame(name, out, image_size):
+    return (f'layer {name!r} returns {describe_output(out)}, the places of one frame or plane, but the images are [batch, …, {", ".join(map(str, image_size[-2:]))}] '
+            'with several of them (frames, [batch, frames, channels, height, width]?), which this model runs one by one: '
+            'explain the part of it that takes one image, or give it one frame an item')
 
 def _has_parameters(module): return next(module.parameters(), None) is not None
 
@@ -526,7 +620,9 @@ class Survey:
         self._outs,self._calls,self._several = [],{},len(_tensors((list(args), kwargs))) > 1
         self._doubts,self._stacked,self._recent = {},None,()
         self._channels_by_length = set() # shapes of sequences whose channels are known to come first
+        self._grids_of_tokens = {} # what is read as the grid of a convolution, by its number
         self.out = self._run(args, kwargs, self._note)
+        if self._grids_of_tokens: self._check_orders()
         if self._doubts: self._settle()
 
     def _act(self, module, out):
@@ -563,11 +659,27 @@ class Survey:
             self._channels_by_length.add(tuple(out.shape))
         kinds = ('tokens last',) if tuple(out.shape) in self._channels_by_length else ('tokens', 'tokens last') if is_named else ('tokens',)
         readings = find_layouts(out.shape, self.image_size, self.grids, self.lines, kinds)
-        if len(readings)==1 and not readings[0].is_line: return readings[0]
-        if readings:
-            if out.dim()==3: readings = sorted(readings, key=self._doubt_about)
-            likely = readings[0] if out.dim() > 3 or readings[0].grid==self._recent else None
-            self._doubts[number] = (readings, likely, out.detach().clone())
+        if out.dim() > 3: return self._grid_of(number, module, tuple(out.shape), readings)
+        if out.dim() < 3: return None
+        readings = sorted(readings, key=self._doubt_about)
+        if readings and readings[0].grid in self.grids and all(other.n_extra for other in readings[1:]):
+            self._grids_of_tokens[number] = readings
+            return readings[0]
+        may_be_windows = n_space==2 and out.shape[1] > 3 and (self.named or not self.grids) # of any length
+        likely = readings[0] if readings and readings[0].grid==self._recent else None
+        if readings or may_be_windows: self._doubts[number] = (readings, likely)
+        return None
+
+    def _grid_of(self, number, module, shape, readings):
+        "Which way round a grid is; of a layer that is named and convolves nothing, both ways are thought of"
+        is_sure = module not in self.named or _convolves(module)
+        if is_sure and len(readings)==1: return readings[0]
+        if not is_sure and len(shape)==2 + len(self.image_size):
+            both = [Layout('channels first', shape[2:]), Layout('channels last', shape[1:-1])]
+            readings = readings + [layout for layout in both if math.prod(layout.grid) > 1 and layout not in readings]
+            if _ends_channels_last(module): readings = sorted(readings, key=lambda layout: layout.kind=='channels first')
+        known = readings and (readings[0].grid in self.grids or _ends_channels_last(module))
+        if readings: self._doubts[number] = (readings, readings[0] if known or is_sure else None)
         return None
 
     def _doubt_about(self, layout):
@@ -576,22 +688,67 @@ class Survey:
         if not layout.is_line: return 0 if layout.grid==self._recent else 2
         return 1 if length in self.lines or length in self._recent else 3
 
-    def _settle(self):
-        "Which of the readings of a sequence is right: disturb one quadrant of the image after the other, and see where it changes"
-        moved,generator = {number: 0 for number in self._doubts},torch.Generator().manual_seed(0)
-        def changed(image):
+    def _check_orders(self):
+        "Are tokens in the order of their grid, row by row? The first of all have to show it; the first and last of each layout, and what is named, must not show another"
+        layouts = {number: str(readings[0]) for number,readings in self._grids_of_tokens.items()}
+        first,last = ({layouts[number]: number for number in numbers}.values() for numbers in (reversed(layouts), layouts))
+        named = [number for number in layouts if self.seen[number].module in self.named]
+        known,keys = _ORDERS.setdefault(self.model, set()),{number: (self.image_size, self.seen[number].name, layouts[number]) for number in layouts}
+        asked = [number for number in {*first, *last, *named} if keys[number] not in known]
+        if not asked: return # of this model, all is known
+        moved,_ = self._disturb(asked, 1)
+        wrong = {number for number in asked if self._is_wrong(number, moved[number], number==min(layouts))}
+        known.update(keys[number] for number in asked if number not in wrong)
+        of_first = {layouts[number] for number in wrong if number in first}
+        for number,(_,*others) in self._grids_of_tokens.items():
+            if number in wrong or layouts[number] in of_first: self._doubts[number],self.seen[number].layout = (others, None),None
+        self._doubts = dict(sorted(self._doubts.items())) # in the order in which they ran
+
+    def _is_wrong(self, number, moved, is_first):
+        "Does what moved speak against the grid that tokens were taken for?"
+        layout,*others = self._grids_of_tokens[number]
+        if not moved.any(): return False
+        if is_first and _evidence(layout, moved) <= .2: return True # it is early, where changes are still in their places
+        return _is_turned(layout, moved) or _evidence(layout, moved) <= .05 and _best_reading(others, moved, .3) is not None
+
+    def _disturb(self, numbers, n_times, disturbances=_disturbed_quadrants):
+        "How much each element of some outputs changes when one part of the image after the other is disturbed, and what they are undisturbed"
+        generator,image = torch.Generator().manual_seed(0),self._own_image.detach()[:1]
+        def ran(image):
             outs = []
             args,kwargs = _replaced(self._own_image, image, self.args, self.kwargs)
-            self._run(args, kwargs, lambda name, module, out: outs.append(self._act(module, out)))
-            return {number: (_wide(outs[number]) - _wide(before)).abs() for number,(*_,before) in self._doubts.items()}
-        for _ in range(2):
-            found = [changed(image) for image in _disturbed_quadrants(self._own_image.detach()[:1], generator)]
-            moved = {number: moved[number] + torch.cat([one[number] for one in found]) for number in moved}
-        for number,(readings,likely,before) in self._doubts.items():
-            seen,layout = self.seen[number],_best_reading(readings, moved[number]) or likely
+            def note(name, module, out): outs.append(self._act(module, out).detach().clone() if len(outs) in numbers else None)
+            self._run(args, kwargs, note)
+            return {number: outs[number] for number in numbers}
+        before,moved = ran(image),{number: 0 for number in numbers}
+        for _ in range(n_times):
+            found = [ran(disturbed) for disturbed in disturbances(image, generator)]
+            moved = {number: moved[number] + torch.cat([(_wide(one[number]) - _wide(before[number])).abs() for one in found]) for number in numbers}
+        return moved,before
+
+    def _settle(self):
+        "Which of the readings of an output is right: disturb one quadrant of the image after the other, and see where it changes"
+        moved,before = self._disturb(list(self._doubts), 2)
+        for number,(readings,likely) in self._doubts.items():
+            layout = self._settled(number, readings, likely, moved[number])
             if layout is None: continue
-            seen.layout,seen.n_channels = layout,layout.spatial(before).shape[1]
-            if self._several: self._outs[number] = before
+            self.seen[number].layout,self.seen[number].n_channels = layout,layout.spatial(before[number]).shape[1]
+            if self._several: self._outs[number] = before[number]
+        lines = [number for number in self._doubts if self.seen[number].layout is not None and self.seen[number].layout.is_line]
+        if not lines: return
+        moved,_ = self._disturb(lines, 2, _disturbed_edges)
+        lengths = {*self.lines, *(side for grid in self.grids for side in grid)}
+        for number in lines:
+            self.seen[number].layout = line = _without_extra(self.seen[number].layout, moved[number], lengths)
+            if line is not None: lengths.add(math.prod(line.grid)) # a class token is put before them later
+
+    def _settled(self, number, readings, likely, moved):
+        "The reading that what moved bears out, or the likely one, if not much speaks for it either; or windows of the image, of any number"
+        if any(reading.is_tokens and not reading.is_line and _is_turned(reading, moved) for reading in (*readings, *self._grids_of_tokens.get(number, []))): return None
+        layout,shape = _best_reading(readings, moved),self.seen[number].shape
+        if layout is None and likely is not None and (not likely.is_tokens or _best_reading([likely], moved, .03)): layout = likely
+        if layout is not None or len(shape) > 3 or len(self.image_size) != 2 or shape[1] < 4 or number in self._grids_of_tokens: return layout
+        return _best_reading([Layout('tokens', (1,shape[1])), Layout('tokens', (shape[1],1))], moved, .3)
 
     def layout_of(self,
         name:str, # Dotted name of a layer that is named
@@ -600,7 +757,7 @@ class Survey:
         "Where the places are in what a layer returned in its last call"
         calls = [seen for seen in self.seen if seen.name==name and seen.shape and seen.shape[1:]==tuple(shape[1:])]
         if calls and (calls[-1].layout or calls[-1].shape[0] != 1 or len(shape)==3): return calls[-1].layout
-        return find_layout(shape, self.image_size, self.grids)
+        return find_layout(shape, self.image_size, self.grids) if len(shape) > 3 else None
 
     def is_sequence(self,
         name:str # Dotted name of a layer that is named
@@ -609,10 +766,12 @@ class Survey:
         return any(self.seen[number].name==name for number in self._doubts)
 
     def layout_as_named(self,
+        module:nn.Module, # Layer that is named
         shape:Sequence[int] # `[B, C, H, W]`, as far as is known
     ) -> Layout|None: # `None`: these are no places
         "Channels first, for a layer that a user named and whose grid was not seen: a pooling makes its own"
         if len(shape) != 2 + len(self.image_size or (0,0)): return None
+        if _convolves(module): return _channels_first(shape)
         of_tokens = [seen for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens']
         tokens = {seen.shape[1] for seen in of_tokens} | {math.prod(seen.layout.grid) for seen in of_tokens}
         if tokens & set(shape[2:]): return None # heads of an attention
@@ -638,9 +797,15 @@ class Survey:
     def _find_spatial(self):
         chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None and _has_parameters(seen.module)]
         if not chosen:
+            scripted = _scripted_part(self.model)
+            if scripted is not None:
+                raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched, and no other layer of this {type(self.model).__name__} '
+                                 'has an output with space: explain the model as it was before')
             if self._stacked:
                 raise ValueError('this {} runs several images of an item in one batch (layer {!r} returns {} rows for one item), '
                                  'so it is not known which row belongs to which image: explain the part of it that takes one image, or give it one image an item'.format(type(self.model).__name__, *self._stacked))
+            frame = next((seen for seen in self.seen if len(self.image_size or ())==3 and seen.shape and len(seen.shape)==4 and math.prod(seen.shape[2:]) > 1), None)
+            if frame is not None: raise ValueError(_of_one_frame(frame.name, torch.empty(frame.shape, device='meta'), self.image_size))
             raise ValueError(f'no layer of this {type(self.model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
         chosen = [i for i in chosen if min(self.seen[i].layout.grid) > 1] or chosen # a single row knows only half of where
         if self._several: chosen = self._of_the_image(chosen)
@@ -673,7 +838,7 @@ class Survey:
             if not (isinstance(score, Tensor) and score.requires_grad): return chosen # who asks that will be told
             weights = torch.linspace(1, 2, score.numel(), dtype=score.dtype, device=score.device).view(score.shape) # probabilities add up to 1, and 1 has no gradient
             tracked = [i for i in chosen if outs[i].requires_grad]
-            grads = torch.autograd.grad((score*weights).sum(), [outs[i] for i in tracked], allow_unused=True)
+            grads = _gradients((score*weights).sum(), [outs[i] for i in tracked], allow_unused=True)
         found = [i for i,grad in zip(tracked, grads) if grad is not None and bool((self.seen[i].layout.spatial(grad) != 0).any())]
         if not found and _is_saturated(out): raise ValueError(_SATURATED)
         if not found: raise ValueError(f'the output of this {type(self.model).__name__} does not change with any layer that has space (is its last layer all zeros, as some are before training?): train it first, or pass the layer to look at')
@@ -1099,7 +1264,7 @@ class Capture(Pass):
         grads = []
         with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
             for k in range(score.shape[1]):
-                found = torch.autograd.grad(score[:,k].sum(), self._attention, retain_graph=True, allow_unused=True)
+                found = _gradients(score[:,k].sum(), self._attention, retain_graph=True, allow_unused=True)
                 grads.append([torch.zeros_like(one) if grad is None else grad for one,grad in zip(self._attention, found)])
         return [torch.stack([self._heads(_wide(grad)) for grad in of_scores], dim=1) for of_scores in zip(*grads)]
 
@@ -1114,7 +1279,9 @@ class Capture(Pass):
         self._check_grad()
         if self._kept[0] is not score:
             grads = self._differentiate(score, self._tracked)
-            if _is_saturated(self.out) and not any(bool(grad.any()) for grad in grads): raise ValueError(_SATURATED)
+            if not any(bool(grad.any()) for grad in grads):
+                _check_steps(self.out)
+                if _is_saturated(self.out): raise ValueError(_SATURATED)
             self._kept = (score, self._channels_first(grads))
         return self._kept[1]
 
@@ -1149,7 +1316,7 @@ class Capture(Pass):
 
     def _curvatures(self, score):
         def product(act, total):
-            grad, = torch.autograd.grad(total, [act], create_graph=True)
+            grad, = _gradients(total, [act], create_graph=True)
             if not grad.requires_grad: return torch.zeros_like(grad)
             found, = torch.autograd.grad(grad, [act], grad_outputs=act.detach(), retain_graph=True, allow_unused=True)
             return torch.zeros_like(grad) if found is None else found
@@ -1161,7 +1328,8 @@ class Capture(Pass):
         with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
             if not isinstance(score, Tensor): score = score(self.out)
             if not score.requires_grad:
-                why = None if any(t.requires_grad for t in _tensors(self.out)) else _why_cut(self.model, self.cut)
+                returned = _tensors(self.out)
+                why = None if not returned or any(t.requires_grad for t in returned) else _why_cut(self.model, self.cut) or _NO_GRADIENTS_OUT
                 raise ValueError(why or 'the score has no graph to differentiate: compute it from the output without detach() (with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
             if score.dim() < 2: return self._vjp(score.sum(), inputs)
             if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
@@ -1176,9 +1344,9 @@ class Capture(Pass):
         scales = (2.**12, 1.) if any(inp.dtype is torch.float16 for inp in inputs) else (1.,)
         for scale in scales:
             weights = scale*(torch.ones_like(score) if directions is None else directions)
-            grads = torch.autograd.grad(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
+            grads = _gradients(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
             unused = [name for name,grad in zip(self.names, grads) if grad is None]
-            if unused: raise ValueError(_why_cut(self.model, [name for name in self.cut if name in unused]) or f'the score does not depend on layer {unused[0]!r}: choose a layer on the way to the output that is explained')
+            if unused: raise ValueError(_why_cut(self.model, [name for name in self.cut if name in unused]) or f'the score does not depend on layer {unused[0]!r}, or the model detaches what comes from it: choose a layer on the way to the output that is explained')
             grads = [_wide(grad.detach().as_subclass(Tensor)) for grad in grads]
             if scale==1: return grads
             if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
@@ -1200,8 +1368,6 @@ class Capture(Pass):
 
 # Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
 warnings.filterwarnings('ignore', message='There is a performance drop because we have not yet implemented the batching rule')
-
-def _wide(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _linear_maps(model, n_in, n_out):
     "Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place; last, the identity: some networks have a map for each class before they pool"
@@ -1332,8 +1498,8 @@ class Probe(ExitStack):
             for _ in range(2): self.callback(self._around.close) # an interrupt may come while the first is at work
             self.enter_context(_undoing(lambda: _remove_hooks(*hooks)))
             self._thread = threading.get_ident() # passes of other threads are not ours
-            self._root_hooks.append(self.model.register_forward_pre_hook(_weakly(self._before), with_kwargs=True))
-            self._root_hooks.append(self.model.register_forward_hook(_weakly(self._after), with_kwargs=True, always_call=True))
+            _register_hook(self._root_hooks, self.model, _weakly(self._before), 'forward_pre_hook', with_kwargs=True)
+            _register_hook(self._root_hooks, self.model, _weakly(self._after), with_kwargs=True, always_call=True)
             if self.auto and not self.layers and is_body_and_head(self.model): self.layers = resolve_layers(self.model, self.model[0])
             self._watch()
             return self
@@ -1349,7 +1515,7 @@ class Probe(ExitStack):
 
     def _watch(self):
         _remove_hooks(self._layer_hooks)
-        for i,(_,module) in enumerate(self.layers): self._layer_hooks.append(module.register_forward_hook(_weakly(self._capture, i)))
+        for i,(_,module) in enumerate(self.layers): _register_hook(self._layer_hooks, module, _weakly(self._capture, i))
 
     def _survey(self):
         "What one item shows about the model, for images of this size"
@@ -1470,11 +1636,10 @@ class Probe(ExitStack):
             readings = find_layouts(shape, self._image_size) if self._image_size else []
             if not readings and len(shape)==2 + n_space and math.prod(shape[2:])==1: return None
             if isinstance(module, _CHANNELS_FIRST) and len(shape)==2 + n_space: return _channels_first(shape)
-            convolves = any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
-            if convolves and len({reading.grid for reading in readings})==1: return readings[0] # of equals, channels first
+            if _convolves(module) and not _ends_channels_last(module) and len({reading.grid for reading in readings})==1: return readings[0] # of equals, channels first
             if self._image_size is None: return find_layout(shape, None)
         layout = self._survey().layout_of(name, shape)
-        return layout if layout is not None or self.auto or self.stages else self._survey().layout_as_named(shape)
+        return layout if layout is not None or self.auto or self.stages else self._survey().layout_as_named(module, shape)
 
     def _check_layout(self, i, layout):
         name,out,n_items = self.layers[i][0],self._acts[i][-1],self._n_items
@@ -1484,6 +1649,7 @@ class Probe(ExitStack):
         if out.dim()==3 and layout is None and self._survey().is_sequence(name):
             raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are '
                              'could not be told: name a layer before it')
+        if layout is None and out.dim()==4 and len(self._image_size or ())==3: raise ValueError(_of_one_frame(name, out, self._image_size))
         if layout is None:
             raise ValueError(f'layer {name!r} is not spatial: its output is {describe_output(out)}, and a map needs [batch, channels, height, width] with more than one position, or the tokens of a grid with the proportions of the image')
         may_be_frames = len(self._image_size or ())==3 and self._image_size[0] <= 4

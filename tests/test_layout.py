@@ -109,6 +109,86 @@ def test_time_before_the_batch_is_refused(n):
     assert 'time before the batch' in said if n==2 else 'could not be told' in said or 'not spatial' in said
 
 
+class Windows(nn.Module):
+    "Columns of the image in sliding windows: any number of steps, perhaps a class token before them"
+    def __init__(self, height=32, size=8, step=4, n_extra=0, axis=2):
+        super().__init__()
+        self.size, self.step, self.axis, self.extra = size, step, axis, nn.Parameter(torch.randn(1, n_extra, 16)*.02)
+        self.e, self.t = nn.Linear(height*size, 16), nn.TransformerEncoderLayer(16, 2, 32, dropout=0., batch_first=True)
+        self.steps, self.head = nn.GRU(16, 16, batch_first=True), nn.Linear(16, 3)
+    def forward(self, x):
+        x = self.e((x[:, 0] if self.axis==2 else x[:, 0].mT).unfold(2, self.size, self.step).permute(0, 2, 1, 3).flatten(2))
+        if not self.extra.shape[1]: return self.head(self.steps(x)[0].mean(1))
+        return self.head(self.t(torch.cat([self.extra.expand(len(x), -1, -1), x], 1))[:, 0])
+
+
+@pytest.mark.parametrize('width,n', [(64, 15), (100, 24), (128, 31), (256, 63)])
+def test_windows_of_any_number_are_not_folded(width, n):
+    torch.manual_seed(0)
+    model, turned = Windows().eval(), Windows(axis=3).eval()
+    for layer in ('e', 'steps', None):
+        assert layout_of(model, lines(32, width), layer)==f'tokens, 1 × {n}'
+        assert layout_of(turned, lines(width, 32), layer)==f'tokens, {n} × 1'
+
+
+@pytest.mark.parametrize('width,n', [(64, 16), (100, 25), (144, 36), (256, 64)])
+@pytest.mark.parametrize('n_extra', [1, 2])
+def test_class_tokens_before_columns(width, n, n_extra):
+    torch.manual_seed(0)
+    model = Windows(size=4, n_extra=n_extra).eval()
+    for layer in ('t', 't.norm1'): assert layout_of(model, lines(32, width), layer)==f'tokens, 1 × {n} after {n_extra} other{"s" if n_extra > 1 else ""}'
+
+
+class Columns(nn.Module):
+    "Convolutions, columns, a class token"
+    def __init__(self): super().__init__(); self.body, self.cls, self.q, self.head = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1)), nn.Parameter(torch.randn(1, 1, 16)), nn.TransformerEncoderLayer(16, 2, 32, dropout=0., batch_first=True), nn.Linear(16, 3)
+    def forward(self, x):
+        x = self.body(x).mean(2).mT
+        return self.head(self.q(torch.cat([self.cls.expand(len(x), -1, -1), x], 1))[:, 0])
+
+
+@pytest.mark.parametrize('height', [32, 48])
+def test_a_class_token_before_the_columns_of_convolutions(height):
+    torch.manual_seed(0)
+    model = Columns().eval()
+    for width in (40, 80, 128, 200): assert layout_of(model, lines(height, width), 'q')==f'tokens, 1 × {width//4} after 1 other'
+
+
+class Ordered(nn.Module):
+    "Patches in one of several orders"
+    def __init__(self, order, cls=False): super().__init__(); self.order, self.patches, self.p, self.head, self.cls = order, nn.Conv2d(1, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(1, int(cls), 8))
+    def forward(self, x):
+        x = self.patches(x)
+        if self.order=='columns': x = x.transpose(2, 3)
+        if self.order=='snake': x = torch.stack([row if i%2 else row.flip(-1) for i, row in enumerate(x.unbind(2))], 2)
+        if self.order=='flipped': x = x.flip(2)
+        if self.order=='shuffled': x = x.flatten(2)[..., torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(3))]
+        return self.head(self.p(torch.cat([self.cls.expand(len(x), -1, -1), x.flatten(2).mT], 1)).relu().mean(1))
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 32), (36, 64), (64, 64)])
+@pytest.mark.parametrize('cls', [False, True])
+def test_tokens_in_another_order_than_their_grid_are_refused(size, cls):
+    torch.manual_seed(0)
+    for order in ('columns', 'flipped', 'shuffled', 'snake')[:4 - size[0]//4%2]: # of an odd number of rows, most run one way
+        model = Ordered(order, cls).eval()
+        assert 'could not be told' in layout_of(model, lines(*size), 'p')
+        assert layout_of(model, lines(*size)).startswith('channels first')
+    grid = f'{size[0]//4} × {size[1]//4}'
+    for layer in ('p', None): assert layout_of(Ordered('rows', cls).eval(), lines(*size), layer)==f'tokens, {grid}' + ' after 1 other'*cls
+
+
+def test_the_order_of_a_model_is_looked_at_once():
+    torch.manual_seed(0)
+    model, calls = Ordered('rows').eval(), []
+    model.patches.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
+    def n_calls():
+        calls.clear()
+        with Probe(model, 'p') as p: p(lines(32, 32))
+        return len(calls)
+    assert [n_calls(), n_calls()]==[7, 2] # the pass and the survey; once, one item undisturbed and with four disturbances
+
+
 def test_what_does_not_depend_on_where_is_refused():
     class Queries(nn.Module): # as many queries as the grid has columns
         def __init__(self): super().__init__(); self.body, self.q, self.mix, self.head = nn.Sequential(*conv(1, 8)), nn.Parameter(torch.randn(16, 8)), nn.Linear(8, 8), nn.Linear(8, 1)
@@ -148,6 +228,35 @@ def test_any_grid_that_is_named(grid):
         with Probe(model, layer) as p: assert p(torch.randn(2, 3, 32, 48)).acts[0].shape==(2, 4, *grid)
 
 
+class Pooled(nn.Module):
+    "Channels last on a grid that a pooling made"
+    def __init__(self): super().__init__(); self.l, self.act = nn.Linear(12, 12), nn.ReLU()
+    def forward(self, x): return self.act(self.l(nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)).permute(0, 2, 3, 1)))
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self): super().__init__(); self.b, self.blk, self.fc, self.norm, self.same, self.head = nn.Conv2d(3, 12, 4, 4), Pooled(), nn.Linear(12, 12), nn.LayerNorm(12), nn.Identity(), nn.Linear(12, 3)
+    def forward(self, x): return self.head(self.same(self.norm(self.fc(self.blk(self.b(x).permute(0, 2, 3, 1))))).mean((1, 2)))
+
+
+@pytest.mark.parametrize('size,grid', [((48, 48), (6, 4)), ((32, 96), (4, 8)), ((48, 36), (6, 3))])
+def test_channels_last_on_a_grid_of_a_pooling(size, grid):
+    torch.manual_seed(0)
+    model, x = ChannelsLast().eval(), torch.randn(2, 3, *size)
+    for layer in ('blk', 'blk.l', 'fc', 'norm', 'same'): assert layout_of(model, x, layer)==f'channels last, {grid[0]} × {grid[1]}'
+
+
+@pytest.mark.parametrize('pool', [(4, 2), (8, 1), (2, 2)])
+def test_a_body_that_ends_in_a_pooling_before_a_sequence(pool):
+    "Also where the sequence is as long as the grid is wide"
+    class Text(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.steps, self.head = nn.Sequential(*conv(1, 8), nn.MaxPool2d(2), *conv(8, 8), nn.MaxPool2d(pool)), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+        def forward(self, x): return self.head(self.steps(self.body(x).mean(2).mT)[0].mean(1))
+    torch.manual_seed(0)
+    height, width = 32//2//pool[0], 64//2//pool[1]
+    for layer in ('body', 'body.5'): assert layout_of(Text().eval(), lines(32, 64), layer)==f'channels first, {height} × {width}'
+
+
 # -- stacks of images
 
 class Clip(nn.Module):
@@ -172,6 +281,15 @@ def test_images_that_run_as_one_batch(n, frames):
     assert 'runs several images of an item in one batch' in layout_of(Clip(), clips)
     assert f'{n*frames} rows for {n} items' in layout_of(Clip(), clips, 'body')
     with Probe(Pair()) as p, pytest.raises(ValueError, match='several images of an item in one batch'): p(clips[:, 0], clips[:, 1])
+
+
+class OneByOne(Clip):
+    def forward(self, x): return self.head(torch.stack([self.body(frame).mean((2, 3)) for frame in x.unbind(1)], 1).mean(1))
+
+
+@pytest.mark.parametrize('layer', [None, 'body', 'body.0'])
+def test_frames_that_run_one_by_one(layer):
+    for frames in (2, 4, 5): assert 'frames' in (said := layout_of(OneByOne(), torch.randn(2, frames, 3, 8, 12), layer)) and 'one by one' in said
 
 
 @pytest.mark.parametrize('frames', [2, 3, 6])

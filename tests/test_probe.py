@@ -112,6 +112,32 @@ def test_an_interrupt_at_any_line_leaves_nothing(work, step):
     assert n > 200
 
 
+@pytest.mark.parametrize('work', [one_pass, attached, a_search, aligned], ids=lambda work: work.__name__)
+@pytest.mark.parametrize('kind', ['register_forward_hook', 'register_forward_pre_hook'])
+def test_an_interrupt_between_a_hook_and_its_handle_leaves_nothing(work, kind, monkeypatch):
+    model, register, left = net().train(), getattr(nn.Module, kind), [0]
+    before = state(model)
+    def interrupted(self, *args, **kwargs):
+        handle = register(self, *args, **kwargs)
+        left[0] -= 1
+        if not left[0]: raise KeyboardInterrupt
+        return handle
+    monkeypatch.setattr(nn.Module, kind, interrupted)
+    for n in range(1, 20):
+        left[0] = n
+        try: work(model)
+        except KeyboardInterrupt: assert state(model)==before, n
+        else: break
+    assert n > 1
+
+
+def test_a_hook_whose_probe_goes_while_it_is_called(monkeypatch):
+    answers = [lambda *args: args, None]
+    monkeypatch.setattr(probe_module, 'WeakMethod', lambda method: lambda: answers.pop(0))
+    assert probe_module._weakly(None, 1)(2)==(1, 2)
+    assert probe_module._weakly(None, 1)(2) is None
+
+
 def test_an_interrupt_by_a_signal_leaves_nothing():
     model, came = net().train(), 0
     before, generator = state(model), random.Random(0)
@@ -346,6 +372,50 @@ def test_reasons_are_true():
     with pytest.raises(ValueError, match="layer 'b' is scripted or traced"): Probe(model, 'b')
     quantised = torch.ao.quantization.quantize_dynamic(blocks(), {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(ValueError, match="layer 'h' is quantised"): gradient(quantised)
+
+
+def frozen(part): return torch.jit.freeze(torch.jit.script(part.eval()))
+
+
+@pytest.mark.parametrize('how', [frozen, torch.jit.script, lambda part: torch.jit.trace(part, image())], ids=['frozen', 'scripted', 'traced'])
+def test_a_scripted_part_is_named(how):
+    model = blocks()
+    model.b = how(model.b)
+    with Probe(model) as p, pytest.raises(ValueError, match="layer 'b' is scripted or traced.*no other layer"): p(image())
+    with pytest.raises(ValueError, match="layer 'b' is scripted or traced"): Probe(model, 'b')
+    model, expected = blocks(), gradient(blocks())
+    model.h = frozen(model.h) # behind the layer it does no harm
+    assert torch.allclose(gradient(model), expected, atol=1e-7)
+
+
+class Cut(Blocks):
+    "Something behind the layer that gradients do not come through"
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+        if self.way=='inference':
+            with torch.inference_mode(): f = self.b(x)
+            return self.h(f.clone().mean((2, 3)))
+        f = self.b(x)
+        if self.way=='no_grad':
+            with torch.no_grad(): return self.h(f.mean((2, 3)))
+        if self.way=='reentrant': return checkpoint(lambda f: self.h(f.mean((2, 3))), f, use_reentrant=True)
+        out = self.h(f.mean((2, 3)))
+        return dict(detach=lambda: out.detach(), argmax=lambda: F.one_hot(out.argmax(1), 3).float(), round=lambda: out.round(), floor=lambda: 2*out.floor())[self.way]()
+
+
+CUT = {'inference': 'torch.inference_mode', 'no_grad': 'the model itself cuts', 'detach': 'the model itself cuts', 'argmax': 'the model itself cuts',
+       'reentrant': 'behind the layer runs in a checkpoint', 'round': 'torch.round', 'floor': 'torch.floor'}
+
+
+@pytest.mark.parametrize('way', CUT)
+@pytest.mark.parametrize('layer', ['b', None])
+def test_a_model_that_cuts_is_said_to_cut(way, layer):
+    with pytest.raises(ValueError, match=CUT[way]) as raised: gradient(Cut(way).eval(), layer)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_target_that_cuts_is_not_the_model():
+    with Probe(blocks(), 'b') as p, pytest.raises(ValueError, match='compute it from the output without detach'): p(image()).grads(lambda out: out.detach()[:, 1])
 
 
 @pytest.mark.parametrize('last', [lambda out: (out*1e4).softmax(1), lambda out: (out*1e5).sigmoid()], ids=['softmax', 'sigmoid'])

@@ -3,6 +3,7 @@ from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 import enum
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,9 @@ class Plain:
         Plain.n_made += 1
         self.emb, self.logits, self.of = emb, logits, nn.Linear(1, 1)
 
+class Refusal(Exception):
+    def __init__(self, emb, logits): self.emb, self.logits = emb, logits
+
 class Hidden:
     "Tensors two levels down, under names with a property in front"
     def __init__(self, emb, logits): self._fields = dict(inner=Plain(emb, logits))
@@ -77,7 +81,7 @@ class Hidden:
 
 KINDS = {'dict': lambda f, z: dict(emb=f, logits=z), 'attributes': lambda f, z: Attributes(emb=f, logits=z), 'bunch': lambda f, z: Bunch(emb=f, logits=z),
          'locked': lambda f, z: Locked(emb=f, logits=z), 'found': lambda f, z: Found(f, z), 'user dict': lambda f, z: UserDict(emb=f, logits=z), 'namedtuple': Pair,
-         'strict': lambda f, z: Strict((f, z)), 'frozen': Frozen, 'slots': Slots, 'plain': Plain, 'hidden': Hidden}
+         'strict': lambda f, z: Strict((f, z)), 'frozen': Frozen, 'slots': Slots, 'namespace': lambda f, z: SimpleNamespace(emb=f, logits=z), 'error': Refusal, 'plain': Plain, 'hidden': Hidden}
 def part(out, name): return out[name] if isinstance(out, (dict, UserDict)) else getattr(out, name)
 def plus_one(t): return t + 1
 
@@ -108,6 +112,13 @@ def test_shared_and_circular_references():
     new = _each_tensor(plus_one, ring)
     assert new.me is new and new.pair[0] is new and new.pair[1]==5 and new.logits[0] is new.emb and new.of is ring.of
     assert ring.emb is shared and len(_tensors(ring))==1 and len(_tensors([shared, shared]))==2
+
+
+def test_a_namespace_that_refers_to_itself():
+    ring = SimpleNamespace(emb=torch.ones(1))
+    ring.me, ring.rest = ring, [ring, 5]
+    new = _each_tensor(plus_one, ring)
+    assert new.me is new and new.rest[0] is new and new.rest[1]==5 and new.emb==2 and ring.emb==1 and ring.me is ring
 
 
 def test_what_is_special_about_a_container_stays():
