@@ -731,7 +731,7 @@ class Survey:
         moved,before = self._disturb(list(self._doubts), 2)
         for number,(readings,likely) in self._doubts.items():
             layout = self._settled(number, readings, likely, moved[number])
-            if layout is None: continue
+            if layout is None or self._is_of_heads(self.seen[number], layout): continue
             self.seen[number].layout,self.seen[number].n_channels = layout,layout.spatial(before[number]).shape[1]
             if self._several: self._outs[number] = before[number]
         lines = [number for number in self._doubts if self.seen[number].layout is not None and self.seen[number].layout.is_line]
@@ -741,6 +741,16 @@ class Survey:
         for number in lines:
             self.seen[number].layout = line = _without_extra(self.seen[number].layout, moved[number], lengths)
             if line is not None: lengths.add(math.prod(line.grid)) # a class token is put before them later
+
+    @property
+    def _n_tokens(self):
+        "How many tokens there are, with and without those that are no places"
+        of_tokens = [seen for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens']
+        return {seen.shape[1] for seen in of_tokens} | {math.prod(seen.layout.grid) for seen in of_tokens}
+
+    def _is_of_heads(self, seen, layout):
+        "Is this the output of an attention, heads beside tokens?"
+        return not layout.is_tokens and not _convolves(seen.module) and bool(self._n_tokens & set(layout.grid))
 
     def _settled(self, number, readings, likely, moved):
         "The reading that what moved bears out, or the likely one, if not much speaks for it either; or windows of the image, of any number"
@@ -772,9 +782,7 @@ class Survey:
         "Channels first, for a layer that a user named and whose grid was not seen: a pooling makes its own"
         if len(shape) != 2 + len(self.image_size or (0,0)): return None
         if _convolves(module): return _channels_first(shape)
-        of_tokens = [seen for seen in self.seen if seen.layout is not None and seen.layout.kind=='tokens']
-        tokens = {seen.shape[1] for seen in of_tokens} | {math.prod(seen.layout.grid) for seen in of_tokens}
-        if tokens & set(shape[2:]): return None # heads of an attention
+        if self._n_tokens & set(shape[2:]): return None # heads of an attention
         return _channels_first(shape)
 
     @property

@@ -221,6 +221,15 @@ def _at_work():
         return bool(computes) or not innermost.startswith(_libraries)
     return any(is_busy(frame) for thread,frame in sys._current_frames().items() if thread != threading.get_ident())
 
+def _has_company():
+    "Does another thread run code of the user's, at work or waiting?"
+    def is_users(frame):
+        while frame is not None:
+            if not frame.f_code.co_filename.startswith(_libraries): return True
+            frame = frame.f_back
+        return False
+    return _at_work() or any(is_users(frame) for thread,frame in sys._current_frames().items() if thread != threading.get_ident())
+
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     "Put the random states back that the block draws from, unless another thread was at work and may have drawn too"
@@ -279,8 +288,8 @@ def _weights_and_modes(model): # an inference tensor cannot be trained
 @contextmanager
 def _untrained(model):
     "`RuntimeError` if another thread, in a loop that is not fastai's, trains `model` while the block looks into it"
-    before,in_company = _weights_and_modes(model),_at_work()
-    def is_trained(): return _weights_and_modes(model) != before and (in_company or _at_work())
+    before,in_company = _weights_and_modes(model),_has_company()
+    def is_trained(): return _weights_and_modes(model) != before and (in_company or _has_company())
     trained = ('the weights or modes of the model changed while it was looked into, as another thread trains it: the map would be of no one '
                'model, and what was trained meanwhile may have run in eval mode, so look when the training is over, or into a copy of the learner')
     try: yield

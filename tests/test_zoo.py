@@ -95,8 +95,8 @@ def orders(rows, columns):
 def test_a_layout_that_is_wrong_is_seen(order, size):
     found = check('reordered', lambda: reordered_vit(orders(size[0]//16, size[1]//16)[order], size), size)
     if order=='as_they_are': assert found['status']=='works'
-    else: assert found['hits'] < 4 and found['status'] in ('wrong', 'ambiguous'), found
-    if order=='backwards': assert found['hits']==0
+    else: assert found['status']=='refused' or found['hits'] < 4 and found['status'] in ('wrong', 'ambiguous'), found
+    if order=='backwards': assert found['hits'] in (0, None)
 
 
 def test_height_and_width_exchanged_is_seen(monkeypatch):
@@ -106,7 +106,8 @@ def test_height_and_width_exchanged_is_seen(monkeypatch):
     build = lambda: small_vit(size=(96, 160))
     assert check('right', build, (96, 160))['hits']==4
     monkeypatch.setattr(Layout, 'spatial', exchanged)
-    assert check('wrong', build, (96, 160))['hits'] < 4
+    found = check('wrong', build, (96, 160))
+    assert found['status']=='refused' or found['hits'] < 4
 
 
 # -- tokens
