@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+SLOW = {'any_task', 'trust', 'several_objects', '10_compare', '11_shortcuts'} # long stories, and chapters that train networks
+CASES = [pytest.param(file, marks=[pytest.mark.slow]*(file.stem in SLOW)) for file in NOTEBOOKS]
 RUN = """
 import sys
 from nbdev.test import test_nb
@@ -16,7 +18,7 @@ sys.exit(0 if passed else 1)
 """
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize('notebook', CASES, ids=lambda file: file.stem)
 def test_notebook(notebook):
     run = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(notebook), str(ROOT)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
     assert run.returncode==0, run.stderr[-6000:]

@@ -121,6 +121,7 @@ def requirement_closure(requirements):
     return found
 
 
+@pytest.mark.slow
 def test_wheel_in_a_clean_environment(tmp_path):
     """The built wheel imports and makes a map where there is nothing but itself and what it requires.
     What it requires is not downloaded again but linked, distribution by distribution: nothing of the `dev` extra, and not this checkout, can be imported there."""
