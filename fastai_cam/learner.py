@@ -36,7 +36,7 @@ from .targets import AllClasses, Several, as_target
 from .methods import METHODS, WRAPPERS, as_methods, enlarge, method_name
 from .maps import CAMs, check_style
 from .state import bar_of_long_work, call_event, check_learner, has_bar, is_stand_in, learner_as_found, released, stand_in, valid_loader
-from .source import Source, as_source, n_shown
+from .source import Source, as_source, n_shown, dl_source as _dl_source # which had this name here
 
 # %% ../nbs/04_learner.ipynb #493b9109
 def class_names(
