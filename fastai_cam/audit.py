@@ -38,7 +38,7 @@ from .methods import as_methods, enlarge, method_name
 from .maps import CAMMap, Images, _save, check_style, normalize, plain_html, plain_legend, plain_text
 from .state import check_learner, learner_as_found, with_bar
 from .source import as_source, dl_source, n_inputs
-from .learner import _target, task_of
+from .learner import _refuse, _target, task_of
 from .interpret import CAMInterpretation, _evenly
 
 # %% ../nbs/09_audit.ipynb #62f16cb6
@@ -441,9 +441,11 @@ def sanity_check(self:Learner,
     n:int=16, # At most this many items
     how:str='cascading', # Randomise from the output back ('cascading'), or one group of layers at a time ('independent')?
     n_steps:int=8, # Into how many groups of layers, as `randomization_steps` takes it
-    seed:int=0 # Of the random weights
+    seed:int=0, # Of the random weights
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SanityCheck:
     "Do the maps of `item` change when the model's weights are replaced by random ones? The learner is left as it was"
+    _refuse(kwargs, method, ('item', 'method', 'layer'), ('n', 'how', 'n_steps', 'seed'))
     methods = _check_asked(self, method, layer, n, how, n_steps)
     with learner_as_found(self): source = as_source(self, item, n)
     return _check(self, source, methods, layer, how, n_steps, seed)
@@ -455,9 +457,11 @@ def sanity_check(self:CAMInterpretation,
     n:int=16, # How many images, taken evenly from the set
     how:str='cascading', # Randomise from the output back ('cascading'), or one group of layers at a time ('independent')?
     n_steps:int=8, # Into how many groups of layers, as `randomization_steps` takes it
-    seed:int=0 # Of the random weights
+    seed:int=0, # Of the random weights
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SanityCheck:
     "Do the maps change when the model's weights are replaced by random ones? The learner is left as it was"
+    _refuse(kwargs, method, ('method', 'layer'), ('n', 'how', 'n_steps', 'seed'))
     layer = self.layer if layer is None else layer
     methods = _check_asked(self.learn, self.method if method is None else method, layer, n, how, n_steps)
     with learner_as_found(self.learn): source = dl_source(self.learn, self.dl, _evenly(len(self.losses), n))

@@ -37,7 +37,7 @@ from .metrics import BASELINES, Explain, Rescore, _pixel_ranks, as_metrics, boxe
 from .audit import _with_interval, randomization_similarity
 from .state import check_learner, learner_as_found, with_bar
 from .source import as_source, dl_source
-from .learner import CAMCallback, _predict, _target, class_names
+from .learner import CAMCallback, _predict, _refuse, _target, class_names
 from .interpret import CAMInterpretation, _evenly
 
 # %% ../nbs/10_compare.ipynb #c6d5dd30
@@ -233,9 +233,11 @@ def compare_cams(self:CAMInterpretation,
     masks:Callable|None=None, # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]` in pixels of its image; `None`: what the labels hold
     cls:Any=None, # What is explained, as `learn.show_cam` takes it; `None`: the predicted class
     baselines:bool=True, # Add the rows of maps that know nothing of the model? Without them a number means little
-    dtype:torch.dtype|None=None # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it, and areas change by less than .01; `None`: the learner's own
+    dtype:torch.dtype|None=None, # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it, and areas change by less than .01; `None`: the learner's own
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
     "Measure methods on the same items, in one pass for each layer; the learner is left as it was"
+    _refuse(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
     learn = self.learn
     check_learner(learn)
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f'n={n!r} leaves nothing to measure: give at least 1, or None for all')
@@ -377,9 +379,11 @@ def cam_trust(self:Learner,
     share:float=.2, # How much of the picture is removed
     n_random:int=19, # How many times as much is removed elsewhere
     steps:int=10, # Steps of insertion and deletion
-    seed:int=0 # Of what is drawn by chance; no global random state is touched
+    seed:int=0, # Of what is drawn by chance; no global random state is touched
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMTrust|L: # One verdict; of several items, a list
     "May the map of `item` be believed? A verdict in words and the numbers behind it. Costs about 130 forward passes"
+    _refuse(kwargs, method, ('item', 'cls', 'method', 'layer'), ('share', 'n_random', 'steps', 'seed'))
     check_learner(self)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1: raise ValueError(f'share is a part of the picture, above 0 and below 1, not {share!r}')
     if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1: raise ValueError(f'n_random={n_random!r} gives nothing to compare with: use at least 1, better 19')

@@ -296,10 +296,10 @@ def check_words(
             if name in others and word in has:
                 raise TypeError(f'there is no argument {name!r} here: it is called {word!r}, so write {word}=...')
 
-def _refuse(kwargs, method, has=('cls', 'layer', 'method', 'item', 'max_n')):
+def _refuse(kwargs, method, has=('cls', 'layer', 'method', 'item', 'max_n'), rest=('image',)):
     "`TypeError` for arguments that a function does not have"
     check_words(kwargs, method, has)
-    if kwargs: raise TypeError(f'there is no argument {next(iter(kwargs))!r} here: the arguments are {", ".join(has)} and image')
+    if kwargs: raise TypeError(f'there is no argument {next(iter(kwargs))!r} here: the arguments are {", ".join(has)} and {rest[-1] if len(rest)==1 else ", ".join(rest)}')
 
 @patch
 def get_cams(self:Learner,

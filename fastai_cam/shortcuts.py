@@ -36,7 +36,7 @@ from .methods import as_method, enlarge
 from .maps import CAMMap, _save, check_style, normalize, plain_html, plain_text, to_pixels
 from .state import check_learner, learner_as_found, with_bar
 from .source import decode_images, dl_source, n_inputs
-from .learner import class_names, task_of
+from .learner import _refuse, class_names, task_of
 from .interpret import CAMInterpretation, _evenly
 from .metrics import _pieces
 from .compare import _interval, _measured
@@ -716,10 +716,12 @@ def find_shortcuts(self:CAMInterpretation,
     method:str|Callable|None=None, # How maps are made; `None`: the interpretation's own, if it is one
     layer:Any=None, # Where; `None`: the interpretation's own
     min_items:int=8, # Classes that fewer pictures are taken for, or all but fewer, are left out; at least 6
-    seed:int=0 # Of what is drawn by chance; no global random state is touched
+    seed:int=0, # Of what is drawn by chance; no global random state is touched
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Shortcuts: # The strongest first; empty where nothing was found
     """Look for evidence that pictures of a class share and that is not its object: something at a place at the edge, in the surroundings, or one thing found again and again. Every suspect is put into pictures
     of other classes, and only what moves the model is reported. For learners that classify pictures, with one or several labels. Costs about a thousand forward passes for each class that has a suspect; the learner is left as it was"""
+    _refuse(kwargs, method, ('method', 'layer'), ('dl', 'n', 'min_items', 'seed'))
     learn = self.learn
     check_learner(learn)
     if isinstance(min_items, bool) or not isinstance(min_items, int) or min_items < _fewest: raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least {_fewest}')

@@ -298,3 +298,12 @@ def test_a_class_where_show_chooses(dls):
     for name in ('n', 'n_items'):
         for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
             with pytest.raises(TypeError, match=f"{name!r} here: it is called 'k'"): call(3, **{name: 3})
+
+
+@pytest.mark.parametrize('check, wrong, right', [('cam_trust', dict(target=1), 'cls'), ('cam_trust', dict(target_layers=[]), 'layer'), ('sanity_check', dict(target_layer='0'), 'layer'),
+                                                 ('compare_cams', dict(class_name='left'), 'cls'), ('compare_cams', dict(method='gradcam'), 'methods'), ('find_shortcuts', dict(target_layer='0'), 'layer')])
+def test_checks_name_the_argument_that_is_meant(dls, check, wrong, right):
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    whose = learn if check=='cam_trust' else CAMInterpretation(learn, dls.valid, torch.zeros(len(dls.valid_ds)))
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))!r} here: it is called {right!r}"): getattr(whose, check)(**wrong)
+    with pytest.raises(TypeError, match="there is no argument 'nonsense' here: the arguments are"): getattr(whose, check)(nonsense=1)
