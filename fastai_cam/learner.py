@@ -31,11 +31,11 @@ from fastai.torch_core import TensorImageBase, TensorMask, find_bs
 from fastai.vision.core import PILMask, TensorBBox, TensorPoint
 from fastai.vision.learner import create_head, vision_learner
 from .tasks import MultiLabel, NOT_ASKED, NoAnswer, Points, SingleLabel, Task, Values
-from .probe import Probe, _each_tensor, bare, check_layers
+from .probe import Probe, _each_tensor, bare, check_layers, released
 from .targets import AllClasses, Several, as_target
 from .methods import METHODS, WRAPPERS, as_methods, enlarge, method_name
 from .maps import CAMs, check_style
-from .state import bar_of_long_work, call_event, check_learner, has_bar, is_stand_in, learner_as_found, released, stand_in, valid_loader
+from .state import bar_of_long_work, call_event, check_learner, has_bar, is_stand_in, learner_as_found, stand_in, valid_loader
 from .source import Source, as_source, n_shown, dl_source as _dl_source # which had this name here
 
 # %% ../nbs/04_learner.ipynb #493b9109

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-SLOW = {'any_task', 'trust', 'several_objects', '10_compare', '11_shortcuts'} # long stories, and chapters that train networks
+SLOW = {'any_task', 'trust', 'several_objects', '07_scenes', '10_compare', '11_shortcuts'} # long stories, and chapters that train networks
 CASES = [pytest.param(file, marks=[pytest.mark.slow]*(file.stem in SLOW)) for file in NOTEBOOKS]
 RUN = """
 import sys
