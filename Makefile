@@ -21,7 +21,7 @@ $(STAMP): | $(PYSTAMP)
 	touch $@
 
 demo: $(STAMP)           ## explain the mistakes of a real ImageNet model on real photos: demo/*.png
-	$(BIN)/python -m fastai_cam.demo demo
+	$(BIN)/python -m fastai_cam.examples.imagenet demo
 
 # Two at a time with one thread each: small networks gain nothing from a second thread, nor do scikit-learn's small problems.
 # Buffers are kept (glibc would ask the system for those of 32 MB and more anew each time, which takes as long as the convolutions).
@@ -36,21 +36,21 @@ test-slow: $(STAMP)      ## what `make test` leaves out: sweeps, stories, the wh
 test-all: $(STAMP)       ## every test, and every notebook as a test
 	$(PYTEST) --slow too
 
-bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/benchmarks.ipynb
+bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/stories/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -W ignore tests/bench/bench.py
 
-zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/zoo.ipynb
+zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/stories/zoo.ipynb
 	$(BIN)/python -W ignore tests/zoo/zoo.py all
 
-shortcuts: $(STAMP)      ## are planted shortcuts found, and none where there are none? (about an hour; no downloads): nbs/shortcut_experiment.ipynb
+shortcuts: $(STAMP)      ## are planted shortcuts found, and none where there are none? (about an hour; no downloads): nbs/stories/shortcut_experiment.ipynb
 	$(BIN)/python -W ignore tests/shortcuts/planted.py
 
 config: $(STAMP)         ## settings.ini -> pyproject.toml
 	$(BIN)/python tests/config.py
 
 notebooks: $(STAMP)      ## run every notebook from the top, keep its outputs
-	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 nbs/*.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 nbs/*.ipynb nbs/stories/*.ipynb
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 

@@ -16,6 +16,7 @@ def write(folder: Path) -> None:
     file = folder/'pyproject.toml'
     before, header, after = file.read_text().partition('[project.optional-dependencies]\n')
     assert header, 'nbdev-migrate-config wrote no extras to add to'
+    after = after.replace('include = ["fastai_cam"]', 'include = ["fastai_cam*"]') # the packages inside it, too
     file.write_text(before + header + extras + after)
 
 

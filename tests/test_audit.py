@@ -13,9 +13,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 
 from fastai_cam.all import CAMInterpretation, Probe
-from fastai_cam.audit import SanityCheck, randomization_similarity, randomization_steps, randomized, similarity_of_learners, spearman, ssim
-from fastai_cam.demo import imagenet_learner
-from fastai_cam.methods import METHODS
+from fastai_cam.trust.sanity import randomization_similarity, SanityCheck, similarity_of_learners
+from fastai_cam.trust.randomize import randomization_steps, randomized
+from fastai_cam.trust.similarity import spearman, ssim
+from fastai_cam.examples.imagenet import imagenet_learner
+from fastai_cam.methods.registry import METHODS
 
 
 def make_net():
@@ -277,7 +279,7 @@ def test_learner_is_left_as_found_also_when_interrupted(learn):
 def test_random_logit_test_asks_for_another_class(learn):
     found = learn.random_logit_test(list(range(6)), ['gradcam', 'eigencam']).set_index('method')
     assert found.spearman['eigencam']==1 and found.spearman['gradcam'] < 1 and found.n['eigencam']==6
-    from fastai_cam.audit import RandomClass
+    from fastai_cam.trust.sanity import RandomClass
     out = torch.randn(200, 4)
     drawn = RandomClass().classes(out)[:, 0]
     assert (drawn != out.argmax(1)).all() and len(drawn.unique())==4 and torch.equal(drawn, RandomClass().classes(out)[:, 0]) and not torch.equal(drawn, RandomClass(1).classes(out)[:, 0])

@@ -10,11 +10,20 @@ from torch import nn
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, L, Learner, MaskBlock, MSELossFlat,
                                MultiCategoryBlock, Normalize, PILImage, PILMask, RandomResizedCrop, RegressionBlock, Resize, imagenet_stats)
 
-from fastai_cam.all import BASELINES, METHODS, METRICS, CAMInterpretation, CAMTable, CAMTrust, Versus, Explain, Output, Probe, Rescore, baseline_images, boxes_to_masks, impute, upsample
-from fastai_cam.audit import randomization_similarity
-from fastai_cam.compare import _elsewhere, _interval, _masks_of_items
-from fastai_cam.source import dl_source
-from fastai_cam.metrics import _pixel_ranks
+from fastai_cam.all import METHODS, METRICS, CAMInterpretation, Versus, Output, Probe
+from fastai_cam.methods.baselines import BASELINES
+from fastai_cam.trust.compare import CAMTable
+from fastai_cam.trust.verdict import CAMTrust
+from fastai_cam.trust.rescore import baseline_images, Explainer, Rescorer
+from fastai_cam.trust.masks import boxes_to_masks
+from fastai_cam.trust.impute import impute
+from fastai_cam.maps.pixels import upsample
+from fastai_cam.trust.sanity import randomization_similarity
+from fastai_cam.trust.verdict import _elsewhere
+from fastai_cam.core import mean_interval
+from fastai_cam.trust.compare import _masks_of_items
+from fastai_cam.source.loaders import dl_source
+from fastai_cam.trust.rescore import pixel_ranks
 from test_learner import learner_state, same
 
 SIZE = 60, 90 # height and width of the pictures, which `Resize` crops
@@ -73,11 +82,11 @@ def measured(learn, method, metrics, score, masks=None, activation=None, layer=N
             asked = cap.score(score(cap.out))
             maps = METHODS[method](cap, asked)
             for name in metrics:
-                rescore, kwargs = Rescore(cap, asked, activation), {}
+                rescore, kwargs = Rescorer(cap, asked, activation), {}
                 if 'images' in METRICS[name].needs: kwargs['images'] = x
                 if 'rescore' in METRICS[name].needs: kwargs['rescore'] = rescore
                 if 'masks' in METRICS[name].needs: kwargs['masks'] = masks[n]
-                if 'explain' in METRICS[name].needs: kwargs['explain'] = Explain(cap, asked, method)
+                if 'explain' in METRICS[name].needs: kwargs['explain'] = Explainer(cap, asked, method)
                 found[name].append(METRICS[name](maps, **kwargs))
         learn.model.train()
     return {name: torch.cat(values).double().numpy() for name, values in found.items()}
@@ -126,10 +135,10 @@ def test_the_predicted_class_is_asked_where_none_is_named(learn, interp):
 def test_the_interval_is_a_bootstrap_of_what_is_known():
     values = np.array([0., 1., np.nan, 2., 5., np.nan])
     from scipy.stats import bootstrap
-    mean, low, high = _interval(values, 20000)
+    mean, low, high = mean_interval(values, 20000)
     theirs = bootstrap((values[~np.isnan(values)],), np.mean, method='percentile', n_resamples=20000).confidence_interval
     assert mean==2 and abs(low - theirs.low) < .1 and abs(high - theirs.high) < .1
-    assert np.isnan(_interval(np.array([np.nan]))).all() and _interval(np.array([.3]))==(.3, .3, .3)
+    assert np.isnan(mean_interval(np.array([np.nan]))).all() and mean_interval(np.array([.3]))==(.3, .3, .3)
 
 
 def test_lower_precision_changes_areas_a_little(interp, learn):
@@ -399,7 +408,7 @@ def test_a_measure_with_options_and_one_of_ones_own(learn, interp):
     with Probe(learn.model.eval()) as p:
         cap = p(x)
         score = cap.score(lambda out: out[:, 0])
-        expected = METRICS['insertion'](METHODS['gradcam'](cap, score), x, Rescore(cap, score, SOFTMAX), steps=4, baseline='zero')
+        expected = METRICS['insertion'](METHODS['gradcam'](cap, score), x, Rescorer(cap, score, SOFTMAX), steps=4, baseline='zero')
     learn.model.train()
     assert_close(table.per_item['gradcam', 'default'][name], expected)
 
@@ -480,7 +489,7 @@ def test_the_numbers_of_a_verdict(sees_red):
     def faithfulness(some):
         start, end, found = baseline_images(x, 'blur'), baseline_images(x, 'mean'), []
         for inside, outside in ((x, start), (end, x)):
-            ranks = _pixel_ranks(some, x, 0)
+            ranks = pixel_ranks(some, x, 0)
             found.append(np.trapezoid([scores(torch.where(ranks[:, None] < round(56*56*k/4), inside, outside)).item() for k in range(5)])/4)
         return found[0] - found[1]
     assert numbers['faithfulness']==pytest.approx(faithfulness(maps), abs=1e-4)

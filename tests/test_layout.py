@@ -4,8 +4,9 @@ import torch
 import torchvision
 from torch import nn
 
-from fastai_cam.layout import find_layout, find_layouts
-from fastai_cam.probe import Probe, Survey, alignment
+from fastai_cam.probe.layout import find_layout, find_layouts
+from fastai_cam.probe.watch import alignment, Probe
+from fastai_cam.probe.scan import LayerScan
 
 
 def conv(i, o): return [nn.Conv2d(i, o, 3, 1, 1), nn.ReLU()]
@@ -205,7 +206,7 @@ def test_readings_of_a_shape():
 
 
 def test_the_map_of_a_sequence_is_drawn_over_the_whole_image():
-    from fastai_cam.maps import upsample
+    from fastai_cam.maps.pixels import upsample
     with Probe(reader(), 'steps') as p: cap = p(lines(32, 64))
     grads = cap.grads(lambda out: out[:, 12, 2])[0]
     assert grads.shape==(2, 8, 1, 32) and grads.abs().sum((0, 1, 2)).nonzero().flatten().tolist()==[12]

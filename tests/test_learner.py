@@ -17,7 +17,11 @@ from fastai.torch_core import set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import ImageDataLoaders, PILImage, Resize, RocAucBinary, accuracy, resnet18, vision_learner
 
-from fastai_cam.all import CAMCallback, CAMInterpretation, Capture, Versus, Images, METHODS, Probe, WhyNot, as_method, cam_head, cam_learner, upsample
+from fastai_cam.all import CAMCallback, CAMInterpretation, Versus, METHODS, Probe, WhyNot, cam_head, cam_learner
+from fastai_cam.probe.capture import Capture
+from fastai_cam.maps.cams import Images
+from fastai_cam.methods.registry import as_method
+from fastai_cam.maps.pixels import upsample
 
 
 def small_learner(dls, **kwargs):
@@ -324,8 +328,8 @@ def test_long_work_shows_a_bar_and_no_bar_hides_it(dls, monkeypatch):
 def test_every_stage(dls):
     "As a layer and as a wrapper: the end of each resolution, fused"
     learn = small_learner(dls)
-    as_layer = learn.get_cams([0, 1, 2], layer='every stage').maps
-    with Probe(learn.model, 'every stage') as p: assert p(dls.valid.one_batch()[0]).names==['0.1', '0']
+    as_layer = learn.get_cams([0, 1, 2], layer='stages').maps
+    with Probe(learn.model, 'stages') as p: assert p(dls.valid.one_batch()[0]).names==['0.1', '0']
     assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], layer=['0.1', '0']).maps)
     assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], method='gradcam+stages').maps, atol=1e-6) and as_layer.shape==(3, 16, 16)
 

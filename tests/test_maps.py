@@ -27,10 +27,16 @@ from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, Im
 
 import fastai_cam.learner
 import fastai_cam.maps as maps_module
-from fastai_cam.audit import SanityCheck
-from fastai_cam.compare import CAMTable, CAMTrust
-from fastai_cam.maps import NOT_ASKED, Box, CAMMap, CAMs, Images, ItemMaps, Peak, check_style, normalize, plain_html, plain_legend, plain_text, to_pixels, to_slices
-from fastai_cam.shortcuts import Shortcut, Shortcuts
+from fastai_cam.trust.sanity import SanityCheck
+from fastai_cam.trust.compare import CAMTable
+from fastai_cam.trust.verdict import CAMTrust
+from fastai_cam.tasks import NOT_ASKED
+from fastai_cam.maps.boxes import Box, Peak
+from fastai_cam.maps.draw import CAMMap, check_style
+from fastai_cam.maps.cams import CAMs, Images, ItemMaps
+from fastai_cam.maps.pixels import normalize, to_pixels, to_slices
+from fastai_cam.maps.words import plain_html, plain_legend, plain_text
+from fastai_cam.shortcuts.report import Shortcut, Shortcuts
 
 VOCAB = ['cat', 'dog', 'car']
 
@@ -935,7 +941,7 @@ def test_pipes_and_devices_are_written_to(write, tmp_path, monkeypatch):
     assert Path('/dev/null').is_char_device()
     if Path('/dev/full').exists():
         with pytest.raises(OSError, match='No space left'): write(Path('/dev/full'))
-    monkeypatch.setattr('fastai_cam.maps._pour.__defaults__', (0,))
+    monkeypatch.setattr('fastai_cam.files._pour.__defaults__', (0,))
     with pytest.raises(OSError, match='nobody reads from the pipe .*start its reader first'): write(tmp_path/'pipe')
 
 

@@ -4,9 +4,10 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from fastai_cam import metrics # its maps that know nothing are methods too
-from fastai_cam.methods import METHODS, WRAPPERS, as_method, cam, fuse_layers, gradcam, principal_component
-from fastai_cam.probe import Probe
+from fastai_cam.methods.registry import as_method, METHODS, WRAPPERS
+from fastai_cam.methods.catalogue import cam, gradcam
+from fastai_cam.methods.combine import fuse_layers, principal_component
+from fastai_cam.probe.watch import Probe
 
 
 @pytest.fixture

@@ -9,11 +9,20 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-import fastai_cam.metrics as metrics
-from fastai_cam.methods import METHODS, as_method, enlarge
-from fastai_cam.metrics import *
-from fastai_cam.probe import Probe
-from fastai_cam.targets import ClassIndex, Predicted
+import fastai_cam.trust.rescore as trust_rescore_room
+from fastai_cam.methods.registry import as_method, METHODS
+from fastai_cam.methods.combine import enlarge
+from fastai_cam.all import *
+from fastai_cam.methods.baselines import BASELINES
+from fastai_cam.trust.impute import impute, road, road_lerf, road_morf
+from fastai_cam.trust.masks import (
+    average_precision, best_iou, boxes_to_masks, energy_in_mask, iou, pointing_game, points_to_masks, relevance_rank)
+from fastai_cam.trust.metrics import (
+    adcc, arcc, average_drop, coherency, complexity, curve_area, curve_shares, deletion, deletion_curve, drop_in_deletion, entropy, gini,
+    increase_in_confidence, insertion, insertion_curve, insertion_deletion, max_sensitivity, pixel_flipping)
+from fastai_cam.trust.rescore import as_metrics, baseline_images, Explainer, Rescorer
+from fastai_cam.probe.watch import Probe
+from fastai_cam.targets.kinds import ClassIndex, Predicted
 
 pytestmark = pytest.mark.filterwarnings('ignore:__array_wrap__') # pytorch-grad-cam hands tensors to numpy
 
@@ -164,7 +173,7 @@ def test_rescore_asks_each_item_its_own_question_and_leaves_the_model_as_it_was(
     with Probe(net) as p:
         cap = p(images)
         score = cap.score(Predicted())
-        rescore = Rescore(cap, score, partial(torch.softmax, dim=1), bs=4, n_images=1000)
+        rescore = Rescorer(cap, score, partial(torch.softmax, dim=1), bs=4, n_images=1000)
         items = torch.tensor([4, 0, 0, 2, 3, 1, 4, 2, 2])
         others = torch.randn(9, 3, 24, 32)
         found = rescore(others, items)
@@ -181,14 +190,14 @@ def test_rescore_runs_bs_images_at_a_time(net, images, monkeypatch):
         cap = p(images)
         sizes, outputs = [], cap.outputs
         monkeypatch.setattr(cap, 'outputs', lambda images, items: (sizes.append(len(images)), outputs(images, items))[1])
-        Rescore(cap, cap.score(ClassIndex(1)), bs=4)(torch.randn(9, 3, 24, 32), torch.zeros(9, dtype=torch.long))
+        Rescorer(cap, cap.score(ClassIndex(1)), bs=4)(torch.randn(9, 3, 24, 32), torch.zeros(9, dtype=torch.long))
     assert sizes==[4, 4, 1]
 
 
 def test_as_many_images_at_once_as_run_fast():
-    assert [(piece.start, piece.stop) for piece in metrics._pieces(19, None, torch.device('cpu'))]==[(0, 8), (8, 16), (16, 19)]
-    assert [(piece.start, piece.stop) for piece in metrics._pieces(65, None, torch.device('cuda'))]==[(0, 64), (64, 65)]
-    assert [(piece.start, piece.stop) for piece in metrics._pieces(5, 2, torch.device('cuda'))]==[(0, 2), (2, 4), (4, 5)]
+    assert [(piece.start, piece.stop) for piece in trust_rescore_room.slices_of(19, None, torch.device('cpu'))]==[(0, 8), (8, 16), (16, 19)]
+    assert [(piece.start, piece.stop) for piece in trust_rescore_room.slices_of(65, None, torch.device('cuda'))]==[(0, 64), (64, 65)]
+    assert [(piece.start, piece.stop) for piece in trust_rescore_room.slices_of(5, 2, torch.device('cuda'))]==[(0, 2), (2, 4), (4, 5)]
 
 
 class Opaque(nn.Module):
@@ -204,12 +213,12 @@ def test_rescore_in_lower_precision_is_close_and_comes_back_wide(net, images, tr
     model, others, whose = net if traced else nn.Sequential(Opaque(net[0]), net[1]), torch.randn(9, 3, 24, 32), torch.arange(9)%5
     with Probe(model, '0') as p:
         cap = p(images)
-        exact, low = (Rescore(cap, cap.score(ClassIndex(1)), n_images=n, dtype=dtype)(others, whose) for n, dtype in ((0, None), (64, torch.bfloat16)))
-        assert cap.outputs(others, whose).dtype==torch.float32 # softmax is not taken in bfloat16
+        exact, low = (Rescorer(cap, cap.score(ClassIndex(1)), n_images=n, dtype=dtype)(others, whose) for n, dtype in ((0, None), (64, torch.bfloat16)))
+        assert cap.run(others, whose).dtype==torch.float32 # softmax is not taken in bfloat16
     assert 0 < (low - exact).abs().max() < .03*exact.abs().max()
     with Probe(model, '0') as p:
         cap = p(images)
-        assert torch.equal(Rescore(cap, cap.score(ClassIndex(1)), n_images=63, dtype=torch.bfloat16)(others, whose), exact) # a few images are run as they are
+        assert torch.equal(Rescorer(cap, cap.score(ClassIndex(1)), n_images=63, dtype=torch.bfloat16)(others, whose), exact) # a few images are run as they are
 
 
 def test_a_model_that_lower_precision_breaks_runs_as_it_is(images):
@@ -220,22 +229,22 @@ def test_a_model_that_lower_precision_breaks_runs_as_it_is(images):
     model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
     with Probe(model) as p:
         cap = p(images)
-        found = Rescore(cap, cap.score(ClassIndex(0)), n_images=100, dtype=torch.bfloat16)(images, torch.arange(5))
+        found = Rescorer(cap, cap.score(ClassIndex(0)), n_images=100, dtype=torch.bfloat16)(images, torch.arange(5))
     assert torch.allclose(found, images[:, 1].mean((1, 2)), atol=1e-3)
 
 
 def test_rescore_of_two_questions_or_of_a_score_by_hand_is_refused(net, images):
     with Probe(net) as p:
         cap = p(images)
-        with pytest.raises(ValueError, match='Rescore for each'): Rescore(cap, cap.score(lambda out: out[:, :2]))
-        with pytest.raises(ValueError, match='by hand'): Rescore(cap, cap.out[:, 0])
+        with pytest.raises(ValueError, match='Rescorer for each'): Rescorer(cap, cap.score(lambda out: out[:, :2]))
+        with pytest.raises(ValueError, match='by hand'): Rescorer(cap, cap.out[:, 0])
 
 
 def test_explain_gives_the_maps_that_the_method_gives(net, images):
     images = images + torch.linspace(-6, 6, 5)[:, None, None, None]
     with Probe(net) as p:
         cap = p(images)
-        found = Explain(cap, cap.score(Predicted()), 'gradcam', bs=2)(images.flip(0), torch.arange(4, -1, -1))
+        found = Explainer(cap, cap.score(Predicted()), 'gradcam', bs=2)(images.flip(0), torch.arange(4, -1, -1))
         expected = as_method('gradcam')(cap, cap.score(Predicted()))[:, 0]
     assert torch.allclose(found.flip(0), expected, atol=1e-6) and expected.abs().max() > 1e-3
 
@@ -246,8 +255,8 @@ def test_measures_of_a_learner_model_leave_nothing_behind(net, images):
         cap = p(images)
         score = cap.score(Predicted())
         maps = as_method('gradcam')(cap, score)[:, 0]
-        values = arcc(maps, images, Rescore(cap, score, partial(torch.softmax, dim=1)), Explain(cap, score))
-        max_sensitivity(maps, images, Explain(cap, score), n=2)
+        values = arcc(maps, images, Rescorer(cap, score, partial(torch.softmax, dim=1)), Explainer(cap, score))
+        max_sensitivity(maps, images, Explainer(cap, score), n=2)
     assert values.isfinite().all()
     assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules())
@@ -299,7 +308,7 @@ def test_curves_by_loops(images, steps):
 
 
 def test_maps_are_enlarged_as_interpolate_does(maps, images, masks):
-    large = metrics._at_pixels(maps, (24, 32))
+    large = trust_rescore_room.at_pixels(maps, (24, 32))
     assert torch.allclose(large, torch.tensor(enlarged(maps, images)), atol=1e-5)
     for name in ('deletion', 'road', 'average_drop', 'coherency', 'energy_in_mask', 'average_precision'):
         metric = METRICS[name]
@@ -399,7 +408,7 @@ def test_uniform_maps_favour_no_place(images):
 
 
 def test_the_order_of_ties_is_the_seed_s():
-    ranks = [metrics._ranks(torch.zeros(2, 1000), seed) for seed in (0, 0, 1)]
+    ranks = [trust_rescore_room.ranks_of(torch.zeros(2, 1000), seed) for seed in (0, 0, 1)]
     assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
     assert torch.equal(ranks[0][0], ranks[0][1]) and torch.equal(ranks[0][0].sort().values, torch.arange(1000))
 
@@ -416,7 +425,7 @@ def test_imputation_is_that_of_pytorch_grad_cam(size, share, grid):
     road_peer = pytest.importorskip('pytorch_grad_cam.metrics.road')
     image = smooth(0, size, 2) + .1*torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
     values = enlarge(torch.randn(2, *grid, generator=torch.Generator().manual_seed(1)), size)
-    removed = metrics._ranks(values.flatten(1)).view(2, *size) < max(1, round(share*size[0]*size[1]))
+    removed = trust_rescore_room.ranks_of(values.flatten(1)).view(2, *size) < max(1, round(share*size[0]*size[1]))
     found = impute(image, removed, noise=0)
     for i in range(2):
         expected = road_peer.NoisyLinearImputer(noise=0)(image[i], 1 - removed[i].float())
@@ -463,7 +472,7 @@ def test_road_is_that_of_pytorch_grad_cam(images, net, monkeypatch):
         expected = theirs(percentiles=[25, 50, 75])(images, maps.numpy(), [ClassifierOutputTarget(2)]*5, net) # 768 pixels in quarters: no rounding
         with Probe(net) as p:
             cap = p(images)
-            found = ours(maps, images, Rescore(cap, cap.score(ClassIndex(2))), percentiles=[25, 50, 75], noise=0)
+            found = ours(maps, images, Rescorer(cap, cap.score(ClassIndex(2))), percentiles=[25, 50, 75], noise=0)
             assert torch.allclose(found, torch.as_tensor(expected), atol=2e-4*found.abs().max() + 1e-4), ours.__name__
             assert found.abs().max() > 1e-3
 
@@ -507,7 +516,7 @@ def test_arcc_is_that_of_pytorch_grad_cam(net, images, monkeypatch):
         maps = as_method('gradcam')(cap, score)[:, 0]
         large = torch.tensor(enlarged(maps, images))
         stretched = (large - large.amin((1, 2), keepdim=True))/(large.amax((1, 2), keepdim=True) - large.amin((1, 2), keepdim=True))
-        found = arcc(stretched, images, Rescore(cap, score), Explain(cap, score), percentiles=[25, 50, 75], noise=0)
+        found = arcc(stretched, images, Rescorer(cap, score), Explainer(cap, score), percentiles=[25, 50, 75], noise=0)
     with GradCAM(net, [net[0]]) as method: expected = peer.ARCC(method, [25, 50, 75])(images, stretched.numpy(), [ClassifierOutputTarget(2)]*5, net)
     assert np.allclose(found.numpy(), expected, atol=5e-3) and (found > 0).any()
 

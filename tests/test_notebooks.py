@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-SLOW = {'any_task', 'trust', 'several_objects', '07_scenes', '10_compare', '11_shortcuts'} # long stories, and chapters that train networks
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+SLOW = {'any_task', 'trust', 'several_objects', '91_examples.scenes', '78_trust.compare', '85_shortcuts.report'} # long stories, and chapters that train networks
 CASES = [pytest.param(file, marks=[pytest.mark.slow]*(file.stem in SLOW)) for file in NOTEBOOKS]
 RUN = """
 import sys

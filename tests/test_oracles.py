@@ -10,9 +10,12 @@ import torchvision
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 
 import fastai_cam.all # adds get_cams to Learner, and every method to METHODS
-from fastai_cam.methods import METHODS, as_method
-from fastai_cam.probe import LAST_TWO_STAGES, Capture, Probe, Survey
-from fastai_cam.targets import ClassIndex, Predicted
+from fastai_cam.methods.registry import as_method, METHODS
+from fastai_cam.probe.layers import LAST_TWO_STAGES
+from fastai_cam.probe.capture import Capture
+from fastai_cam.probe.watch import Probe
+from fastai_cam.probe.scan import LayerScan
+from fastai_cam.targets.kinds import ClassIndex, Predicted
 
 # --- the nets
 
@@ -593,7 +596,7 @@ def of_torchvision(name, **kwargs):
 @pytest.mark.parametrize('name,expected', [('resnet18', ['layer3', 'layer4']), ('resnet50', ['layer3', 'layer4']), ('vgg11', ['features.18', 'features'])])
 def test_the_last_two_stages_of_known_networks(name, expected):
     "The last block at the finer resolution, not a layer inside the block that makes it coarser"
-    survey = Survey(of_torchvision(name), [torch.randn(1, 3, 64, 64)], {})
+    survey = LayerScan(of_torchvision(name), [torch.randn(1, 3, 64, 64)], {})
     found = survey.last_two()
     assert [seen.name for seen in found]==expected
     assert found[-1] is survey.last and found[0].layout.grid==tuple(2*n for n in found[1].layout.grid)
@@ -921,7 +924,7 @@ def test_shapleycam_is_gradcam_where_the_tail_is_piecewise_linear():
 
 def test_full_gradients_add_up_to_the_score():
     "What is stretched and added up in FullGrad is complete: gradient × image and gradients × biases are the score, for a network of ReLUs"
-    from fastai_cam.probe import bias_layers, effective_bias
+    from fastai_cam.probe.scan import bias_layers, effective_bias
     model, x = gap(), images().requires_grad_()
     layers, kept = bias_layers(model, x), []
     def keep(module, inputs, out): kept.append(out); return out.clone()

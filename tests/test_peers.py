@@ -7,10 +7,11 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision.models import resnet18
 
-from fastai_cam.demo import efficientnet_lite0, imagenet_dls
-from fastai_cam.maps import normalize, upsample
-from fastai_cam.methods import METHODS, gradcam
-from fastai_cam.probe import Probe
+from fastai_cam.examples.imagenet import efficientnet_lite0, imagenet_dls
+from fastai_cam.maps.pixels import normalize, upsample
+from fastai_cam.methods.registry import METHODS
+from fastai_cam.methods.catalogue import gradcam
+from fastai_cam.probe.watch import Probe
 
 
 def resnet_body_head():
@@ -149,5 +150,5 @@ def test_guided_backprop_equals_pytorch_grad_cam(small):
     assert (ours - expected).abs().max() <= 1e-5*expected.abs().max()
     with Probe(small) as p:
         cap = p(x)
-        plain = cap.again(from_input=True)
+        plain = cap.recapture(from_input=True)
         assert (plain.image_grads(lambda out: out[:, 3]).abs().amax(1) - ours).abs().max() > 1e-3*ours.abs().max() # not simply the gradient

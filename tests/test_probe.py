@@ -5,6 +5,7 @@ import pickle
 import random
 import signal
 import sys
+from pathlib import Path
 import threading
 import time
 
@@ -13,8 +14,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-import fastai_cam.probe as probe_module
-from fastai_cam.probe import Probe, alignment, as_found, model_lock
+import fastai_cam.probe.watch as probe_watch_room
+import fastai_cam.probe.guard as probe_guard_room
+import fastai_cam.probe.modes as probe_modes_room
+from fastai_cam.probe.watch import alignment, Probe
+from fastai_cam.probe.guard import eval_mode, model_lock
 
 
 class Net(nn.Module):
@@ -25,6 +29,8 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.body(x)
         return self.head((self.side(x) + x).mean((2, 3)))
+
+PROBE_FILES = {str(file) for file in Path(probe_watch_room.__file__).parent.glob('*.py')}
 
 
 def net(seed=0):
@@ -46,7 +52,7 @@ def is_free(model):
     "Can another thread explain the model?"
     found = []
     def take():
-        locks = probe_module._locks_of(model)
+        locks = probe_guard_room._locks_of(model)
         found.append(all(lock.acquire(timeout=.05) for lock in locks))
         for lock in locks[:len(locks)*found[0]]: lock.release()
     thread = threading.Thread(target=take)
@@ -58,7 +64,7 @@ def interrupted_at(n, work):
     "`work()`, with a KeyboardInterrupt at the n-th line of the probe's own code; whether it came"
     left = [n]
     def trace(frame, event, arg):
-        if frame.f_code.co_filename != probe_module.__file__: return None
+        if frame.f_code.co_filename not in PROBE_FILES: return None
         if event=='line':
             left[0] -= 1
             if left[0]==0: raise KeyboardInterrupt
@@ -82,9 +88,9 @@ def a_search(model):
 def asked_again(model):
     with Probe(model, 'side') as p:
         cap = p(image(1))
-        cap.tail(cap.acts[0])
-        cap.outputs(image(1))
-        cap.again(layers='body')
+        cap.run_from(cap.acts[0])
+        cap.run(image(1))
+        cap.recapture(layers='body')
 
 
 def attached(model):
@@ -133,9 +139,9 @@ def test_an_interrupt_between_a_hook_and_its_handle_leaves_nothing(work, kind, m
 
 def test_a_hook_whose_probe_goes_while_it_is_called(monkeypatch):
     answers = [lambda *args: args, None]
-    monkeypatch.setattr(probe_module, 'WeakMethod', lambda method: lambda: answers.pop(0))
-    assert probe_module._weakly(None, 1)(2)==(1, 2)
-    assert probe_module._weakly(None, 1)(2) is None
+    monkeypatch.setattr(probe_guard_room, 'WeakMethod', lambda method: lambda: answers.pop(0))
+    assert probe_guard_room.weak_hook(None, 1)(2)==(1, 2)
+    assert probe_guard_room.weak_hook(None, 1)(2) is None
 
 
 def test_an_interrupt_by_a_signal_leaves_nothing():
@@ -200,7 +206,7 @@ def explained(model, x, layer='side'):
     with Probe(model, layer) as p:
         cap = p(x)
         score = cap.score(lambda out: out[:, 1])
-        return torch.cat([cap.grads(score)[0].flatten(1), cap.acts[0].flatten(1), cap.tail(cap.acts[0]), cap.out.detach()], 1)
+        return torch.cat([cap.grads(score)[0].flatten(1), cap.acts[0].flatten(1), cap.run_from(cap.acts[0]), cap.out.detach()], 1)
 
 
 def test_threads_that_explain_one_model(quick_switches):
@@ -242,17 +248,17 @@ def test_the_tail_replaces_nothing_for_other_threads():
     expected = model(image(3, seed=9)).detach()
     with Probe(model, 'side') as p:
         cap = p(image(1))
-        cap.tail(cap.acts[0]) # recorded
+        cap.run_from(cap.acts[0]) # recorded
         def other():
             with torch.no_grad(): found.append(model(image(3, seed=9)))
         model.head.register_forward_pre_hook(lambda *_: in_threads(other) or None if threading.current_thread() is threading.main_thread() else None)
-        cap.tail(cap.acts[0]*2)
+        cap.run_from(cap.acts[0]*2)
     assert len(found)==1 and torch.equal(found[0], expected)
 
 
 def test_models_that_share_nothing_do_not_wait_and_one_thread_never_waits_for_itself():
     first, second, done = net(), net(), []
-    with Probe(first, 'side') as p, model_lock(first), as_found(first):
+    with Probe(first, 'side') as p, model_lock(first), eval_mode(first):
         p(image(1))
         assert in_threads(lambda: done.append(explained(second, image())))==[] and len(done)==1
     both = nn.ModuleList([first, second])
@@ -266,11 +272,11 @@ def test_a_lock_does_not_travel_with_the_model():
     model = net()
     with model_lock(model), Probe(model, 'side'):
         for other in (copy.deepcopy(model.head), pickle.loads(pickle.dumps(model.head))):
-            assert not set(probe_module._locks_of(other)) & set(probe_module._locks_of(model))
-    known = len(probe_module._LOCKS)
+            assert not set(probe_guard_room._locks_of(other)) & set(probe_guard_room._locks_of(model))
+    known = len(probe_guard_room._LOCKS)
     del model, other
     gc.collect()
-    assert len(probe_module._LOCKS) < known
+    assert len(probe_guard_room._LOCKS) < known
 
 
 def test_warnings_filters_are_left_alone(quick_switches):
@@ -305,12 +311,12 @@ def test_cudnn_gives_recurrent_layers_gradients_in_training_mode_only(kind, monk
     model = Recurrent(kind).eval()
     with Probe(model, 'conv') as p: expected = p(image()).grads(lambda out: out[:, 1])[0]
     assert model.seen==[(False, .5)]
-    monkeypatch.setattr(probe_module, '_is_cuda', lambda inp: True)
+    monkeypatch.setattr(probe_modes_room, '_is_cuda', lambda inp: True)
     with Probe(model, 'conv') as p:
         cap = p(image())
         assert model.seen[-1]==(True, 0.) and (model.steps.training, model.steps.dropout)==(False, .5)
         assert torch.equal(cap.grads(lambda out: out[:, 1])[0], expected)
-        cap.outputs(image())
+        cap.run(image())
         assert model.seen[-1]==(False, .5) # nothing is recorded
     p = Probe(model, 'conv').attach()
     model.head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -457,4 +463,4 @@ def test_the_activation_in_a_container(how):
         assert torch.equal(cap.acts[0], act) and torch.allclose(cap.grads(lambda out: out[:, 1])[0], expected, atol=1e-7)
         items = torch.tensor([1, 0, 1])
         by_hand = model.h((act[items]*3).relu().mean((2, 3)) + 2*pooled[items])
-        assert torch.allclose(cap.tail(act[items]*3, items=items), by_hand, atol=1e-6)
+        assert torch.allclose(cap.run_from(act[items]*3, items=items), by_hand, atol=1e-6)

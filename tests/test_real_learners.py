@@ -8,9 +8,11 @@ from torch import Tensor
 from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, IndexSplitter, MaskBlock, MSELossFlat, Normalize, PILMask, PointBlock, RegressionBlock, TensorPoint,
                                imagenet_stats, resnet18, set_seed, unet_learner, vision_learner)
 
-from fastai_cam.all import CAMInterpretation, Probe, similarity_of_learners
-from fastai_cam.methods import METHODS, as_method
-from fastai_cam.metrics import BASELINES, METRICS, cam_metric
+from fastai_cam.all import CAMInterpretation, Probe
+from fastai_cam.trust.sanity import similarity_of_learners
+from fastai_cam.methods.registry import as_method, METHODS
+from fastai_cam.methods.baselines import BASELINES
+from fastai_cam.trust.rescore import cam_metric, METRICS
 
 PICTURES = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8) for i in range(10)]
 LABELS = dict(category=(CategoryBlock, lambda i: 'ab'[i%2]), masks=(MaskBlock(codes=['x', 'y']), lambda i: PILMask.create((PICTURES[i][..., 0] > 127).astype(np.uint8))),
@@ -70,7 +72,7 @@ def test_the_tail_of_a_real_model_gives_each_item_its_own_output(learn):
     x, items = learn.dls.valid.one_batch()[0].as_subclass(Tensor), torch.tensor([2, 0, 2, 1, 1])
     with Probe(learn.model) as p:
         cap = p(x)
-        found, again = cap.tail(cap.acts[0][items], items=items), cap.tail(cap.acts[0])
+        found, again = cap.run_from(cap.acts[0][items], items=items), cap.run_from(cap.acts[0])
         assert torch.allclose(again.as_subclass(Tensor), cap.out.detach().as_subclass(Tensor), atol=1e-5) and torch.allclose(found.as_subclass(Tensor), cap.out.detach().as_subclass(Tensor)[items], atol=1e-5)
     assert not any('forward' in vars(module) for module in learn.model.modules())
 
@@ -141,7 +143,7 @@ def test_measures_belong_to_the_item(learners):
 
 
 def test_a_random_class_belongs_to_the_item():
-    from fastai_cam.audit import RandomClass
+    from fastai_cam.trust.sanity import RandomClass
     from fastai_cam.tasks import SingleLabel
     out, target = torch.randn(8, 5), RandomClass()
     target.task = SingleLabel()

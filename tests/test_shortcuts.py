@@ -14,14 +14,24 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 
 from fastai_cam.interpret import CAMInterpretation
-from fastai_cam import shortcuts
-from fastai_cam.shortcuts import _area, _as_shortcut, _asked, _cells, _corners, _covers, _filled, _findings, _found_again, _keeps_the_middle, _Known, _laid_over, _least_lit_corners, LIMITS, _log_odds, _Match, _middle, _most_common, _of_a_place, _places, _places_together, _said_by_surroundings, _same_colours, _same_details, _same_pixels, _Search, _similar_at, _smooth, _stuck_on, _surroundings_alone, _Suspect, _suspects, _telling, _Tester, _tiled, _where_in_words
+import fastai_cam.shortcuts.candidates as shortcuts_candidates_room
+import fastai_cam.shortcuts.matching as shortcuts_matching_room
+import fastai_cam.shortcuts.report as shortcuts_report_room
+from fastai_cam.shortcuts.evidence import (
+    _cells, _least_lit_corners, Evidence, LIMITS, log_odds, separability, shrunken_auc, surroundings_log_odds)
+from fastai_cam.shortcuts.report import _findings, as_shortcut
+from fastai_cam.shortcuts.candidates import _asked, _places_together, _said_by_surroundings, _where_in_words, Candidate, find_candidates
+from fastai_cam.shortcuts.edits import (
+    _keeps_the_middle, _same_details, _same_pixels, _smooth, corner_crops, edge_places, match_colours, place_edits, tile_corner)
+from fastai_cam.shortcuts.matching import (
+    _laid_over, _most_common, _similar_at, fill_hidden, Match, median_and_spread, PieceSearch, recurring_things, stick_on, thing_masks)
+from fastai_cam.shortcuts.testing import EditTester
 
 
 # -- pieces, by hand
 
 def test_places_are_where_their_names_say():
-    places = _places(24, 48)
+    places = edge_places(24, 48)
     assert {name: int(mask.sum()) for name, mask in places.items()} == {
         'top left corner': 72, 'top right corner': 72, 'bottom left corner': 72, 'bottom right corner': 72,
         'top edge': 4*48, 'bottom edge': 4*48, 'left edge': 24*8, 'right edge': 24*8, 'border': 24*48 - 20*40}
@@ -29,7 +39,7 @@ def test_places_are_where_their_names_say():
     assert places['right edge'][:, 40:].all() and places['bottom edge'][20:].all()
 
 def test_log_odds():
-    found = _log_odds(torch.tensor([.5, .75, 1., 0.]))
+    found = log_odds(torch.tensor([.5, .75, 1., 0.]))
     assert torch.allclose(found[:2], torch.tensor([0., float(np.log(3))]), atol=1e-6) and found[2] == -found[3] and found[2] > 15
 
 def test_cells_tell_colour_contrast_and_edges():
@@ -42,12 +52,12 @@ def test_cells_tell_colour_contrast_and_edges():
 def test_a_telling_feature_is_told_from_noise():
     rng = np.random.default_rng(0)
     is_class = np.arange(90) % 3 == 0
-    told, p = _telling(np.c_[is_class + .1*rng.normal(size=90), rng.normal(size=(90, 3))], is_class)
+    told, p = separability(np.c_[is_class + .1*rng.normal(size=90), rng.normal(size=(90, 3))], is_class)
     assert told > .99 and (p[is_class] > .5).all() and (p[~is_class] < .5).all()
-    assert abs(_telling(rng.normal(size=(90, 4)), is_class)[0] - .5) < .2
-    assert _telling(rng.normal(size=(90, 4)), np.arange(90) < 2)[0] == .5 # too few to tell
+    assert abs(separability(rng.normal(size=(90, 4)), is_class)[0] - .5) < .2
+    assert separability(rng.normal(size=(90, 4)), np.arange(90) < 2)[0] == .5 # too few to tell
     few = np.arange(90) < 6
-    assert abs(_telling(few[:, None] + .01*rng.normal(size=(90, 1)), few)[0] - (.5 + .5*.065/np.sqrt(91/(12*6*84)))) < 1e-9 # told without error, but they are few
+    assert abs(separability(few[:, None] + .01*rng.normal(size=(90, 1)), few)[0] - (.5 + .5*.065/np.sqrt(91/(12*6*84)))) < 1e-9 # told without error, but they are few
 
 def test_the_same_piece_is_found_again_where_it_is():
     generator = torch.Generator().manual_seed(0)
@@ -80,16 +90,16 @@ def test_what_is_hidden_is_filled_from_around_it():
     images, hidden = torch.full((2, 3, 12, 16), 7.), torch.zeros(2, 1, 12, 16).bool()
     hidden[0, :, 3:9, 4:12] = True
     images[0, :, 3:9, 4:12] = 99.
-    assert torch.allclose(_filled(images, hidden), torch.full((2, 3, 12, 16), 7.)) # nothing of what was there is left
+    assert torch.allclose(fill_hidden(images, hidden), torch.full((2, 3, 12, 16), 7.)) # nothing of what was there is left
     ramp = torch.arange(16.).expand(1, 1, 12, 16).clone()
-    filled = _filled(ramp, hidden[:1])
+    filled = fill_hidden(ramp, hidden[:1])
     assert torch.equal(filled[~hidden[:1]], ramp[~hidden[:1]]) # what is seen stays
     assert (filled - ramp)[0, 0, 3:9, [4, 11]].abs().max() < 2.5 and filled[0, 0, 5, 4] < 6 and filled[0, 0, 5, 11] > 9 # nearer to what is nearer
-    assert (_filled(ramp, torch.ones(1, 1, 12, 16).bool()) == 0).all() # nothing to fill it from
+    assert (fill_hidden(ramp, torch.ones(1, 1, 12, 16).bool()) == 0).all() # nothing to fill it from
 
 def test_what_is_laid_over_whatever_is_there():
     stack = torch.rand(60, 3, 24, 24, generator=torch.Generator().manual_seed(9))*.1 + blotches(60, side=24)
-    natural = _middle(stack)[1].mean()
+    natural = median_and_spread(stack)[1].mean()
     sticker, where = torch.tensor([1., .8, 0.])[:, None, None].expand(3, 24, 24), torch.zeros(24, 24).bool()
     where[9:15, 8:14] = True
     where[11:13, 10:12] = False # has a hole
@@ -112,7 +122,7 @@ def known_by_maps(images, places, size, n_group):
     n, maps = len(images), torch.zeros(len(images), 8, 8)
     for i, (top, left) in places.items(): maps[i, min((top + size//2)*8//images.shape[-2], 7), min((left + size//2)*8//images.shape[-1], 7)] = 1.
     features = torch.rand(n, 4, generator=torch.Generator().manual_seed(2))
-    return _Known(images, torch.rand(n, 2), torch.zeros(n, 2).bool(), torch.zeros(n, 2).bool(), maps, features), torch.arange(n_group), torch.arange(n_group, n)
+    return Evidence(images, torch.rand(n, 2), torch.zeros(n, 2).bool(), torch.zeros(n, 2).bool(), maps, features), torch.arange(n_group), torch.arange(n_group, n)
 
 @pytest.mark.parametrize('opacity', [1., .7])
 def test_a_thin_thing_is_found_again_and_where(opacity):
@@ -124,8 +134,8 @@ def test_a_thin_thing_is_found_again_and_where(opacity):
         place = images[i, :, top:top+12, left:left+12]
         place[:, ring] = (1 - opacity)*place[:, ring] + opacity*torch.tensor([1., 0., 0.])[:, None]
     known, group, others = known_by_maps(images, places, 12, 36)
-    search, natural = _Search(images), _middle(images[:36])[1].mean()
-    found = _found_again(search, known, group, others, 1/5, natural)
+    search, natural = PieceSearch(images), median_and_spread(images[:36])[1].mean()
+    found = recurring_things(search, known, group, others, 1/5, natural)
     assert found
     for match in found:
         assert len(match.items) >= 33 and len(match.items) == len(match.corners)
@@ -144,7 +154,7 @@ def test_a_thing_is_suspect_and_its_place_is_said(where):
     for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = torch.tensor([1., 0., 0.])[:, None, None] # of one colour: told from the ground by its edges
     known, group, others = known_by_maps(images, places, 12, 36)
     known = known._replace(predicted=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1), labelled=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1))
-    things = [suspect for suspect in _suspects(known, {}, _Search(images), 0, group, 0) if suspect.kind == 'thing']
+    things = [suspect for suspect in find_candidates(known, {}, PieceSearch(images), 0, group, 0) if suspect.kind == 'thing']
     assert 1 <= len(things) <= 2 and {thing.where for thing in things} == {where}
     assert all(len(thing.carriers) >= 33 and thing.carriers.tolist() == thing.match.items and thing.asked == LIMITS['thing'] for thing in things)
     put = things[0].ways['piece'](torch.zeros(3, 3, 64, 64), None, None, torch.Generator().manual_seed(0))
@@ -154,12 +164,12 @@ def test_where_a_thing_is_in_words():
     assert [_where_in_words(corners, 1) for corners in ([(0, 0), (9, 9), (20, 30)], [(5, 0), (5, 9), (6, 30)], [(0, 3), (9, 4), (20, 3)], [(3, 3), (4, 3), (40, 40)])] == ['different places', 'one height', 'different heights', 'one place'] # of the last, one was found by mistake
 
 def test_of_evidence_the_strongest_counts_and_the_simplest_is_reported(monkeypatch):
-    tester, places = corner_reader(4.), _places(8, 8)
+    tester, places = corner_reader(4.), edge_places(8, 8)
     corner = suspect_corner(tester)
     everywhere = corner._replace(mask=torch.ones(8, 8).bool(), where='edges', n_places=5)
     thing = corner._replace(kind='thing', where='one place', mask=None)
     lows = {'top left corner': .1, 'edges': .4, 'one place': .2}
-    monkeypatch.setattr(shortcuts, '_suspects', lambda *args: [thing, everywhere, corner])
+    monkeypatch.setattr(shortcuts_candidates_room, 'find_candidates', lambda *args: [thing, everywhere, corner])
     monkeypatch.setattr(tester, 'test', lambda suspect: dict(suspect=suspect, way='mean', low=lows[suspect.where]))
     [found] = _findings(tester, {}, 0, corner.donors)
     assert found['suspect'].where == 'top left corner' and found['low'] == .1 and found['strongest'] == .4
@@ -168,33 +178,33 @@ def test_what_is_only_alike_is_not_found_again():
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(3)
     images, places = blotches(50), {i: tuple(int(v) for v in rng.integers(0, 53, 2)) for i in range(20)}
     known, group, others = known_by_maps(images, places, 12, 20)
-    natural = _middle(images[:20])[1].mean()
-    assert _found_again(_Search(images), known, group, others, 1/5, natural) == [] # nothing
+    natural = median_and_spread(images[:20])[1].mean()
+    assert recurring_things(PieceSearch(images), known, group, others, 1/5, natural) == [] # nothing
     object_ = torch.rand(3, 12, 12, generator=generator)
     for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = object_ + .12*torch.randn(3, 12, 12, generator=generator)
-    assert _most_common(_Search(images).small, known, group, others, 13, 0) # all have it
-    assert _found_again(_Search(images), known, group, others, 1/5, natural) == [] # but it is never the same
+    assert _most_common(PieceSearch(images).small, known, group, others, 13, 0) # all have it
+    assert recurring_things(PieceSearch(images), known, group, others, 1/5, natural) == [] # but it is never the same
 
 def test_pieces_that_lie_over_what_was_chosen_are_not_chosen_again():
     images = blotches(40, seed=7)
     places = {i: (8 + i % 3, 40) for i in range(20)}
     for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(8))
     known, group, others = known_by_maps(images, places, 12, 20)
-    chosen = _most_common(_Search(images).small, known, group, others, 8, 0)
+    chosen = _most_common(PieceSearch(images).small, known, group, others, 8, 0)
     best = chosen[0]
     offset = lambda one: (one[1] - places[one[0]][0], one[2] - places[one[0]][1])
     assert all(max(abs(a - b) for a, b in zip(offset(one), offset(best))) > 8 for one in chosen[1:])
 
 def test_a_thing_covers_what_of_it_is_in_the_picture():
     same = torch.tensor([[True, False], [True, True]])
-    covers = _covers(same, [(0, 1), (-1, 3), (5, 0), (-3, 2)], (4, 4))
+    covers = thing_masks(same, [(0, 1), (-1, 3), (5, 0), (-3, 2)], (4, 4))
     assert covers.shape == (4, 1, 4, 4) and covers[0, 0].nonzero().tolist() == [[0, 1], [1, 1], [1, 2]]
     assert covers[1, 0].nonzero().tolist() == [[0, 3]] and not covers[2:].any()
 
 def test_ways_to_put_something_elsewhere():
     images, donors, rest = torch.zeros(2, 3, 8, 8), torch.ones(5, 3, 8, 8), torch.zeros(4, 3, 8, 8)
-    mask = _places(8, 8)['top left corner']
-    for way in _of_a_place(mask).values():
+    mask = edge_places(8, 8)['top left corner']
+    for way in place_edits(mask).values():
         found = way(images, donors, rest, torch.Generator().manual_seed(0))
         assert (found[:, :, mask] == 1).all() and (found[:, :, ~mask] == 0).all()
     added = _same_pixels(images, donors, rest, None)
@@ -203,30 +213,30 @@ def test_ways_to_put_something_elsewhere():
     speck[:, :, 2, 50] = 1.
     fine, blob = (_same_details(torch.zeros(2, 3, 96, 96), some, torch.zeros(4, 3, 96, 96), None) for some in (speck, torch.ones(5, 3, 96, 96)))
     assert (fine[:, :, 2, 50] > .95).all() and fine[:, :, 20:].abs().max() < 1e-6 and blob[:, :, :8, :8].abs().max() < .1
-    stuck = _stuck_on(torch.full((3, 2, 2), 5.), torch.tensor([[True, True], [False, True]]))(images, None, None, torch.Generator().manual_seed(0))
+    stuck = stick_on(torch.full((3, 2, 2), 5.), torch.tensor([[True, True], [False, True]]))(images, None, None, torch.Generator().manual_seed(0))
     assert (stuck == 5).sum(dim=(1, 2, 3)).tolist() == [9, 9] and (images == 0).all() # three of its pixels, on a copy
 
 def test_colours_are_moved_to_those_of_the_donors():
     generator = torch.Generator().manual_seed(0)
     rest, images = torch.rand(6, 3, 8, 8, generator=generator), torch.rand(6, 3, 8, 8, generator=generator)
     donors = rest*.5 + torch.tensor([.4, .2, 0.])[:, None, None]
-    moved = _same_colours(images, donors, rest, None)
+    moved = match_colours(images, donors, rest, None)
     assert torch.allclose(moved.std((2, 3)), images.std((2, 3))*.5, atol=1e-6)
     expected = images.mean((2, 3)) + (donors.mean((0, 2, 3)) - rest.mean((0, 2, 3)))
     assert torch.allclose(moved.mean((2, 3)), expected, atol=1e-6)
 
 def test_tiles_and_the_middle():
     corner = torch.arange(4.).view(1, 2, 2)
-    assert _tiled(corner, 4, 5)[0].tolist() == [[0, 1, 1, 0, 0], [2, 3, 3, 2, 2], [2, 3, 3, 2, 2], [0, 1, 1, 0, 0]]
+    assert tile_corner(corner, 4, 5)[0].tolist() == [[0, 1, 1, 0, 0], [2, 3, 3, 2, 2], [2, 3, 3, 2, 2], [0, 1, 1, 0, 0]]
     middle = _keeps_the_middle(21, 21)
     assert middle[10, 10] == 1 and middle[0, 0] == 0 and middle[0, 20] == 0
-    assert [tuple(c.shape) for c in _corners(torch.zeros(2, 3, 16, 24))] == [(2, 3, 4, 6)]*4
+    assert [tuple(c.shape) for c in corner_crops(torch.zeros(2, 3, 16, 24))] == [(2, 3, 4, 6)]*4
 
 def test_few_pictures_prove_less():
     is_class = np.arange(288) % 6 == 0
-    assert _area(is_class, is_class + 0.) == 1 and abs(_area(is_class, -(is_class + 0.))) < 1e-9 and _area(is_class, np.ones(288)) == .5 # 48 of 288: chance is .046, less than .065
+    assert shrunken_auc(is_class, is_class + 0.) == 1 and abs(shrunken_auc(is_class, -(is_class + 0.))) < 1e-9 and shrunken_auc(is_class, np.ones(288)) == .5 # 48 of 288: chance is .046, less than .065
     few = np.arange(40) < 6
-    assert abs(_area(few, few + 0.) - (.5 + .5*.065/np.sqrt(41/(12*6*34)))) < 1e-9
+    assert abs(shrunken_auc(few, few + 0.) - (.5 + .5*.065/np.sqrt(41/(12*6*34)))) < 1e-9
 
 def test_corners_without_the_object_come_first():
     images = torch.zeros(2, 1, 16, 16)
@@ -245,7 +255,7 @@ def test_what_the_model_says_to_the_surroundings_alone():
         p = some.mean((1, 2, 3))/2 + .25 # a corner of .5 gives 1/2, of .25 gives 3/8, of nothing 1/4
         return torch.stack([p, 1 - p], 1)
     odds = lambda p: np.log(p/(1 - p))
-    found = _surroundings_alone(images, maps, predict)
+    found = surroundings_log_odds(images, maps, predict)
     assert np.allclose(found[:, 0], [(odds(.5) + odds(.25))/2, (odds(.375) + odds(.25))/2], atol=1e-5) and torch.allclose(found[:, 0], -found[:, 1], atol=1e-5)
 
 def known_by_surroundings(share, n=60):
@@ -254,7 +264,7 @@ def known_by_surroundings(share, n=60):
     alone = torch.as_tensor(rng.normal(size=(n, 2))).float()
     alone[:round(share*n/2), 0] += 6
     one_hot = torch.stack([mine, ~mine], 1)
-    return _Known(torch.zeros(n, 1, 8, 8), one_hot.float(), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3), alone)
+    return Evidence(torch.zeros(n, 1, 8, 8), one_hot.float(), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3), alone)
 
 def test_surroundings_are_suspect_where_the_model_says_the_class_to_them():
     group, others = torch.arange(30), torch.arange(30, 60)
@@ -266,7 +276,7 @@ def test_surroundings_are_suspect_where_the_model_says_the_class_to_them():
     assert _said_by_surroundings(known_by_surroundings(0.), 0, group, others) == [] == _said_by_surroundings(known_by_surroundings(.7)._replace(alone=None), 0, group, others)
 
 def test_places_that_tell_are_tried_together_too():
-    places, group, p = _places(12, 12), torch.arange(4), np.array([.9, .8, .6, .1, 0, 0])
+    places, group, p = edge_places(12, 12), torch.arange(4), np.array([.9, .8, .6, .1, 0, 0])
     [both] = _places_together(0, group, {'left edge': (.8, p), 'right edge': (.9, p[[0, 1, 3, 3, 4, 5]])}, places)
     assert torch.equal(both.mask, places['left edge'] | places['right edge']) and both.where == 'left edge and right edge' and both.n_places == 2
     assert both.carriers.tolist() == [0, 1] and both.asked == _asked(.9)
@@ -286,12 +296,12 @@ def corner_reader(slope, n=24):
         p = (slope*some[:, 0, :2, :2].mean((1, 2)) + 4*some[:, 0, 4, 4] - 2).sigmoid()
         return torch.stack([p, 1 - p], 1)
     one_hot = torch.stack([mine, ~mine], 1)
-    return _Tester(_Known(images, predict(images), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3)), predict, 0)
+    return EditTester(Evidence(images, predict(images), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3)), predict, 0)
 
 def suspect_corner(tester, asked=.1):
-    mask = _places(8, 8)['top left corner']
+    mask = edge_places(8, 8)['top left corner']
     mine = tester.known.predicted[:, 0].nonzero()[:, 0]
-    return _Suspect(0, 'place', 'top left corner', mine, mine, _of_a_place(mask), asked, mask)
+    return Candidate(0, 'place', 'top left corner', mine, mine, place_edits(mask), asked, mask)
 
 def test_effects_are_shares_of_the_way():
     tester = corner_reader(4.)
@@ -313,15 +323,15 @@ def test_what_is_lost_is_measured_against_others_of_the_class():
     def predict(some):
         p = (4*some[:, 0, :2, :2].mean((1, 2)) - 8*(some[:, 0, 3, 3] == 0).float() + 4*some[:, 0, 4, 4] - 2).sigmoid()
         return torch.stack([p, 1 - p], 1)
-    tester = _Tester(_Known(images, predict(images), *tester.known[2:]), predict, 0)
-    whole = _places(8, 8)['top left corner'] | (torch.arange(64).view(8, 8) == 27) # and the place (3, 3)
+    tester = EditTester(Evidence(images, predict(images), *tester.known[2:]), predict, 0)
+    whole = edge_places(8, 8)['top left corner'] | (torch.arange(64).view(8, 8) == 27) # and the place (3, 3)
     suspect = suspect_corner(tester)
-    assert abs(tester.without(suspect._replace(ways=_of_a_place(whole), mask=whole), 'mean')[0] - 12/tester.way_to_go(0)) < 1e-4
+    assert abs(tester.without(suspect._replace(ways=place_edits(whole), mask=whole), 'mean')[0] - 12/tester.way_to_go(0)) < 1e-4
     assert abs(tester.without(suspect, 'mean')[0] - 4/tester.way_to_go(0)) < 1e-4
     speckled = images + torch.rand(images.shape, generator=torch.Generator().manual_seed(0))*(torch.arange(8) > 5)
-    unread = _Tester(_Known(speckled, predict(speckled), *tester.known[2:]), predict, 0)
-    right = _places(8, 8)['right edge']
-    assert unread.without(suspect._replace(ways=_of_a_place(right), mask=right), 'mean') == (0., 0., 0.) # the model does not look there
+    unread = EditTester(Evidence(speckled, predict(speckled), *tester.known[2:]), predict, 0)
+    right = edge_places(8, 8)['right edge']
+    assert unread.without(suspect._replace(ways=place_edits(right), mask=right), 'mean') == (0., 0., 0.) # the model does not look there
 
 def test_damage_is_no_loss():
     codes, mine = torch.linspace(0, 1, 24), torch.arange(24) < 12
@@ -332,7 +342,7 @@ def test_damage_is_no_loss():
         p = (4*some[:, 0, 5, 5] - 2 - 8*(some[:, 0, 0, 0] != some[:, 0, 4, 4]).float()).sigmoid() # everything falls apart where the corner is not the picture's own
         return torch.stack([p, 1 - p], 1)
     one_hot = torch.stack([mine, ~mine], 1)
-    tester = _Tester(_Known(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
+    tester = EditTester(Evidence(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
     lost, low, high = tester.without(suspect_corner(tester), 'mean')
     assert abs(lost) < .4 # of a way of 4; 8 are lost by the damage. Some get their own corner back by chance
 
@@ -345,14 +355,14 @@ def reader_of_a_thing():
         p = (2*(some[:, 0] == 1).float().sum((1, 2)) - 4).sigmoid() # from -4 to 4
         return torch.stack([p, 1 - p], 1)
     one_hot, items = torch.stack([mine, ~mine], 1), list(range(12))
-    tester = _Tester(_Known(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
-    match = _Match(torch.ones(1, 2, 2), torch.ones(2, 2).bool(), torch.zeros(1, 2, 2), items, corners)
-    return tester, _Suspect(0, 'thing', 'different places', torch.tensor(items), torch.tensor(items), dict(piece=_stuck_on(match.crop, match.same)), .1, match=match)
+    tester = EditTester(Evidence(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
+    match = Match(torch.ones(1, 2, 2), torch.ones(2, 2).bool(), torch.zeros(1, 2, 2), items, corners)
+    return tester, Candidate(0, 'thing', 'different places', torch.tensor(items), torch.tensor(items), dict(piece=stick_on(match.crop, match.same)), .1, match=match)
 
 def test_a_thing_is_painted_over_and_as_much_elsewhere(monkeypatch):
     tester, suspect = reader_of_a_thing()
     here = suspect.match.corners
-    monkeypatch.setattr(shortcuts, '_anywhere', lambda images, size, generator: [(12, 12)]*6 + here[6:]) # half of them miss it, the others are painted over twice in the same place
+    monkeypatch.setattr(shortcuts_matching_room, 'random_corners', lambda images, size, generator: [(12, 12)]*6 + here[6:]) # half of them miss it, the others are painted over twice in the same place
     lost, low, high = tester.without(suspect, 'piece')
     assert abs(lost - .5) < 1e-5 and low < .5 < high # the whole way of the first half, nothing of the second
 
@@ -361,7 +371,7 @@ def test_a_thing_put_into_others(monkeypatch):
     found = tester.test(suspect)
     assert abs(found['effect'] - 1) < 1e-5 and abs(found['after'] - 1/(1 + np.exp(-4))) < 1e-6
     beyond = suspect._replace(match=suspect.match._replace(corners=[(-1, 15), *suspect.match.corners[1:]]))
-    shortcut = _as_shortcut(tester, {**found, 'suspect': beyond}, 'ones', list)
+    shortcut = as_shortcut(tester, {**found, 'suspect': beyond}, 'ones', list)
     assert shortcut.boxes[0] == (15, 0, 16, 1) and shortcut.boxes[1] == (3, 3, 5, 5) # left, top, right, bottom; what of it is in the picture
     assert repr(shortcut).startswith('ones: one and the same small thing at different places, in 12 of 12 pictures')
     before, after = shortcut.pictures
@@ -463,7 +473,7 @@ def test_the_learner_is_left_as_it_was(planted, monkeypatch):
         before = state()
         planted.find_shortcuts(n=60)
         assert state() == before
-        monkeypatch.setattr(shortcuts, '_suspects', interrupt)
+        monkeypatch.setattr(shortcuts_candidates_room, 'find_candidates', interrupt)
         with pytest.raises(KeyboardInterrupt): planted.find_shortcuts(n=60)
         assert state() == before
 
@@ -489,6 +499,6 @@ def test_a_handful_of_pictures_is_too_few(planted, picked, min_items):
     assert len(nothing.table)==0 and nothing.plot().axes[0].texts[0].get_text()==repr(nothing)
 
 def test_of_many_classes_the_largest_are_said():
-    nothing = shortcuts.Shortcuts([], {}, counts={f'c{i}': i for i in range(100)}, min_items=200)
+    nothing = shortcuts_report_room.Shortcuts([], {}, counts={f'c{i}': i for i in range(100)}, min_items=200)
     assert 'c99 99, c98 98, c97 97, c96 96, c95 95, and 95 classes of fewer.' in repr(nothing)
-    assert repr(shortcuts.Shortcuts([], {}))=='Nothing could be looked for: no class has enough pictures. Look over a larger set, or lower min_items (to 6 at least).'
+    assert repr(shortcuts_report_room.Shortcuts([], {}))=='Nothing could be looked for: no class has enough pictures. Look over a larger set, or lower min_items (to 6 at least).'

@@ -23,9 +23,11 @@ from fastai.text.data import SortedDL
 from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, FuncSplitter, ImageBlock, ImageDataLoaders, IntToFloatTensor, ItemGetter, Learner, MaskBlock,
                                Normalize, PILImage, ProgressCallback, Resize, TensorImage, TfmdDL, Transform, TransformBlock, get_image_files, imagenet_stats, parent_label, set_seed)
 
-from fastai_cam import source
+import fastai_cam.source.passes as source_passes_room
 from fastai_cam.all import CAMInterpretation
-from fastai_cam.source import as_source, decode_images, dl_source
+from fastai_cam.source.items import as_source
+from fastai_cam.source.passes import decode_images
+from fastai_cam.source.loaders import dl_source
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in imagenet_stats)
 
@@ -91,7 +93,7 @@ RANDOM = {**{name: dict(item_tfms=crop_by(draw)) for name, draw in DRAWS.items()
 @pytest.mark.parametrize('kept', [2**26, 0, 5*3*64*64*4 + 40], ids=['kept', 'read again', 'first batch kept'])
 @pytest.mark.parametrize('kind', RANDOM)
 def test_the_picture_shown_is_the_one_that_went_in(pictures, monkeypatch, kind, kept):
-    monkeypatch.setattr(source, '_kept_bytes', kept)
+    monkeypatch.setattr(source_passes_room, '_kept_bytes', kept)
     learn = learner(loaders(pictures, **RANDOM[kind]))
     cams, x = inputs_of(learn, lambda: learn.get_cams(learn.dls.valid))
     assert len(x)==12 and all(same_pictures(cams, x))
@@ -101,7 +103,7 @@ def test_the_picture_shown_is_the_one_that_went_in(pictures, monkeypatch, kind, 
 
 @pytest.mark.parametrize('kept', [2**26, 0])
 def test_a_file_that_changed_since(pictures, tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(source, '_kept_bytes', kept)
+    monkeypatch.setattr(source_passes_room, '_kept_bytes', kept)
     for i, file in enumerate(sorted(pictures.glob('*/*.png'))[:6]): (tmp_path/f'{i}.png').write_bytes(file.read_bytes())
     learn = learner(loaders(pictures))
     cams, x = inputs_of(learn, lambda: learn.get_cams([tmp_path/f'{i}.png' for i in range(6)]))
@@ -120,7 +122,7 @@ def test_worker_processes_that_draw_show_what_went_in_or_say_so(pictures, monkey
     several = dls.valid.new(num_workers=1)
     cams, x = inputs_of(learn, lambda: learn.get_cams(several))
     assert all(same_pictures(cams, x))
-    monkeypatch.setattr(source, '_kept_bytes', 0)
+    monkeypatch.setattr(source_passes_room, '_kept_bytes', 0)
     cams, x = inputs_of(learn, lambda: learn.get_cams(several))
     with pytest.raises(ValueError, match='transforms draw at random in a way that cannot be repeated'): cams.images[7]
 
@@ -154,7 +156,7 @@ def test_every_pass_has_its_own_pictures(pictures):
 def test_memory_of_what_is_kept_is_bounded(dls, monkeypatch):
     size = 5*(3*64*64*4 + 8)
     for room, kept in ((3*size, [True, True, True]), (2*size, [True, True, False]), (size, [True, False, False]), (0, [False, False, False])):
-        monkeypatch.setattr(source, '_kept_bytes', room)
+        monkeypatch.setattr(source_passes_room, '_kept_bytes', room)
         chosen = dl_source(learner(dls), dls.valid)
         list(chosen.dl)
         assert [batch is not None for batch, *_ in chosen.dl.seen.batches]==kept
@@ -351,7 +353,7 @@ def test_streams_and_unlabelled_loaders_of_torch():
 
 @pytest.mark.parametrize('kept', [2**26, 0])
 def test_a_data_set_of_torch_that_draws(monkeypatch, kept):
-    monkeypatch.setattr(source, '_kept_bytes', kept)
+    monkeypatch.setattr(source_passes_room, '_kept_bytes', kept)
     learn = learner(DataLoaders(TorchLoader(Reads(noise=True), 5), TorchLoader(Reads(noise=True), 5)), loss_func=nn.CrossEntropyLoss())
     cams, x = inputs_of(learn, lambda: learn.get_cams(learn.dls.valid))
     assert all(torch.equal(torch.as_tensor(cams.images[i]), x[i]) for i in (11, 3, 0, 7))
@@ -695,7 +697,7 @@ def test_loaders_whose_data_set_holds_batches_or_nothing(learn):
 @pytest.mark.parametrize('kind', ['torch', 'python'])
 def test_looking_at_pictures_leaves_no_trace(pictures, monkeypatch, kind):
     "Also where a picture turns out to be another one: random states and the learner are as they were"
-    monkeypatch.setattr(source, '_kept_bytes', 0)
+    monkeypatch.setattr(source_passes_room, '_kept_bytes', 0)
     dls = loaders(pictures, item_tfms=crop_by(DRAWS[kind]))
     learn = learner(dls)
     cams, x = inputs_of(learn, lambda: learn.get_cams(dls.valid.new(num_workers=1)))

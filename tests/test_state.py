@@ -330,11 +330,11 @@ def test_a_learner_of_its_own_class_keeps_what_its_methods_change(dls):
 
 
 def test_what_is_big_and_of_no_concern_is_not_copied(dls):
-    from fastai_cam.state import learner_as_found
+    from fastai_cam.state import preserve_state
     learn = make(dls)
     with learn.no_logging(): learn.fit(1)
     learn.kept = dict(model=learn.model, dls=learn.dls, opt=learn.opt, loss=learn.loss_func, recorder=learn.recorder)
-    with learner_as_found(learn) as twin:
+    with preserve_state(learn) as twin:
         assert all(twin.kept[name] is value for name, value in learn.kept.items()) and twin.kept is not learn.kept
         assert twin.recorder is learn.recorder and twin.model is learn.model and twin.opt is learn.opt and twin.dls is learn.dls
 

@@ -14,8 +14,10 @@ from torch import nn
 from fastai.vision.all import CategoryBlock, CategoryMap, ColReader, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, L, Learner, TfmdDL
 
 from fastai_cam.interpret import CAMInterpretation
-from fastai_cam.probe import Capture, Probe
-from fastai_cam.targets import Actual, AllClasses, ClassIndex, Output, Predicted, Region, Score, Several, Similarity, Target, Versus, WhyNot, as_target
+from fastai_cam.probe.capture import Capture
+from fastai_cam.probe.watch import Probe
+from fastai_cam.targets.kinds import Actual, AllClasses, ClassIndex, Predicted, Score, Several, Similarity, Target
+from fastai_cam.targets.lookup import as_target, Output, Region, Versus, WhyNot
 from fastai_cam.tasks import MultiLabel, SingleLabel, Values
 
 

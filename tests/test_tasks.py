@@ -11,10 +11,11 @@ from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam.learner import task_of
-from fastai_cam.maps import to_pixels
-from fastai_cam.probe import Probe
-from fastai_cam.targets import ClassIndex, Output, Predicted, Region, Several, Similarity, Versus, WhyNot
-from fastai_cam.tasks import NOT_ASKED, BinaryLabel, MultiLabel, NoAnswer, Points, SingleLabel, Task, Values
+from fastai_cam.maps.pixels import to_pixels
+from fastai_cam.probe.watch import Probe
+from fastai_cam.targets.kinds import ClassIndex, Predicted, Several, Similarity
+from fastai_cam.targets.lookup import Output, Region, Versus, WhyNot
+from fastai_cam.tasks import BinaryLabel, MultiLabel, NoAnswer, NOT_ASKED, Points, SingleLabel, Task, Values
 
 
 def square_of(i):

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from fastai_cam.methods import METHODS
-from fastai_cam.probe import Probe, Survey
+from fastai_cam.methods.registry import METHODS
+from fastai_cam.probe.watch import Probe
+from fastai_cam.probe.scan import LayerScan
 
 
 class Block(nn.Module):
@@ -58,7 +59,7 @@ ROLLED = [*CASES, dict(n_extra=0, pool='attention'), dict(n_extra=1, pool='atten
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_the_layer_is_the_last_whose_places_are_read(case, fused):
     model = vit(**case, fused=fused)
-    last = Survey(model, [images()], {}).last
+    last = LayerScan(model, [images()], {}).last
     assert last.name==('blocks.2.norm1' if case.get('pool') is None else 'norm')
     assert (last.layout.kind, last.layout.grid, last.layout.n_extra)==('tokens', (3, 5), case['n_extra'])
 
@@ -173,10 +174,10 @@ def test_the_tail_keeps_the_extra_tokens(case, layer):
     model, x = vit(**case), images(3)
     with Probe(model, layer) as p:
         cap = p(x)
-        assert torch.allclose(cap.tail(cap.acts[0]), cap.out.detach(), atol=1e-12)
+        assert torch.allclose(cap.run_from(cap.acts[0]), cap.out.detach(), atol=1e-12)
         items = torch.tensor([2, 0, 2])
         changed = cap.acts[0][items]*torch.tensor([0., 2., -1.], dtype=torch.double)[:, None, None, None]
-        found = cap.tail(changed, items=items)
+        found = cap.run_from(changed, items=items)
     expected = []
     for row in range(3): # the whole model, with one item's tokens replaced
         hook = model.get_submodule(layer).register_forward_hook(lambda module, inputs, out, row=row: torch.cat([out[:, :case['n_extra']], changed[row:row+1].flatten(2).mT], 1))

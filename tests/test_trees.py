@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 from fastcore.foundation import L
 
-from fastai_cam.compare import CAMTrust
+from fastai_cam.trust.verdict import CAMTrust
 from fastai_cam.interpret import CAMInterpretation
-from fastai_cam.methods import as_method
-from fastai_cam.probe import Probe, _each_tensor, _tensors
-from fastai_cam.targets import Output, Versus, as_target
+from fastai_cam.methods.registry import as_method
+from fastai_cam.probe.watch import Probe
+from fastai_cam.core import map_tensors, tensors_in
+from fastai_cam.targets.lookup import as_target, Output, Versus
 
 
 class Attributes(OrderedDict):
@@ -91,54 +92,54 @@ def test_a_copy_is_of_the_same_type_and_the_original_stays(kind):
     f, z = torch.tensor([1., 2.]), torch.tensor([3.])
     out = KINDS[kind](f, z)
     made, Plain.n_made = Plain.n_made, 0
-    new = _each_tensor(plus_one, [out, None, 'a', 3])
+    new = map_tensors(plus_one, [out, None, 'a', 3])
     assert Plain.n_made==0 and type(new[0]) is type(out) and new[0] is not out and new[1:]==[None, 'a', 3]
     assert part(new[0], 'emb').tolist()==[2, 3] and part(new[0], 'logits').tolist()==[4]
     assert part(out, 'emb') is f and part(out, 'logits') is z
-    assert [id(t) for t in _tensors(out)]==[id(f), id(z)]
+    assert [id(t) for t in tensors_in(out)]==[id(f), id(z)]
 
 
 def test_items_that_are_attributes_too_stay_one_thing():
     for kind in (Bunch, Found):
-        new = _each_tensor(plus_one, kind(emb=torch.ones(2), logits=torch.zeros(1)))
+        new = map_tensors(plus_one, kind(emb=torch.ones(2), logits=torch.zeros(1)))
         assert new.emb is new['emb'] and new.emb.tolist()==[2, 2] and list(new)==['emb', 'logits']
-    assert _each_tensor(plus_one, Found(logits=torch.ones(1))).loss is None
+    assert map_tensors(plus_one, Found(logits=torch.ones(1))).loss is None
 
 
 def test_shared_and_circular_references():
     shared = torch.ones(1)
     ring = Plain(shared, [shared])
     ring.me, ring.pair = ring, (ring, 5)
-    new = _each_tensor(plus_one, ring)
+    new = map_tensors(plus_one, ring)
     assert new.me is new and new.pair[0] is new and new.pair[1]==5 and new.logits[0] is new.emb and new.of is ring.of
-    assert ring.emb is shared and len(_tensors(ring))==1 and len(_tensors([shared, shared]))==2
+    assert ring.emb is shared and len(tensors_in(ring))==1 and len(tensors_in([shared, shared]))==2
 
 
 def test_a_namespace_that_refers_to_itself():
     ring = SimpleNamespace(emb=torch.ones(1))
     ring.me, ring.rest = ring, [ring, 5]
-    new = _each_tensor(plus_one, ring)
+    new = map_tensors(plus_one, ring)
     assert new.me is new and new.rest[0] is new and new.rest[1]==5 and new.emb==2 and ring.emb==1 and ring.me is ring
 
 
 def test_what_is_special_about_a_container_stays():
     lists = defaultdict(list, a=torch.ones(1))
-    new = _each_tensor(plus_one, lists)
+    new = map_tensors(plus_one, lists)
     assert new['a']==2 and new['b']==[] and 'b' not in lists
-    assert _each_tensor(plus_one, deque([torch.ones(1)], maxlen=2)).maxlen==2
-    most = _each_tensor(plus_one, torch.max(torch.zeros(2, 3), 1))
+    assert map_tensors(plus_one, deque([torch.ones(1)], maxlen=2)).maxlen==2
+    most = map_tensors(plus_one, torch.max(torch.zeros(2, 3), 1))
     assert type(most) is torch.return_types.max and most.values.tolist()==[1, 1]
     packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
-    assert type(_each_tensor(plus_one, packed)) is type(packed) and _each_tensor(plus_one, packed).data.sum()==8
-    assert type(_each_tensor(plus_one, L(torch.ones(1), 2))) is L
-    assert _each_tensor(plus_one, torch.distributions.Normal(torch.zeros(2), torch.ones(2))).mean.tolist()==[1, 1]
+    assert type(map_tensors(plus_one, packed)) is type(packed) and map_tensors(plus_one, packed).data.sum()==8
+    assert type(map_tensors(plus_one, L(torch.ones(1), 2))) is L
+    assert map_tensors(plus_one, torch.distributions.Normal(torch.zeros(2), torch.ones(2))).mean.tolist()==[1, 1]
 
 
 class Colour(enum.Enum): RED = 1
 
 def test_what_holds_no_tensor_is_handed_on_as_it_is():
     for thing in (nn.Linear(2, 2), Plain, Colour.RED, lambda x: x, torch, object(), {1, 2}, dict(a=1), [1, [2]], (1,), range(3), torch.Size([2])):
-        assert _each_tensor(plus_one, thing) is thing and not _tensors(thing)
+        assert map_tensors(plus_one, thing) is thing and not tensors_in(thing)
 
 
 # --- models whose outputs, inner outputs and inputs are such things: the maps are those of the same model with plain tensors

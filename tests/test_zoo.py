@@ -4,8 +4,9 @@ import timm
 import torch
 import torchvision.models
 
-from fastai_cam.layout import Layout
-from fastai_cam.probe import Probe, Survey
+from fastai_cam.probe.layout import Layout
+from fastai_cam.probe.watch import Probe
+from fastai_cam.probe.scan import LayerScan
 from zoo.zoo import check, pictures, small_dls, torchvision_family, torchvision_names
 
 SMALL, EVEN = (96, 128), (128, 160)
@@ -161,7 +162,7 @@ def test_a_layer_that_is_named(build, size, layer, layout):
 
 
 def test_every_stage_of_a_swin():
-    with Probe(small_swin(), 'every stage') as probe: cap = probe(pictures(1, (128, 192)))
+    with Probe(small_swin(), 'stages') as probe: cap = probe(pictures(1, (128, 192)))
     assert [str(layout) for layout in cap.layouts]==['channels last, 32 × 48', 'channels last, 16 × 24', 'channels last, 8 × 12', 'channels last, 4 × 6']
 
 
@@ -192,5 +193,5 @@ def test_heads_of_an_attention_are_no_places(layer, heads, width):
     build = lambda: small_vit(embed_dim=width, num_heads=heads, qk_norm=True)
     with Probe(build(), layer) as probe:
         with pytest.raises(ValueError, match='is not spatial'): probe(pictures(1, SMALL))
-    assert not [seen.name for seen in Survey(build(), (pictures(1, SMALL),), {}).spatial if '_norm' in seen.name]
+    assert not [seen.name for seen in LayerScan(build(), (pictures(1, SMALL),), {}).spatial if '_norm' in seen.name]
     is_right(check('vit', build, SMALL), SMALL)

@@ -2,7 +2,7 @@
 
 Every case runs its ways in turns in one process, on the same model, inputs and layer, after checking that they give the same maps.
 Ratios are taken round by round; the table gives their median, minimum and maximum. Peak memory is taken in a process for each way.
-Named cases only: `python tests/bench/bench.py scorecam eigencam`. The table of each case that ran is written into nbs/benchmarks.ipynb."""
+Named cases only: `python tests/bench/bench.py scorecam eigencam`. The table of each case that ran is written into nbs/stories/benchmarks.ipynb."""
 import inspect
 import json
 import os
@@ -23,11 +23,15 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 import fastai_cam.learner # adds get_cams to Learner
-from fastai_cam.maps import normalize, upsample
-from fastai_cam.methods import METHODS, ablationcam, as_method, eigencam, fullgrad, gradcam, scorecam, tta
-from fastai_cam.metrics import Rescore, baseline_images, curve_area, insertion_deletion, road
-from fastai_cam.probe import Probe, as_found
-from fastai_cam.targets import AllClasses, ClassIndex, Predicted
+from fastai_cam.maps.pixels import normalize, upsample
+from fastai_cam.methods.registry import as_method, METHODS
+from fastai_cam.methods.catalogue import ablationcam, eigencam, fullgrad, gradcam, scorecam, tta
+from fastai_cam.trust.rescore import baseline_images, Rescorer
+from fastai_cam.trust.metrics import curve_area, insertion_deletion
+from fastai_cam.trust.impute import road
+from fastai_cam.probe.watch import Probe
+from fastai_cam.probe.guard import eval_mode
+from fastai_cam.targets.kinds import AllClasses, ClassIndex, Predicted
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = []
@@ -69,7 +73,7 @@ def ratios(times, way, base): return [a/b for a, b in zip(times[way], times[base
 # -- ours, and theirs
 
 def plain(model, x):
-    with as_found(model), torch.no_grad(): return model(x)
+    with eval_mode(model), torch.no_grad(): return model(x)
 
 def ours(model, x, method=gradcam, layer=None, target=None, **options):
     "Maps of `method`, scaled to 0–1 and enlarged to the images, as the others return them"
@@ -231,7 +235,7 @@ def case_scorecam():
 
 def case_scorecam_photo():
     "Score-CAM, exact, on a photograph with real weights: channels that light nothing need no pass"
-    from fastai_cam.demo import imagenet_learner
+    from fastai_cam.examples.imagenet import imagenet_learner
     learn = imagenet_learner(bs=1)
     model, x = learn.model.eval(), learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     kept = {}
@@ -247,13 +251,13 @@ def case_scorecam_limit():
     model, x = body_head(resnet18), images(8)
     with Probe(model, grad=False) as p: cap = p(x)
     cap.prepare(1000)
-    with FlopCounterMode(display=False) as counter: cap.outputs(x)
+    with FlopCounterMode(display=False) as counter: cap.run(x)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(5): cap.outputs(x)
+        for _ in range(5): cap.run(x)
     events = recorded.key_averages()
     convolving, everything = sum(e.self_cpu_time_total for e in events if 'convolution' in e.key), sum(e.self_cpu_time_total for e in events)
     side = torch.randn(2048, 2048)
-    times = in_turns({'product': lambda: side @ side, 'batch': lambda: cap.outputs(x)}, 9)
+    times = in_turns({'product': lambda: side @ side, 'batch': lambda: cap.run(x)}, 9)
     reached, possible = counter.get_total_flops()/median(times['batch'])/1e9, 2*2048**3/median(times['product'])/1e9
     ROWS.append(('share of the time that is spent in convolutions', 'fastai_cam', '', f'**{convolving/everything:.0%}**', '', '', ''))
     ROWS.append(('floating point operations a second, of what a matrix product reaches', 'fastai_cam', '', f'**{reached/possible:.0%}**', f'{reached:,.0f} of {possible:,.0f} GFLOP/s', '', ''))
@@ -262,7 +266,7 @@ def case_scorecam_limit():
 
 def case_pruned():
     "Score-CAM of the most active channels beside the exact one, on photographs with real weights"
-    from fastai_cam.demo import imagenet_learner
+    from fastai_cam.examples.imagenet import imagenet_learner
     learn = imagenet_learner(bs=10)
     x = torch.cat([batch[0] for batch in learn.dls.valid]).as_subclass(torch.Tensor)
     whole, part = ([ours_raw(learn.model, x[i:i+1], scorecam, target=Predicted(), top=top) for i in range(len(x))] for top in (None, 64))
@@ -298,12 +302,12 @@ def case_insertion_deletion():
     def mine(dtype=None):
         with Probe(model, grad=False) as p:
             cap = p(x)
-            return insertion_deletion(maps, x, Rescore(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1), n_images=16*2*steps, dtype=dtype), steps)
+            return insertion_deletion(maps, x, Rescorer(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1), n_images=16*2*steps, dtype=dtype), steps)
     def passes():
         with Probe(model, grad=False) as p:
             cap = p(x)
             cap.prepare(16*2*steps)
-            for _ in range(4*steps): cap.outputs(x[:8])
+            for _ in range(4*steps): cap.run(x[:8])
     def both(curves, **kwargs): return lambda: (curves(model, blurred, x, maps, steps, **kwargs), curves(model, x, black, maps, steps, **kwargs))
     peers = {'a loop by hand': both(by_hand)}
     if find_spec('quantus'): peers.update({'Quantus': both(quantus_curves), 'Quantus, 8 images at a time,': both(quantus_curves, bs=8)})
@@ -327,7 +331,7 @@ def case_road():
     def mine():
         with Probe(model, grad=False) as p:
             cap = p(x)
-            return road(maps, x, Rescore(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1)))
+            return road(maps, x, Rescorer(cap, cap.score(ClassIndex(3)), partial(torch.softmax, dim=1)))
     def theirs(): return ROADCombined(percentiles=[20, 40, 60, 80])(x, large, [ClassifierOutputSoftmaxTarget(3)]*16, model)
     torch.manual_seed(0)
     same = f'{float(np.corrcoef(mine(), theirs())[0, 1]):.5f}'
@@ -377,7 +381,7 @@ def machine():
 
 def write(name):
     "Put the table of a case into the notebook"
-    file = ROOT/'nbs'/'benchmarks.ipynb'
+    file = ROOT/'nbs'/'stories'/'benchmarks.ipynb'
     notebook = json.loads(file.read_text())
     def cell(key, before):
         found = next((cell for cell in notebook['cells'] if cell['id']==key), None)

@@ -4,7 +4,7 @@
 
 Small learners are trained on composed photographs; in most of one class, something is planted that gives it away. `--missing`: only what is not in the table yet. Kinds, of `PLANTS`, or `none`: only these.
 
-Nothing is downloaded. Every line goes into the table in nbs/shortcut_experiment.ipynb as soon as it is known, and replaces the line of an earlier run; the others are kept."""
+Nothing is downloaded. Every line goes into the table in nbs/stories/shortcut_experiment.ipynb as soon as it is known, and replaces the line of an earlier run; the others are kept."""
 import json
 import multiprocessing
 import os
@@ -28,10 +28,10 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import nn
 
 from fastai_cam.interpret import CAMInterpretation
-from fastai_cam.scenes import FIRST_VALID_SEED, OBJECTS, _photo, compose, scene_body
+from fastai_cam.examples.scenes import _photo, compose, FIRST_VALID_SEED, OBJECTS, scene_body
 import fastai_cam.shortcuts # gives interpretations `find_shortcuts`
 
-NOTEBOOK = Path(__file__).resolve().parents[2]/'nbs'/'shortcut_experiment.ipynb'
+NOTEBOOK = Path(__file__).resolve().parents[2]/'nbs'/'stories'/'shortcut_experiment.ipynb'
 SIZE, N_TRAIN, N_VALID = 128, 36, 48 # side of a picture; pictures of each class
 LEARNED = .1 # with less reliance than that, a shortcut was not learned
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)

@@ -5,7 +5,7 @@
 * `torchvision`: every builder of a classifier; `timm`: the smallest model of every module of timm, and the variants in `VARIANTS`; `learner`: what fastai makes of timm's models.
 * `--families-only`: the smallest of each family, no variants. `--missing`: only what is not in the table yet. Names: only these.
 
-Weights are random: nothing is downloaded. Every line goes into its table in nbs/zoo.ipynb as soon as it is known, and replaces the line of an earlier run; the others are kept."""
+Weights are random: nothing is downloaded. Every line goes into its table in nbs/stories/zoo.ipynb as soon as it is known, and replaces the line of an earlier run; the others are kept."""
 import gc
 import json
 import math
@@ -23,7 +23,7 @@ from torch import nn
 import torch.nn.functional as F
 import torchvision.models
 
-from fastai_cam.probe import Probe, alignment
+from fastai_cam.probe.watch import alignment, Probe
 
 ROOT = Path(__file__).resolve().parents[2]
 N_CLASSES = 5
@@ -304,13 +304,13 @@ def lines_in(cell): return [line for line in ''.join(cell['source']).splitlines(
 
 
 def known_names(zoo):
-    file = ROOT/'nbs'/'zoo.ipynb'
+    file = ROOT/'nbs'/'stories'/'zoo.ipynb'
     return {name_in(line) for line in lines_in(cell_of(json.loads(file.read_text()), zoo))}
 
 
 def write(zoo, found):
     "Put lines into a table of the notebook, in the place of earlier ones of the same names"
-    file = ROOT/'nbs'/'zoo.ipynb'
+    file = ROOT/'nbs'/'stories'/'zoo.ipynb'
     notebook = json.loads(file.read_text())
     cell = cell_of(notebook, zoo)
     lines = {name_in(line): line for line in lines_in(cell)}
