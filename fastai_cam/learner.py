@@ -187,9 +187,9 @@ def after_validate(self:CAMCallback):
 def _make_maps(self:CAMCallback, cap):
     self.learn.pred = map_tensors(Tensor.detach, self.learn.pred) # whatever holds it stays what it is
     y = self._y
-    score = cap.score(self.target, y)
+    scores = cap.score(self.target, y)
     if has_bar(self.learn): cap.bar = bar_of_long_work
-    maps = [method(cap, score).detach().cpu() for method in self.methods]
+    maps = [method(cap, scores).detach().cpu() for method in self.methods]
     finest = max((m.shape[2:] for m in maps), key=lambda size: size.numel())
     self.found_maps.append(torch.cat([enlarge(m, finest) for m in maps], dim=1)) # fullgrad beside gradcam: maps of one size
     n = len(self.methods)

@@ -121,7 +121,7 @@ def regions(self:Task,
 
 # %% ../nbs/20_tasks.ipynb #9d3036bc
 @patch
-def asks(self:Task,
+def score_fn(self:Task,
     out:Any, # Output of the model for the items themselves
     y:Any, # Labels of the batch
     classes:Tensor, # `[B, K]`

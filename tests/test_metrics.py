@@ -188,8 +188,8 @@ def test_rescore_asks_each_item_its_own_question_and_leaves_the_model_as_it_was(
 def test_rescore_runs_bs_images_at_a_time(net, images, monkeypatch):
     with Probe(net) as p:
         cap = p(images)
-        sizes, outputs = [], cap.outputs
-        monkeypatch.setattr(cap, 'outputs', lambda images, items: (sizes.append(len(images)), outputs(images, items))[1])
+        sizes, run = [], cap.run
+        monkeypatch.setattr(cap, 'run', lambda images, items: (sizes.append(len(images)), run(images, items))[1])
         Rescorer(cap, cap.score(ClassIndex(1)), bs=4)(torch.randn(9, 3, 24, 32), torch.zeros(9, dtype=torch.long))
     assert sizes==[4, 4, 1]
 

@@ -1002,13 +1002,13 @@ def test_scores_in_pieces(name, monkeypatch):
         x = images(2)
         expected = ours(model, x, name, layer)
         with monkeypatch.context() as patch:
-            patch.setattr(Capture.chunks, '__defaults__', (1,))
+            patch.setattr(Capture._most, '__defaults__', (1,))
             assert_same(ours(model, x, name, layer), expected, 1e-12)
             with Probe(model, layer) as p:
                 cap = p(x)
-                pieces = cap.chunks(cap.score(EVERY))
+                pieces = cap.score(EVERY).chunks(1)
         assert [piece.shape for piece in pieces]==[(2, 1)]*4
-        for c, piece in enumerate(pieces): assert torch.equal(cap.question(piece)(model(x.flip(0))), model(x.flip(0))[:, c:c+1])
+        for c, piece in enumerate(pieces): assert torch.equal(piece.of(model(x.flip(0))), model(x.flip(0))[:, c:c+1])
 
 
 def test_a_reused_module_is_captured_at_its_last_call():

@@ -197,7 +197,7 @@ def test_neighbours_are_asked_together_and_give_what_each_gives():
     assert torch.equal(together(out, y), expected) and len(together.labels)==expected.shape[1]
     assert torch.equal(together.classes(out, y), torch.cat([as_target(one, n_classes=6).classes(out, y) for one in asked], dim=1))
     items, new = torch.tensor([3, 0, 0]), torch.randn(3, 6)
-    assert torch.equal(together.settled(out, y)(new, items), torch.cat([as_target(one, n_classes=6).settled(out, y)(new, items) for one in asked], dim=1))
+    assert torch.equal(together.score_fn(out, y)(new, items), torch.cat([as_target(one, n_classes=6).score_fn(out, y)(new, items) for one in asked], dim=1))
 
 
 def test_regions_of_neighbours():
@@ -232,10 +232,10 @@ def test_gradients_of_a_wide_head_are_kept_in_pieces():
     with Probe(nn.Sequential(net(1)[0], nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5000)))) as probe:
         cap = probe(x)
         score = cap.score(AllClasses(range(5000)))
-        pieces = cap.chunks(score)
+        pieces = score.chunks()
         most = max(piece.shape[1] for piece in pieces)
-        assert len(pieces) > 1 and torch.equal(torch.cat(pieces, 1), score) and 4*most*(3*score.numel() + cap.acts[0].numel()) <= 2**28
-        assert torch.equal(cap.question(pieces[1])(cap.out), pieces[1])
+        assert len(pieces) > 1 and torch.equal(torch.cat([piece.values for piece in pieces], 1), score.values) and 4*most*(3*score.values.numel() + cap.acts[0].numel()) <= 2**28
+        assert torch.equal(pieces[1].of(cap.out), pieces[1].values)
 
 
 # -- a region is a part of the picture, where the model speaks of it
@@ -247,7 +247,7 @@ def test_a_region_of_a_classifier_is_refused(where, task):
     out, y = torch.randn(2, 3), torch.tensor([0, 1])
     for cls in (Region(1, where), [Region(1, where)], [0, Region(1, where)], [Region([0, 1], where), 2]):
         target = as_target(cls, ['a', 'b', 'c'], task=task)
-        for ask in (target, target.settled, target.regions):
+        for ask in (target, target.score_fn, target.regions):
             with pytest.raises(ValueError, match='a Region is for models that say something at every pixel') as caught: ask(out, y)
             assert '\n' not in str(caught.value)
     assert torch.equal(as_target([0, 1], ['a', 'b', 'c'], task=task)(out), out[:,:2])

@@ -185,17 +185,17 @@ def test_segmentation_asks_about_the_largest_class_over_its_region(segmenter):
 
 def test_a_target_is_settled_once(segmenter):
     class Counts(Predicted):
-        n_settled = 0
-        def settled(self, out, y=None):
-            Counts.n_settled += 1
-            return super().settled(out, y)
+        n_asked = 0
+        def score_fn(self, out, y=None):
+            Counts.n_asked += 1
+            return super().score_fn(out, y)
     x, _ = segmenter.dls.valid.one_batch()
     target = Several([Counts().of_task(task_of(segmenter)), Predicted().of_task(task_of(segmenter))])
     with Probe(segmenter.model) as p:
         cap = p(x)
         score = cap.score(target)
-    assert Counts.n_settled==1 and score.requires_grad and torch.equal(score[:, 0], score[:, 1])
-    assert torch.equal(cap.question(score)(cap.out), score)
+    assert Counts.n_asked==1 and score.values.requires_grad and torch.equal(score.values[:, 0], score.values[:, 1])
+    assert torch.equal(score.of(cap.out), score.values)
 
 
 def test_segmentation_over_the_actual_region_and_one_of_ones_own(segmenter):

@@ -267,6 +267,6 @@ def test_a_question_is_about_the_items_of_its_pass():
     def score(out, y): return out.gather(1, y[0][:, None])[:, 0]*y[1]['weight']
     with Probe(Net()) as probe:
         cap = probe(torch.rand(3, 3, 16, 24))
-        question = cap.question(cap.score(as_target(score), y))
+        scores = cap.score(as_target(score), y)
     other = torch.arange(12.).view(4, 3)
-    assert question.of(torch.tensor([2, 0, 1, 2]))(other)[:, 0].tolist()==[200, 3, 70, 1100]
+    assert scores.of(other, torch.tensor([2, 0, 1, 2]))[:, 0].tolist()==[200, 3, 70, 1100]

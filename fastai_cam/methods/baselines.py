@@ -15,27 +15,27 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 from ..core import at_least_float
-from ..probe.capture import Capture
+from ..probe.capture import Capture, Scores
 from .registry import cam_method, for_all_scores
 
 # %% ../../nbs/33_methods.baselines.ipynb #61b8dae1
 @cam_method(grad=False)
 def uniform_map(
     cap:Capture, # Any pass
-    score:Tensor # `[B]` or `[B, K]`; only its shape is used
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
+    scores:Scores # What is explained; only its shape is used
+) -> Tensor: # `[B, K, h, w]`
     "1 everywhere: a baseline for measures, not an explanation"
-    return torch.ones(*score.shape, *cap.acts[-1].shape[2:]).to(at_least_float(score.detach().as_subclass(Tensor)))
+    return torch.ones(*scores.shape, *cap.acts[-1].shape[2:]).to(at_least_float(scores.values.detach().as_subclass(Tensor)))
 
 @cam_method(grad=False)
 def random_map(
     cap:Capture, # Any pass
-    score:Tensor # `[B]` or `[B, K]`; only its shape is used
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, uniform in 0 to 1
+    scores:Scores # What is explained; only its shape is used
+) -> Tensor: # `[B, K, h, w]`, uniform in 0 to 1
     "Noise that depends on the image's content and on nothing else (no random state is touched): a baseline for measures, not an explanation"
     seeds = [zlib.crc32(at_least_float(image).cpu().numpy().tobytes()) for image in cap.image]
     maps = [torch.rand(cap.acts[-1].shape[2:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return for_all_scores(torch.stack(maps)[:,None].to(score.device), score)
+    return for_all_scores(torch.stack(maps)[:,None].to(scores.device), scores)
 
 # %% ../../nbs/33_methods.baselines.ipynb #dc39e7d0
 BASELINES = ['uniform_map', 'gaussian_map', 'edge_map', 'random_map']
@@ -43,25 +43,25 @@ BASELINES = ['uniform_map', 'gaussian_map', 'edge_map', 'random_map']
 @cam_method(grad=False)
 def gaussian_map(
     cap:Capture, # Any pass
-    score:Tensor, # `[B]` or `[B, K]`; only its shape is used
+    scores:Scores, # What is explained; only its shape is used
     sigma:float=.25 # As a share of each side
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, 0 to 1
+) -> Tensor: # `[B, K, h, w]`, 0 to 1
     """A Gaussian in the middle, whatever the image shows: a baseline for measures, not an explanation. The centre baseline of the pointing game
     (Zhang et al. 2016, https://arxiv.org/abs/1608.00507), with the width of the side divided by four"""
-    found = torch.ones((), device=score.device)
+    found = torch.ones((), device=scores.device)
     for n in max((act.shape[2:] for act in cap.acts), key=lambda size: size.numel()): # of several layers, the finest
-        place = (torch.arange(n, device=score.device) + .5)/n - .5
+        place = (torch.arange(n, device=scores.device) + .5)/n - .5
         found = found[...,None]*torch.exp(-place**2/(2*sigma**2))
-    return found.expand(*score.shape, *found.shape)
+    return found.expand(*scores.shape, *found.shape)
 
 @cam_method(grad=False)
 def edge_map(
     cap:Capture, # Any pass
-    score:Tensor # `[B]` or `[B, K]`; only its shape is used
-) -> Tensor: # `[B, H/4, W/4]` or `[B, K, H/4, W/4]`, never negative
+    scores:Scores # What is explained; only its shape is used
+) -> Tensor: # `[B, K, H/4, W/4]`, never negative
     """Magnitude of the Sobel gradient of the grey image, averaged over blocks of 4 pixels: a baseline for measures, not an explanation.
     Adebayo et al. 2018 compare with edges, https://arxiv.org/abs/1810.03292"""
     grey = at_least_float(cap.image).mean(1).cpu()
     edges = torch.stack([torch.from_numpy(ndimage.generic_gradient_magnitude(image.numpy(), ndimage.sobel, mode='nearest')) for image in grey])
     pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}[grey.dim() - 1]
-    return for_all_scores(pool(edges[:,None], [max(1, n//4) for n in grey.shape[1:]]).to(score.device), score)
+    return for_all_scores(pool(edges[:,None], [max(1, n//4) for n in grey.shape[1:]]).to(scores.device), scores)

@@ -21,8 +21,7 @@ from torch import Tensor
 from ..core import at_least_float
 from ..probe.layers import EVERY_STAGE, LAST_TWO_STAGES
 from ..probe.scan import effective_bias
-from ..probe.rerun import Question
-from ..probe.capture import Capture
+from ..probe.capture import Capture, Scores
 from .combine import enlarge, nan_unless_finite, principal_component, weighted_sum
 from .registry import as_method, cam_method, cam_wrapper, for_all_scores, fuse_maps, per_layer
 
@@ -30,95 +29,95 @@ from .registry import as_method, cam_method, cam_wrapper, for_all_scores, fuse_m
 @cam_method(grad=False)
 def cam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor # `[B]` or `[B, K]`, computed from `cap.out`
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed; its mean over space plus the bias is the logit
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, h, w]`, signed; its mean over space plus the bias is the logit
     r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer or 1×1 convolution, in either order
     (`ValueError` on any other head). Costs nothing beyond the forward pass. Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
     fc = cap.fc.nan_to_num(0, 0, 0) # a class whose weights are broken has no score, and is not to spoil others
-    return weighted_sum(cap.acts[-1], cap.out_grads(score).to(fc.dtype) @ fc)
+    return weighted_sum(cap.acts[-1], cap.out_grads(scores).to(fc.dtype) @ fc)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #f00b7e6e
 @cam_method
 def gradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
+) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k \alpha_k A^k$ with $\alpha_k$ the spatial mean of $\partial s/\partial A^k$. Any layer, any head, any differentiable score.
     Costs a backward pass through what follows the layer. Several objects share one weight. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"""
-    return per_layer(cap, score, lambda acts, grads: grads.mean(-1, keepdim=True), reduce)
+    return per_layer(cap, scores, lambda acts, grads: grads.mean(-1, keepdim=True), reduce)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #c44230db
 @cam_method
 def hirescam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
+) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k g^k \circ A^k$: activation × gradient, place by place. Equal to Grad-CAM where the tail is GAP + one linear layer; elsewhere it does not point
     at places that Grad-CAM's averaging lends evidence to. Costs what Grad-CAM costs. Draelos & Carin 2020, https://arxiv.org/abs/2011.08891"""
-    return per_layer(cap, score, lambda acts, grads: grads, reduce)
+    return per_layer(cap, scores, lambda acts, grads: grads, reduce)
 
 @cam_method
 def elementwise(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
+) -> Tensor: # `[B, K, h, w]`, never negative
     r"""$\sum_k \max(g^k \circ A^k, 0)$: HiResCAM without the evidence against. Brighter and less selective: nothing is set off.
     Costs what Grad-CAM costs. Grad-CAM elementwise, as offered by https://github.com/jacobgil/pytorch-grad-cam"""
-    return per_layer(cap, score, lambda acts, grads: torch.where(grads*acts > 0, grads, 0), reduce)
+    return per_layer(cap, scores, lambda acts, grads: torch.where(grads*acts > 0, grads, 0), reduce)
 
 @cam_method
 def layercam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, not negative behind a ReLU
+) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k \max(g^k, 0) \circ A^k$. Sharp maps from early layers, alone or fused (`'layercam+stages'`).
     Costs what Grad-CAM costs. Jiang et al. 2021, https://ieeexplore.ieee.org/document/9462463"""
-    return per_layer(cap, score, lambda acts, grads: grads.clamp(min=0), reduce)
+    return per_layer(cap, scores, lambda acts, grads: grads.clamp(min=0), reduce)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #0bbdeb40
 @cam_method
 def xgradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed; it adds up to the sum of activation × gradient
+) -> Tensor: # `[B, K, h, w]`, signed; it adds up to the sum of activation × gradient
     r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active. Channels that add up to 0 (as far
     as their rounding errors tell) have no weight.
     Costs what Grad-CAM costs. Fu et al. 2020, equation 8, https://arxiv.org/abs/2008.02312"""
     def weigh(acts, grads):
         total,rounding = acts.sum(-1, keepdim=True),acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
         return torch.where(total.abs() > rounding, (grads*acts).sum(-1, keepdim=True)/total, 0)
-    return per_layer(cap, score, weigh, reduce)
+    return per_layer(cap, scores, weigh, reduce)
 
 @cam_method
 def gradcam_pp(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]` logits, computed from `cap.out`
+    scores:Scores, # What is explained, logits
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, not negative behind a ReLU
+) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k \left(\sum_{ij} \alpha^k \max(g^k, 0)\right) A^k$ with $\alpha^k = 1/(2 + g^k\sum_{ij}A^k)$ where $g^k \neq 0$: Grad-CAM++ for several objects.
     The third derivatives in $\alpha$ are those of $\exp(s)$, so the map depends on the scale of the score, which is to be a logit.
     Costs what Grad-CAM costs. Chattopadhay et al. 2018, equations 10 and 19, https://arxiv.org/abs/1710.11063"""
     def weigh(acts, grads):
         alpha = 1/(2 + grads*acts.sum(-1, keepdim=True)) # no need for g != 0: such places have no weight
         return (torch.where(grads > 0, alpha*grads, 0)).sum(-1, keepdim=True)
-    return per_layer(cap, score, weigh, reduce)
+    return per_layer(cap, scores, weigh, reduce)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #29fa9032
 @cam_method
 def shapleycam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]`, computed from `cap.out`
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
+) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k \alpha_k A^k$ with $\alpha_k$ the spatial mean of $g - \frac12 H A$: the second-order estimate of a channel's Shapley value.
     Equal to Grad-CAM where the tail is piecewise linear. Costs two more backward passes through the tail for each score. Cai 2025, https://arxiv.org/abs/2501.06261"""
     maps = []
-    for piece in cap.chunks(score):
+    for piece in scores.chunks():
         weights = [(slope - bend/2).flatten(3).mean(-1) for slope,bend in zip(cap.grads(piece), cap.curvatures(piece))]
         maps.append(fuse_maps(cap, [reduce(act, weight) for act,weight in zip(cap.acts, weights)]))
     return torch.cat(maps, dim=1)
@@ -127,24 +126,24 @@ def shapleycam(
 @cam_method
 def finercam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]` logits that `cap.score` computed
+    scores:Scores, # What is explained, logits
     base:str|Callable='gradcam', # Method to use on the contrast
     n_similar:int=3, # With how many classes to compare
     gamma:float=.6 # How much of them to take away
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
+) -> Tensor: # `[B, K, h, w]`, signed
     r"""Map of $s_c - \gamma\,\overline{s_d}$ over the `n_similar` classes $d$ whose logits are nearest to $s_c$: what tells $c$ from what it is like.
     For fine-grained classes. Costs what `base` costs. Zhang et al. 2025, https://arxiv.org/abs/2501.11309"""
     out = cap.out.detach()
     if out.dim() != 2: raise ValueError(f"finercam compares classes, and this model's output, of shape {list(out.shape)}, is not [batch, classes]")
-    asked,ask = cap.out_grads(score) != 0,cap.question(score)
+    asked = cap.out_grads(scores) != 0
     n_similar = min(n_similar, out.shape[1] - int(asked.sum(-1).max()))
     if n_similar < 1: raise ValueError('finercam needs a class to compare with, and there is none beside the one that is explained')
-    distance = (out[:,None] - score.detach()[...,None]).abs().masked_fill(asked, torch.inf)
+    distance = (out[:,None] - scores.values.detach()[...,None]).abs().masked_fill(asked, torch.inf)
     similar = distance.topk(n_similar, largest=False).indices # [B, K, n]
     def finer(new, items):
         others = new.gather(1, similar[items.to(new.device)].flatten(1)).unflatten(1, similar.shape[1:])
-        return ask.of(items)(new) - gamma*others.mean(-1)
-    return as_method(base)(cap, cap.score(Question(finer)))
+        return scores.of(new, items) - gamma*others.mean(-1)
+    return as_method(base)(cap, cap.score_by(finer))
 
 # %% ../../nbs/32_methods.catalogue.ipynb #99d8c884
 def _by_activity(acts, weights): return principal_component(acts, weights, evidence=acts.abs().sum(1, keepdim=True))
@@ -152,29 +151,29 @@ def _by_activity(acts, weights): return principal_component(acts, weights, evide
 @cam_method(grad=False)
 def eigencam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor # `[B]` or `[B, K]`; only its shape is used
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, of mean 0
+    scores:Scores # What is explained; only its shape is used
+) -> Tensor: # `[B, K, h, w]`, of mean 0
     """First principal component of the activations over the places: where the channels agree. The class plays no part.
     Costs a few products of the smaller of the matrices HW×HW and C×C. Muhammad & Yeasin 2020, https://arxiv.org/abs/2008.00299, with the mean taken off, as its users know it"""
-    return per_layer(cap, score, lambda acts: acts.new_ones(1).expand(len(acts), 1, 1, 1), _by_activity, grads=False)
+    return per_layer(cap, scores, lambda acts: acts.new_ones(1).expand(len(acts), 1, 1, 1), _by_activity, grads=False)
 
 @cam_method
 def eigengradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor # `[B]` or `[B, K]`, computed from `cap.out`
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, of mean 0
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, h, w]`, of mean 0
     """First principal component of activation × gradient: EigenCAM that knows the class. The sign is that of the class's evidence.
     Costs Grad-CAM, and what EigenCAM costs for each score. As offered by https://github.com/jacobgil/pytorch-grad-cam"""
-    return per_layer(cap, score, lambda acts, grads: grads, principal_component)
+    return per_layer(cap, scores, lambda acts, grads: grads, principal_component)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #a8d80353
 @cam_method(grad=False)
 def kpca_cam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]`; only its shape is used
+    scores:Scores, # What is explained; only its shape is used
     kernel:str='sigmoid', # 'sigmoid', 'rbf', 'cosine' or 'linear'
     gamma:float|None=None # Scale of the kernel; `None`: 1/number of channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, of mean 0
+) -> Tensor: # `[B, K, h, w]`, of mean 0
     r"""First *kernel* principal component of the activations over the places (sigmoid: $\tanh(\gamma x\cdot y + 1)$). The class plays no part.
     The mean is taken off first. Costs an eigendecomposition of HW×HW. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
     kernels = dict(sigmoid=lambda x, g: (g*x @ x.mT + 1).tanh(), rbf=lambda x, g: (-g*torch.cdist(x, x)**2).exp(), cosine=lambda x, g: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT, linear=lambda x, g: x @ x.mT)
@@ -189,16 +188,16 @@ def kpca_cam(
         maps = torch.where(finite, vectors[...,-1]*values[...,-1:].clamp(min=0).sqrt(), math.nan)
         side = (maps*at_least_float(act).abs().sum(1).flatten(1)).sum(-1, keepdim=True)
         return torch.where(side < 0, -maps, maps).to(at_least_float(act).dtype).unflatten(-1, act.shape[2:])[:,None]
-    return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), score)
+    return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), scores)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #9a064a71
 @cam_method(grad=False)
 def fem(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]`; only its shape is used
+    scores:Scores, # What is explained; only its shape is used
     k:float=2., # How many standard deviations above its mean a channel has to be to count as firing
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
+) -> Tensor: # `[B, K, h, w]`
     r"""$\sum_k \mu_k [A^k \ge \mu_k + k\sigma_k]$: where channels fire, each worth its mean. The class plays no part. Costs nothing beyond the forward pass.
     Fuad et al. 2020, https://hal.science/hal-02963298 (pytorch-grad-cam instead weighs $A^k$ by the share of places that fire)"""
     def one_layer(act):
@@ -206,22 +205,21 @@ def fem(
         mean,spread = act.mean(space, keepdim=True),act.std(space, correction=0, keepdim=True)
         fires = (act >= mean + k*spread) & (spread > 0)
         return reduce(fires.to(act.dtype), mean[:,None])
-    return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), score)
+    return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), scores)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #8e08ee8f
 @cam_method(grad=False)
 def ablationcam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=64 # How many variants to run at once
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
+) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k (s - s_{-k}) A^k$ with $s_{-k}$ the score without channel $k$ (set to zero). The paper divides by $s$, which only scales the map, and turns it upside
     down where the score is negative; here it is left out. Needs no gradients. Costs C runs of what follows the layer. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
-    ask,maps = cap.question(score),[]
+    maps,whole = [],at_least_float(scores.values.detach().as_subclass(Tensor))
     for layer,acts in enumerate(cap.acts):
-        whole = at_least_float(score.detach().as_subclass(Tensor))
-        weights = torch.zeros(*score.shape, acts.shape[1]).to(whole)
+        weights = torch.zeros(*scores.shape, acts.shape[1]).to(whole)
         some = (acts.flatten(2) != 0).any(-1).nonzero() # a channel that is silent anyway makes no difference
         for rows in cap.bar(some.split(bs)):
             for item in rows[:,0].unique():
@@ -229,7 +227,7 @@ def ablationcam(
                 without = acts[item].expand(len(channels), *acts.shape[1:]).clone()
                 without[range(len(channels)), channels] = 0
                 items = item.expand(len(channels))
-                weights[item,:,channels] = (whole[item] - at_least_float(ask.of(items)(cap.run_from(without, layer, items)))).T
+                weights[item,:,channels] = (whole[item] - at_least_float(scores.of(cap.run_from(without, layer, items), items))).T
         maps.append(reduce(acts, weights))
     return fuse_maps(cap, maps)
 
@@ -237,20 +235,20 @@ def ablationcam(
 @cam_method(grad=False)
 def reciprocam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained
     gaussian:bool=True, # Keep a place at ¼, those beside it at ⅛, those at its corners at 1/16, as the paper does? Otherwise the place itself, whole
     bs:int=64 # How many variants to run at once
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, signed
+) -> Tensor: # `[B, K, h, w]`, signed
     r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept. Needs no gradients.
     On GAP + one linear layer, without the neighbours, it is CAM divided by HW. Costs HW runs of what follows the layer. Byun & Lee 2022, https://arxiv.org/abs/2209.14074"""
-    ask,maps,n_space = cap.question(score),[],cap.acts[0].dim() - 2
+    maps,n_space = [],cap.acts[0].dim() - 2
     for layer,acts in enumerate(cap.acts):
         size = acts.shape[2:]
         masks = torch.eye(size.numel(), dtype=acts.dtype, device=acts.device).unflatten(1, size)
         if gaussian:
             for dim in range(1, n_space + 1): masks = masks/4*2 + (_shifted(masks, 1, dim) + _shifted(masks, -1, dim))/4
         masks = torch.cat([masks, torch.zeros_like(masks[:1])])
-        values = torch.stack([torch.cat([_tail_scores(cap, ask, layer, act*some[:,None], item) for some in masks.split(bs)]) for item,act in enumerate(cap.bar(acts))])
+        values = torch.stack([torch.cat([_tail_scores(cap, scores, layer, act*some[:,None], item) for some in masks.split(bs)]) for item,act in enumerate(cap.bar(acts))])
         maps.append((values[:,:-1] - values[:,-1:]).mT.unflatten(-1, size))
     return fuse_maps(cap, maps)
 
@@ -259,25 +257,25 @@ def _shifted(masks, by, dim): # what leaves the map is lost, not wrapped around
     moved.select(dim, 0 if by > 0 else -1).zero_()
     return moved
 
-def _tail_scores(cap, ask, layer, acts, item):
+def _tail_scores(cap, scores, layer, acts, item):
     items = torch.full((len(acts),), item)
-    return at_least_float(ask.of(items)(cap.run_from(acts, layer, items)))
+    return at_least_float(scores.of(cap.run_from(acts, layer, items), items))
 
 # %% ../../nbs/32_methods.catalogue.ipynb #e6a863b5
-def _score_weights(cap, score, acts, changes, bs, top):
+def _score_weights(cap, scores, acts, changes, bs, top):
     "Softmax over the channels of the mean score of the image lit by each, under every one of `changes` to the light: `[B, K, C]`"
-    image,ask,size = cap.image,cap.question(score),cap.image.shape[2:]
+    image,size = cap.image,cap.image.shape[2:]
     acts = at_least_float(acts)
     varies = acts.flatten(2).amax(-1) > acts.flatten(2).amin(-1) # [B, C]
     run = varies if top is None else varies & _most_active(acts, top)
     cap.prepare(int(run.sum())*len(changes))
-    found = torch.zeros(*score.shape, acts.shape[1]).to(acts)
+    found = torch.zeros(*scores.shape, acts.shape[1]).to(acts)
     if image.dim()==4: image = image.contiguous(memory_format=torch.channels_last) # and so is all that is lit from it
     fill = (slice(None),) + (None,)*len(size)
     def listen(item, light):
         items = item.expand(len(light))
-        scores = [ask.of(items)(cap.run(change(light)[:,None]*image[item,None], items)) for change in changes]
-        return at_least_float(torch.stack(scores)).mean(0).T
+        heard = [scores.of(cap.run(change(light)[:,None]*image[item,None], items), items) for change in changes]
+        return at_least_float(torch.stack(heard)).mean(0).T
     for rows in cap.bar(run.nonzero().split(bs)):
         for item in rows[:,0].unique():
             channels = rows[rows[:,0]==item, 1]
@@ -296,53 +294,53 @@ def _most_active(acts, top):
     strength = acts.abs().flatten(2).mean(-1)
     return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(min(top, strength.shape[1])).indices, True)
 
-def _lit(cap, score, changes, reduce, bs, top):
-    return fuse_maps(cap, [reduce(acts, _score_weights(cap, score, acts, changes, bs, top)) for acts in cap.acts])
+def _lit(cap, scores, changes, reduce, bs, top):
+    return fuse_maps(cap, [reduce(acts, _score_weights(cap, scores, acts, changes, bs, top)) for acts in cap.acts])
 
 # %% ../../nbs/32_methods.catalogue.ipynb #79f290db
 @cam_method(grad=False)
 def scorecam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained
     top:int|None=None, # Run only this many channels of each item; `None`: all, as the paper does
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=8 # How many images to run at once: memory is bounded by it
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, not negative behind a ReLU
+) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k w_k A^k$ with $w$ the softmax over the channels of the score of the image lit by each. Needs no gradients.
     Costs a forward pass for each channel that is not constant. Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
-    return _lit(cap, score, [lambda light: light], reduce, bs, top)
+    return _lit(cap, scores, [lambda light: light], reduce, bs, top)
 
 @cam_method(grad=False)
 def sscam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained
     n:int=10, # How many times to add noise
     sigma:float=2., # Its standard deviation, where the light is 0 to 1
     top:int|None=None, # Run only this many channels of each item; `None`: all
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=8, # How many images to run at once
     seed:int=0 # Of the noise, which is the same for all items and channels
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
+) -> Tensor: # `[B, K, h, w]`
     r"""Score-CAM whose scores are averages over noise that is added to the light: SS-CAM, first form.
     Costs n × C forward passes. Wang et al. 2020, https://arxiv.org/abs/2006.14255"""
     size,random = cap.image.shape[2:],torch.Generator().manual_seed(seed)
     noises = [sigma*torch.randn(size, generator=random).to(cap.image) for _ in range(n)]
-    return _lit(cap, score, [lambda light, noise=noise: light + noise for noise in noises], reduce, bs, top)
+    return _lit(cap, scores, [lambda light, noise=noise: light + noise for noise in noises], reduce, bs, top)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #6b19ae49
 @cam_method(grad=False)
 def iscam(
     cap:Capture, # Pass that ran with or without autograd
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained
     n:int=10, # How many steps
     top:int|None=None, # Run only this many channels of each item; `None`: all
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=8 # How many images to run at once
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
+) -> Tensor: # `[B, K, h, w]`
     r"""Score-CAM whose scores are averages while the light is turned up: step $i$ is lit $\sum_{j \le i} j/n$ times (above 1 from the middle on, as in the paper's sum).
     Costs n × C forward passes. Naidu et al. 2020, https://arxiv.org/abs/2010.03023"""
     levels = [sum(range(1, i + 1))/n for i in range(1, n + 1)]
-    return _lit(cap, score, [lambda light, level=level: light*level for level in levels], reduce, bs, top)
+    return _lit(cap, scores, [lambda light, level=level: light*level for level in levels], reduce, bs, top)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #0a0fac57
 def _stretched(parts, n_space=2):
@@ -354,15 +352,15 @@ def _stretched(parts, n_space=2):
 @cam_method(grad=False)
 def fullgrad(
     cap:Capture, # Any pass: the model is run again
-    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
-) -> Tensor: # `[B, H, W]` or `[B, K, H, W]` at the resolution of the image, never negative
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
     r"""$\psi(\nabla_x s \circ x) + \sum_l\sum_c \psi(\nabla_{b_c} s\, b_c)$ over every convolution and batch norm, $\psi$ = absolute value, stretched to 0–1, enlarged.
     Each channel is stretched by itself, as the equation has it. The layer plays no part. Costs a forward and a backward pass of the whole network, and its memory. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
     layers = cap.bias_layers()
     whole,image = cap.recapture(layers=[module for _,module in layers] or None, from_input=True),cap.image
-    asked,n_space,biases = whole.score(cap.question(score)),image.dim() - 2,[effective_bias(module) for _,module in layers]
+    asked,n_space,biases = whole.score(scores),image.dim() - 2,[effective_bias(module) for _,module in layers]
     maps = []
-    for one in whole.chunks(asked, max_bytes=0): # one score at a time: all layers' gradients are large
+    for one in asked.chunks(1): # one score at a time: all layers' gradients are large
         total = _stretched(whole.image_grads(one)*at_least_float(image)[:,None], n_space)
         by_size = {}
         for bias,grad in zip(biases, whole.grads(one)): # enlarging is linear: once for each size
@@ -374,24 +372,24 @@ def fullgrad(
 @cam_method(grad=False)
 def guided_backprop(
     cap:Capture, # Any pass: the model is run again
-    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
-) -> Tensor: # `[B, H, W]` or `[B, K, H, W]` at the resolution of the image, never negative
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
     """Largest magnitude over the colours of the gradient of the score with respect to the image, when every ReLU passes positive gradients only; `ValueError` for a model
     without ReLUs. Costs a forward and a backward pass of the whole network. **It hardly depends on the class or even the weights.** Springenberg et al. 2014, https://arxiv.org/abs/1412.6806"""
-    return _guided_gradients(cap, score).abs().amax(2)
+    return _guided_gradients(cap, scores).abs().amax(2)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #c7a8a709
 @cam_method
 def guided_gradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
-) -> Tensor: # `[B, H, W]` or `[B, K, H, W]` at the resolution of the image, never negative
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
     "Guided backpropagation × the positive part of Grad-CAM, enlarged. Fine lines, and only where Grad-CAM is. Costs both. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"
-    return (_guided_gradients(cap, score)*enlarge(gradcam(cap, score).clamp(min=0), cap.image.shape[2:])[:,:,None]).abs().amax(2)
+    return (_guided_gradients(cap, scores)*enlarge(gradcam(cap, scores).clamp(min=0), cap.image.shape[2:])[:,:,None]).abs().amax(2)
 
-def _guided_gradients(cap, score):
+def _guided_gradients(cap, scores):
     guided = cap.recapture(from_input=True, guided=True)
-    return guided.image_grads(guided.score(cap.question(score)))
+    return guided.image_grads(guided.score(scores))
 
 # %% ../../nbs/32_methods.catalogue.ipynb #4c42fd3b
 def _rolled_out(steps):
@@ -422,12 +420,12 @@ def _readers(grads):
 @cam_method(grad=False)
 def rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
-    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed; it only tells which tokens are read
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
+    scores:Scores # What is explained; it only tells which tokens are read
+) -> Tensor: # `[B, K, h, w]`, never negative
     r"""$\prod_l \tfrac12(I + \bar A_l)$ less its part without attention, $\bar A_l$ = mean attention of the heads: what has reached the tokens that are read. **The class plays no part**; for models with attention over the whole image,
     `ValueError` otherwise. Costs a forward and a backward pass of the whole network, and its memory. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
     whole = cap.recapture(from_input=True, attention=True)
-    grads = whole.attention_grads(whole.score(cap.question(score)))
+    grads = whole.attention_grads(whole.score(scores))
     steps = [attention.mean(1)[:,None] for attention in whole.attention]
     maps = _places_read(_rolled_out(steps)/2**len(steps), _readers(grads[-1]), whole.layouts[-1])
     return nan_unless_finite(maps, *steps, grads[-1])
@@ -435,12 +433,12 @@ def rollout(
 @cam_method(grad=False)
 def grad_rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
-    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`, never negative
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, h, w]`, never negative
     r"""Rollout of the attention that raises the score: $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$ divided by the largest sum of a row in any block, read without the $I$ that $R$ starts from. Of transformers the method that knows most about the class and the whole way to it;
     for models with attention over the whole image, `ValueError` otherwise. Costs a forward pass of the whole network and a backward pass a score, and their memory. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
     whole = cap.recapture(from_input=True, attention=True)
-    grads = whole.attention_grads(whole.score(cap.question(score)))
+    grads = whole.attention_grads(whole.score(scores))
     steps = [(grad*attention[:,None]).clamp(min=0).mean(2) for attention,grad in zip(whole.attention, grads)]
     maps = _places_read(_rolled_out(_without_unit(steps)), _readers(grads[-1]), whole.layouts[-1])
     return nan_unless_finite(maps, *grads)
@@ -452,21 +450,21 @@ def at_every_stage(
     "The same pass, watched where each stage of the network ends; a pass that was watched at several layers is taken as it is"
     return cap if len(cap.layers) > 1 else cap.recapture(layers=EVERY_STAGE)
 
-def _maps_of_layers(method, cap, score):
+def _maps_of_layers(method, cap, scores):
     "The maps of `method` at each layer by itself"
     staged = at_every_stage(cap)
-    asked = score if staged is cap else staged.score(cap.question(score))
+    asked = scores if staged is cap else staged.score(scores)
     return [method(staged.only(i), asked) for i in range(len(staged.layers))]
 
 @cam_method
 def refinecam(
     cap:Capture, # Pass at several layers; at one layer, the model is run again and watched at the end of every stage
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained
     base:str|Callable='gradcam_pp' # Method whose maps are multiplied
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]` at the resolution of the finest layer, never negative
+) -> Tensor: # `[B, K, h, w]` at the resolution of the finest layer, never negative
     """Product of the maps of several layers, each without its negative part and divided by its maximum: only what all depths agree on remains.
     Costs one more forward pass, recorded from the first stage on. "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
-    return fuse_maps(cap, _maps_of_layers(as_method(base), cap, score), 'product')
+    return fuse_maps(cap, _maps_of_layers(as_method(base), cap, scores), 'product')
 
 @cam_wrapper
 def stages(
@@ -474,7 +472,7 @@ def stages(
     how:str='mean' # How the layers' maps are put together, as `fuse_layers` takes it
 ) -> Callable: # A method
     "`method` at the end of each of the last four stages of the network (or at the layers that were listed), put together"
-    return lambda cap, score: fuse_maps(cap, _maps_of_layers(method, cap, score), how)
+    return lambda cap, scores: fuse_maps(cap, _maps_of_layers(method, cap, scores), how)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #94d27ed2
 @cam_wrapper
@@ -485,18 +483,18 @@ def tta(
     bs:int=16 # How many images to run at once
 ) -> Callable: # A method
     "Mean of the maps of flipped and brightened copies of the image, each flipped back; many copies in one batch, and the class is the image's own"
-    def smoothed(cap, score):
-        question,image,n = cap.question(score),cap.image,len(cap.image)
+    def smoothed(cap, scores):
+        image,n = cap.image,len(cap.image)
         looks = [(factor, flipped) for flipped in ((False, True) if flip else (False,)) for factor in factors]
         n_looks,per_run = len(looks),max(1, bs//n)
-        total = method(cap, score) if (1., False) in looks else 0 # the image itself has been run
+        total = method(cap, scores) if (1., False) in looks else 0 # the image itself has been run
         looks = [look for look in looks if look != (1., False)]
         for start in range(0, len(looks), per_run):
             some = looks[start:start + per_run]
             copies = torch.cat([(image.flip(-1) if flipped else image)*factor for factor,flipped in some])
             items = torch.arange(n).repeat(len(some))
             new = cap.recapture(copies, items)
-            maps = method(new, new.score(question.of(items)))
+            maps = method(new, new.score(scores, items))
             total = total + sum(m.flip(-1) if flipped else m for (_,flipped),m in zip(some, maps.split(n)))
         return total/n_looks
     return smoothed
@@ -507,9 +505,9 @@ def pca(
     method:Callable # Any method
 ) -> Callable: # A method
     "First principal component of the channels as `method` weighs them; for a method that has no weights for channels, of the activations times its map (averaged to their grid)"
-    if 'reduce' in inspect.signature(method).parameters: return lambda cap, score: method(cap, score, reduce=principal_component)
-    def smoothed(cap, score):
-        maps,n_space = method(cap, score),cap.acts[0].dim() - 2
+    if 'reduce' in inspect.signature(method).parameters: return lambda cap, scores: method(cap, scores, reduce=principal_component)
+    def smoothed(cap, scores):
+        maps,n_space = method(cap, scores),cap.acts[0].dim() - 2
         def one_layer(act):
             pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}[n_space]
             return principal_component(act, pool(maps, act.shape[2:])[:,:,None])
@@ -520,21 +518,21 @@ def pca(
 @cam_method
 def smooth_gradcam_pp(
     cap:Capture, # Pass that ran with autograd from the layer on
-    score:Tensor, # `[B]` or `[B, K]` logits that `cap.score` computed
+    scores:Scores, # What is explained, logits
     n:int=8, # How many noisy copies
     sigma:float=.15, # Standard deviation of the noise, as a share of each image's range
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     seed:int=0 # Of the noise, which is the same for all items
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]`
+) -> Tensor: # `[B, K, h, w]`
     r"""Grad-CAM++ whose derivatives are means over noisy copies of the image: $\alpha = \overline{g^2}/(2\overline{g^2} + \sum A\,\overline{g^3})$, weights
     $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Costs n forward and backward passes. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
-    image,question,random = cap.image,cap.question(score),torch.Generator().manual_seed(seed)
+    image,random = cap.image,torch.Generator().manual_seed(seed)
     spread = sigma*(image.flatten(1).amax(-1) - image.flatten(1).amin(-1))[(...,) + (None,)*(image.dim() - 1)]
     peaks,sums = None,[0]*len(cap.acts)
     for _ in cap.bar(range(n)):
         noise = torch.randn(image.shape[1:], generator=random).to(image)
         new = cap.recapture(image + spread*noise)
-        grads = new.grads(new.score(question))
+        grads = new.grads(new.score(scores))
         if peaks is None: peaks = [_peak(grad) for grad in grads] # third powers of small gradients would vanish
         unit = [grad/peak for grad,peak in zip(grads, peaks)]
         sums = [total + torch.stack([grad, grad**2, grad**3]) for total,grad in zip(sums, unit)]
@@ -554,14 +552,15 @@ def _peak(grads):
 @cam_method
 def likenesscam(
     cap:Capture, # Pass at two layers, a finer one and the last; at one layer, the model is run again and watched at its last two stages
-    score:Tensor # `[B]` or `[B, K]` that `cap.score` computed
-) -> Tensor: # `[B, h, w]` or `[B, K, h, w]` at the resolution of the finer layer, signed
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, h, w]` at the resolution of the finer layer, signed
     r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place, of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer,
     where HiResCAM of the last one is positive. Where the object is, with its outline, rather than what of it was needed. Costs 1.2 to 1.4 forward passes through `get_cams`"""
     staged = cap if len(cap.layers) > 1 else cap.recapture(layers=LAST_TWO_STAGES)
     finer,maps = -2 if len(staged.layers) > 1 else -1,[] # a network of one resolution has one layer for both
     fine,last = staged.acts[finer],staged.acts[-1]
-    for piece in staged.chunks(score if staged is cap else staged.score(cap.question(score))):
+    asked = scores if staged is cap else staged.score(scores)
+    for piece in asked.chunks():
         grads = staged.grads(piece)
         speaks_for = enlarge(weighted_sum(last, grads[-1]), fine.shape[2:]) > 0
         seeds = weighted_sum(at_least_float(fine).abs(), grads[finer].abs())*speaks_for

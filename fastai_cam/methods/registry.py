@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from fastcore.xtras import is_listy
 from ..core import at_least_float, look_up
-from ..probe.capture import Capture
+from ..probe.capture import Capture, Scores
 from .combine import fuse_layers, nan_unless_finite, weighted_sum
 
 # %% ../../nbs/31_methods.registry.ipynb #78e5db09
@@ -27,12 +27,12 @@ WRAPPERS:dict[str,Callable] = {}
 def checked_method(func, grad):
     @wraps(func, updated=())
     def method(cap, score, **options):
-        columns = cap.columns(score)
-        with cap.full_precision(): maps = func(cap, columns, **options)
-        if maps.dim() < 4 or maps.shape[:2] != columns.shape:
-            raise ValueError(f'method {method_name(func)!r} returned maps of shape {list(maps.shape)} for scores of shape {list(columns.shape)}: for [B, K] scores a method returns [B, K, h, w]')
-        maps = nan_unless_finite(maps, columns[...,None], *[act[:,None] for act in cap.acts])
-        return maps[:,0] if isinstance(score, Tensor) and score.dim()==1 else maps
+        scores = cap.as_scores(score)
+        with cap.full_precision(): maps = func(cap, scores.columns, **options)
+        if maps.dim() < 4 or maps.shape[:2] != scores.shape:
+            raise ValueError(f'method {method_name(func)!r} returned maps of shape {list(maps.shape)} for scores of shape {list(scores.shape)}: for [B, K] scores a method returns [B, K, h, w]')
+        maps = nan_unless_finite(maps, scores.values[...,None], *[act[:,None] for act in cap.acts])
+        return maps[:,0] if scores.single else maps
     method.__name__,method.needs_grad,method.layers = method_name(func),grad,None
     return method
 
@@ -95,7 +95,7 @@ def method_name(
 # %% ../../nbs/31_methods.registry.ipynb #ed210b29
 def per_layer(
     cap:Capture, # Pass to explain
-    score:Tensor, # `[B, K]`
+    scores:Scores, # `[B, K]`
     weigh:Callable, # Rule for the weights: of `acts` `[B, 1, C, P]` and `grads` `[B, K, C, P]` (P places), `[B, K, C, P]` or `[B, K, C, 1]`
     reduce:Callable=weighted_sum, # What becomes of the weighted channels: their sum, or their `principal_component`
     grads:bool=True # Give `weigh` the gradients? Otherwise the activations only
@@ -107,11 +107,11 @@ def per_layer(
         maps = reduce(act, weights.unflatten(-1, places) if weights.shape[-1] > 1 else weights.squeeze(-1))
         return nan_unless_finite(maps, grad) if grads else maps
     maps = []
-    for piece in cap.chunks(score) if grads else [score]:
+    for piece in scores.chunks() if grads else [scores]:
         of_layers = cap.grads(piece) if grads else [None]*len(cap.acts)
         maps.append(fuse_maps(cap, [one_layer(act, grad) for act,grad in zip(cap.acts, of_layers)]))
-    return for_all_scores(torch.cat(maps, dim=1), score)
+    return for_all_scores(torch.cat(maps, dim=1), scores)
 
 def fuse_maps(cap, maps, how='mean'): return fuse_layers(maps, how, n_space=cap.acts[0].dim() - 2)
 
-def for_all_scores(maps, score): return maps.expand(-1, score.shape[1], *maps.shape[2:]) # one map for all scores
+def for_all_scores(maps, scores): return maps.expand(-1, scores.shape[1], *maps.shape[2:]) # one map for all scores

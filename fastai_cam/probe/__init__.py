@@ -8,8 +8,8 @@ Docs: https://fastai-cam.example/docs/probe.html.md"""
 __all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'LAST_TWO_STAGES', 'released', 'model_lock',
            'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer',
            'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer',
-           'stage_layers', 'bias_layers', 'effective_bias', 'Question', 'Pass', 'Capture', 'describe_head',
-           'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
+           'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU',
+           'AttentionMaps', 'Probe', 'alignment']
 
 # %% ../../nbs/19_probe.ipynb #256cbef1
 from ..core import renamed
@@ -21,14 +21,14 @@ import fastai_cam.probe.evidence
 import fastai_cam.probe.reasons
 from .modes import AttentionMaps, GuidedReLU
 from .scan import bias_layers, effective_bias, last_spatial_layer, LayerCall, LayerScan, stage_layers, to_spatial
-from .rerun import Pass, Question
-from .capture import Capture, describe_head
+from .rerun import Pass
+from .capture import Capture, describe_head, Scores
 from .watch import alignment, Probe
 
 _all_ = [
     'MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode',
     'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial',
-    'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Question', 'Pass', 'Capture',
+    'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture',
     'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
 
 __getattr__ = renamed(__name__, {'as_found': 'eval_mode', 'bare': 'unwrap_model', 'Survey': 'LayerScan', 'Seen': 'LayerCall'})

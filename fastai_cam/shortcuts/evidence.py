@@ -58,11 +58,11 @@ def _class_rows(task, probabilities, y):
 
 # %% ../../nbs/81_shortcuts.evidence.ipynb #463b4e63
 def collect_evidence(method):
-    def look(cap, question, callback):
+    def look(cap, scores, callback):
         task = callback.target.parts[0].task.of(cap.out)
         if isinstance(task, (Values, Segmentation)) or not isinstance(cap.out, Tensor): raise ValueError('shortcuts are looked for in what classes of pictures have in common, and this learner does not classify pictures')
         probabilities = task.probabilities(cap.out.detach().float())
-        maps = method(cap, cap.score(question))[:,0].detach()
+        maps = method(cap, scores)[:,0].detach()
         weights = normalize(F.adaptive_avg_pool2d(maps[:,None], cap.acts[-1].shape[2:]))
         features = (cap.acts[-1].float()*weights).mean((2,3))
         found = cap.image.detach().as_subclass(Tensor),probabilities,*_class_rows(task, probabilities, callback._y),maps,features

@@ -53,7 +53,7 @@ def __call__(self:Target,
     y:Any=None # Labels of the batch
 ) -> Tensor: # `[B, K]`
     "The scores: for a classifier, the logit of each class of `classes`"
-    return self.settled(out, y)(out, None)
+    return self.score_fn(out, y)(out, None)
 
 # %% ../../nbs/21_targets.kinds.ipynb #0f44ce27
 @patch
@@ -66,12 +66,12 @@ def item_classes(self:Target,
     return self.classes(out, y)
 
 @patch
-def settled(self:Target,
+def score_fn(self:Target,
     out:Any, # Output of the model for the items themselves
     y:Any=None # Labels of the batch
 ) -> Callable: # `func(out, items)`: scores `[n, K]` of another output, whose rows belong to `items`; `None`: one row an item
     "The same question about other outputs: the class that was predicted for an item stays the one that is asked about"
-    return self._task_of(out).asks(out, y, self.classes(out, y), self.where)
+    return self._task_of(out).score_fn(out, y, self.classes(out, y), self.where)
 
 @patch
 def _task_of(self:Target, out):
@@ -193,7 +193,7 @@ class Score(Target):
         got = f'shape {list(score.shape)}' if isinstance(score, Tensor) else f'a {type(score).__name__}'
         batch = len(out) if n_items is None and isinstance(out, Tensor) and out.dim()==2 else 'batch' if n_items is None else n_items
         raise ValueError(f'the function given as cls must return one score per item (shape [{batch}]), but it returned {got}')
-    def settled(self, out:Any, y:Any=None) -> Callable:
+    def score_fn(self, out:Any, y:Any=None) -> Callable:
         def ask(other, items):
             if items is None: return self._asked(other, y)
             own = map_tensors(lambda labels: labels[items.to(labels.device)] if labels.dim() else labels, y)
@@ -252,9 +252,9 @@ def _together(self:Several):
     return found
 
 @patch
-def settled(self:Several, out:Any, y:Any=None) -> Callable:
-    settled = [target.settled(out, y) for target in self._together()]
-    return settled[0] if len(settled)==1 else lambda other, items: torch.cat([ask(other, items) for ask in settled], dim=1)
+def score_fn(self:Several, out:Any, y:Any=None) -> Callable:
+    fns = [target.score_fn(out, y) for target in self._together()]
+    return fns[0] if len(fns)==1 else lambda other, items: torch.cat([fn(other, items) for fn in fns], dim=1)
 
 @patch
 def regions(self:Several, out:Any, y:Any=None) -> Tensor|None:
@@ -276,7 +276,7 @@ def parts(self:Several) -> list[Target]: return [part for target in self.targets
 
 def _alike(target):
     "Targets of which this is the same can be asked together: classes of one task over one region"
-    is_plain = type(target).settled is Target.settled and type(target).regions is Target.regions
+    is_plain = type(target).score_fn is Target.score_fn and type(target).regions is Target.regions
     return (id(target.task), id(target.where), target.is_region) if is_plain else id(target)
 
 class _Classes(Target):

@@ -107,8 +107,8 @@ def item_classes(self:Output, out:Any, y:Any, n_items:int) -> Tensor:
     return classes if is_about_the_vocab else classes.clamp(max=-1)
 
 @patch
-def settled(self:Output, out:Any, y:Any=None) -> Callable:
-    ask = self._target().settled(self.read(out), y)
+def score_fn(self:Output, out:Any, y:Any=None) -> Callable:
+    ask = self._target().score_fn(self.read(out), y)
     return lambda other, items: ask(self.read(other), items)
 
 @patch
@@ -173,11 +173,11 @@ def classes(self:Versus, out:Any, y:Any=None) -> Tensor: return self.item_classe
 def item_classes(self:Versus, out:Any, y:Any, n_items:int) -> Tensor: return torch.full((n_items, 1), -1)
 
 @patch
-def settled(self:Versus, out:Any, y:Any=None) -> Callable:
+def score_fn(self:Versus, out:Any, y:Any=None) -> Callable:
     sides = self._resolved()
     if sides.one.item_classes(out, y, 1).shape[1] != 1:
         raise ValueError('a Versus is about one class, and several labels are predicted for some item: name the label to explain')
-    one,other = sides.one.settled(out, y),sides.other.settled(out, y)
+    one,other = sides.one.score_fn(out, y),sides.other.score_fn(out, y)
     return lambda new, items: one(new, items) - other(new, items).mean(1, keepdim=True)
 
 class WhyNot(Versus):

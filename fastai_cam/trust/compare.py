@@ -42,13 +42,13 @@ from ..learner import CAMCallback, refuse_arguments, run_watched, target_of
 from ..interpret import CAMInterpretation
 from .rescore import as_metrics, Explainer, Rescorer
 from .masks import boxes_to_masks
-from ..probe.capture import Capture
+from ..probe.capture import Capture, Scores
 from fastai.learner import Learner
-from ..probe.rerun import Question
+
 
 # %% ../../nbs/78_trust.compare.ipynb #c6d5dd30
 class _Measuring(CAMCallback):
-    "Fastai's validation loop, in which `work(cap, question, callback)` is done with every batch"
+    "Fastai's validation loop, in which `work(cap, scores, callback)` is done with every batch"
     def __init__(self, work, **kwargs):
         super().__init__(**kwargs)
         self.work,self.results = work,[]
@@ -60,8 +60,8 @@ class _Measuring(CAMCallback):
 
     def _make_maps(self, cap):
         self.learn.pred = map_tensors(Tensor.detach, self.learn.pred)
-        question = cap.question(cap.score(self.target, self._y)).part(slice(0, 1)) # of several labels, the most probable one
-        self.results.append(self.work(cap, question, self))
+        scores = cap.score(self.target, self._y)[:,0] # of several labels, the most probable one
+        self.results.append(self.work(cap, scores, self))
         for cb in self.learn.cbs:
             if isinstance(cb, GatherPredsCallback):
                 cb.with_preds,cb.with_targs = False,False
@@ -104,18 +104,18 @@ def _softmax(out): return out.softmax(1) if out.dim() > 1 else out
 def probability_rescorer(
     target:Target, # What is asked
     cap:Capture, # Pass of the items
-    question:Question, # What is asked of other outputs
+    scores:Scores, # What is asked, `[B, 1]`
     n_images:int, # How many are going to be run
     dtype:torch.dtype|None=None # Precision of the passes
 ):
-    "A rescorer of `question`, as a probability where it is about a class"
-    score,parts = cap.score(question),target.parts
+    "A rescorer of `scores`, as a probability where it is about a class"
+    parts = target.parts
     is_plain = isinstance(target, Versus) or any(isinstance(part, Score) or isinstance(part.task, Values) for part in parts)
-    if is_plain: return Rescorer(cap, score, None, None, n_images, dtype)
+    if is_plain: return Rescorer(cap, scores, None, None, n_images, dtype)
     out = target.read(cap.out)
     one_logit = isinstance(parts[0].task.of(out), (BinaryLabel, MultiLabel)) or out.dim() > 3 and out.shape[1]==1
-    if not one_logit: return Rescorer(cap, score, partial(map_tensors, _softmax), None, n_images, dtype) # of each, where the model returns several things
-    logit = Rescorer(cap, score, None, None, n_images, dtype)
+    if not one_logit: return Rescorer(cap, scores, partial(map_tensors, _softmax), None, n_images, dtype) # of each, where the model returns several things
+    logit = Rescorer(cap, scores, None, None, n_images, dtype)
     return lambda images, items: logit(images, items).sigmoid()
 
 # %% ../../nbs/78_trust.compare.ipynb #5e57ad2e
@@ -218,21 +218,21 @@ def _measure(metric, maps, masks, cap, rescore, explain):
 def _work(methods, metrics, masks, dtype):
     "Measures every method on a batch; `masks` are those of the batches, or `None` if the labels hold them"
     needs = {name for metric in metrics for name in metric.needs}
-    def measure(cap, question, callback):
+    def measure(cap, scores, callback):
         size,n_done = cap.image.shape[-2:],len(callback.results)
         of_batch = None
         if 'masks' in needs:
             classes = callback.target.item_classes(cap.out, callback._y, len(cap))[:,0]
             of_batch = masks[n_done].to(cap.image.device) if masks is not None else _masks_in_labels(callback.labels, classes, size)
             if of_batch is None: raise ValueError(f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
-        rescore = probability_rescorer(callback.target, cap, question, 64, dtype) if 'rescore' in needs else None
+        rescore = probability_rescorer(callback.target, cap, scores, 64, dtype) if 'rescore' in needs else None
         rows = []
         for method in with_bar(callback.learn, methods):
             start = perf_counter()
-            score = cap.score(question) # asked anew, so that each method pays for its own gradients
-            maps = method(cap, score)[:,0].detach()
+            asked = cap.score(scores) # anew, so that each method pays for its own gradients
+            maps = method(cap, asked)[:,0].detach()
             seconds = (callback.seconds + perf_counter() - start)/len(maps)
-            explain = Explainer(cap, score, method) if 'explain' in needs else None
+            explain = Explainer(cap, asked, method) if 'explain' in needs else None
             rows.append((seconds, [_measure(metric, maps, of_batch, cap, rescore, explain) for metric in metrics]))
         return rows
     return measure

@@ -207,11 +207,11 @@ def pixel_flipping(
     height,width = images.shape[-2:]
     relevance = F.avg_pool2d(at_pixels(maps, (height, width))[:,None], patch, ceil_mode=True)[:,0]
     ranks = ranks_of(relevance.flatten(1), seed).view_as(relevance)
-    at_pixels = ranks.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:,:height,:width]
+    enlarged = ranks.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:,:height,:width]
     end = max(1e-6, round(share*ranks[0].numel(), 6)) # in patches, without what multiplying has added
     n_flipped = math.ceil(end)
     counts = _steps(n_flipped, min(steps, n_flipped))
-    curve = _inside_out(baseline_images(images, baseline), images, at_pixels, counts, rescore, bs)
+    curve = _inside_out(baseline_images(images, baseline), images, enlarged, counts, rescore, bs)
     return _mean_until(curve[:,:1] - curve, counts, end)
 
 # %% ../../nbs/73_trust.metrics.ipynb #47061b23

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import gaussian_blur
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
 from ..core import at_least_float, look_up
-from ..probe.capture import Capture
+from ..probe.capture import Capture, Scores
 from ..methods.combine import enlarge
 from ..methods.registry import as_method, method_name
 
@@ -102,16 +102,16 @@ class Rescorer:
     "Scores of other images of the items of a pass: `rescore(images, items)`"
     def __init__(self,
         cap:Capture, # Pass of the items
-        score:Tensor|Callable, # One score an item, `[B]` or `[B, 1]`, that `cap.score` computed
+        score:Scores|Callable, # One score an item, of `cap.score`, or a function of the output
         activation:Callable|None=None, # Applied to the model's output first, e.g. `partial(torch.softmax, dim=1)`; `None`: the score is of the output itself
         bs:int|None=None, # How many images to run at once; `None`: 8 on a CPU, else 64
         n_images:int=0, # How many are going to be run, if that is known
         dtype:torch.dtype|None=None # Run them in this precision, e.g. `torch.bfloat16`, if many are run; `None`: as the pass ran
     ):
         store_attr('cap,activation,bs')
-        columns = cap.columns(score)
-        if columns.shape[1] != 1: raise ValueError(f'one score an item can be measured at a time, and these are {columns.shape[1]}: make a Rescorer for each')
-        self.question = cap.question(columns)
+        self.scores = cap.as_scores(score).askable()
+        if self.scores.shape[1] != 1:
+            raise ValueError(f'one score an item can be measured at a time, and these are {self.scores.shape[1]}: make a Rescorer for each')
         cap.prepare(n_images, dtype)
 
     def __call__(self,
@@ -123,7 +123,7 @@ class Rescorer:
             whose = items[piece]
             out = self.cap.run(images[piece], whose)
             if self.activation is not None: out = self.activation(out)
-            found.append(at_least_float(self.question.of(whose)(out)[:,0].detach().as_subclass(Tensor)))
+            found.append(at_least_float(self.scores.of(out, whose)[:,0].detach().as_subclass(Tensor)))
         return torch.cat(found)
 
 # %% ../../nbs/70_trust.rescore.ipynb #8ae65cab
@@ -131,12 +131,12 @@ class Explainer:
     "Maps of other images of the items of a pass: `explain(images, items)`"
     def __init__(self,
         cap:Capture, # Pass of the items
-        score:Tensor|Callable, # One score an item, `[B]` or `[B, 1]`, that `cap.score` computed
+        score:Scores|Callable, # One score an item, of `cap.score`, or a function of the output
         method:str|Callable='gradcam', # As `as_method` takes it
         bs:int|None=None # How many images to run at once; `None`: 8 on a CPU, else 64
     ):
         store_attr('cap,bs')
-        self.question,self.method = cap.question(cap.columns(score)),as_method(method)
+        self.scores,self.method = cap.as_scores(score).askable(),as_method(method)
 
     def __call__(self,
         images:Tensor, # `[n, C, H, W]`
@@ -146,7 +146,7 @@ class Explainer:
         for piece in slices_of(len(images), self.bs, images.device):
             whose = items[piece]
             new = self.cap.recapture(images[piece], whose)
-            found.append(self.method(new, new.score(self.question.of(whose)))[:,0].detach())
+            found.append(self.method(new, new.score(self.scores, whose))[:,0].detach())
         return torch.cat(found)
 
 # %% ../../nbs/70_trust.rescore.ipynb #2f191e40

@@ -24,7 +24,7 @@ from fastai.torch_core import to_device
 from ..core import evenly_spaced, map_tensors
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
-from ..probe.capture import Capture
+from ..probe.capture import Capture, Scores
 from ..probe.watch import Probe
 from ..tasks import Values
 from ..targets.kinds import Predicted, Target
@@ -188,10 +188,10 @@ def _together(batches, most=64):
     if not all(isinstance(part, Tensor) for inputs in batches for part in inputs): return batches[0]
     return tuple(torch.cat(parts)[:most] for parts in zip(*batches))
 
-def _first_maps(methods, cap, question):
+def _first_maps(methods, cap, scores):
     "The map of the first question of each item, by method: `[B, *space]`"
-    score = cap.score(question.part(slice(0, 1)))
-    return [method(cap, score)[:,0].detach().cpu() for method in methods]
+    first = cap.score(scores[:,0])
+    return [method(cap, first)[:,0].detach().cpu() for method in methods]
 
 def _joined(maps_of_batches):
     "Maps of batches, each a list by method, as one tensor a method"
@@ -199,9 +199,9 @@ def _joined(maps_of_batches):
     return [torch.cat(maps) for maps in zip(*maps_of_batches)]
 
 # %% ../../nbs/77_trust.sanity.ipynb #f07017c5
-def _maps_of_copy(copy, step, names, methods, batches, questions, **options):
+def _maps_of_copy(copy, step, names, methods, batches, asked, **options):
     try:
-        with Probe(copy, names, **options) as probe: return _joined([_first_maps(methods, probe(*inputs), question) for inputs,question in zip(batches, questions)])
+        with Probe(copy, names, **options) as probe: return _joined([_first_maps(methods, probe(*inputs), scores) for inputs,scores in zip(batches, asked)])
     except ValueError as e: raise ValueError(f'the method cannot be checked, as it does not run on a model with random weights (at step {step!r}): {e}') from e
 
 def _check(learn, source, methods, layer, how, n_steps, seed):
@@ -209,16 +209,16 @@ def _check(learn, source, methods, layer, how, n_steps, seed):
     with preserve_state(learn):
         model,batches = unwrap_model(learn.model),_batches(learn, source)
         if sum(len(inputs[0]) for inputs in batches) < 2: raise ValueError('a single image cannot be compared with others: give at least 2')
-        questions,maps = [],[]
+        asked,maps = [],[]
         with Probe(model, layer, asks=target, **options) as probe:
             for inputs in batches:
                 cap = probe(*inputs)
-                questions.append(cap.question(cap.score(target)))
-                maps.append(_first_maps(methods, cap, questions[-1]))
+                asked.append(cap.score(target).detach())
+                maps.append(_first_maps(methods, cap, asked[-1]))
         found,names = [_joined(maps)],cap.names
         steps = randomization_steps(model, n_steps=n_steps)
         copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=_together(batches))
-        for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, questions, **options))
+        for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, asked, **options))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
     by_method = {method_name(method): torch.stack(maps) for method,maps in zip(methods, zip(*found))}
@@ -313,16 +313,17 @@ def similarity_of_learners(
 # %% ../../nbs/77_trust.sanity.ipynb #b3cfe2d8
 def randomization_similarity(
     cap:Capture, # Pass to explain
-    score:Tensor, # `[B]` or `[B, K]` that `cap.score` computed
+    scores:Scores, # What is explained, `[B, K]`
     method:str|Callable='gradcam', # Method whose maps are compared
     seed:int=0, # Of the random weights
     share:float=1. # How much of the layers to randomise, counted from the output
-) -> Tensor: # `[B]` or `[B, K]`, -1 to 1; as `spearman` gives it
+) -> Tensor: # `[B, K]` (`[B]` of one number an item), -1 to 1; as `spearman` gives it
     """How similar each map is to that of one copy of the model with random weights, whose batch norms know this item alone: the number does not depend on what else is in the batch.
     Costs a copy of the model, two of its passes, and what the method costs"""
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1: raise ValueError(f'share is a part of the layers above 0 and up to 1, not {share!r}')
     method, = as_methods(method)
-    columns,question,names = cap.columns(score),cap.question(score),parameter_owners(cap.model)[::-1]
+    scores = cap.as_scores(scores).askable()
+    columns,names = scores.columns,parameter_owners(cap.model)[::-1]
     chosen = names[:math.ceil(round(share*len(names), 6))] # a product may be a little more than the number that it is
     own,others,copy = method(cap, columns),[],None
     for item in torch.arange(len(cap)):
@@ -331,6 +332,6 @@ def randomization_similarity(
         else: settle_norms(norms_after(copy, [name for name,_ in copy.named_modules()], chosen), copy, args, kwargs)
         with Probe(copy, cap.names, getattr(method, 'needs_grad', True), image=cap.image_index) as probe:
             other = probe(*args, **kwargs)
-            others.append(method(other, other.score(question.of(item[None]))))
-    found = spearman(own.flatten(0, 1), torch.cat(others).flatten(0, 1)).view(columns.shape)
-    return found if score.dim()==2 else found[:,0]
+            others.append(method(other, other.score(columns, item[None])))
+    found = spearman(own.flatten(0, 1), torch.cat(others).flatten(0, 1)).view(scores.shape)
+    return found[:,0] if scores.single else found

@@ -114,19 +114,19 @@ def show(self:CAMTrust,
 
 # %% ../../nbs/79_trust.verdict.ipynb #8b34db80
 def _trust_work(method, share, n_random, steps, seed):
-    def examine(cap, question, callback):
-        rescore = probability_rescorer(callback.target, cap, question, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)) # of one item: how it is run does not depend on the others
-        score,items,images = cap.score(question),torch.arange(len(cap)),cap.image
+    def examine(cap, scores, callback):
+        rescore = probability_rescorer(callback.target, cap, scores, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)) # of one item: how it is run does not depend on the others
+        items,images = torch.arange(len(cap)),cap.image
         shares = curve_shares(images, steps)
-        maps = method(cap, score)[:,0].detach()
+        maps = method(cap, scores)[:,0].detach()
         def faithfulness(some):
             inserted,deleted = insertion_deletion(some, images, rescore, steps, 'blur', 'mean')
             return curve_area(inserted, shares) - curve_area(deleted, shares)
         generator,whole = torch.Generator().manual_seed(seed),rescore(images, items)
         drop = whole - rescore(_without_lit(maps, images, share), items)
         elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in with_bar(callback.learn, range(n_random))])
-        own,others = faithfulness(maps),{name: faithfulness(as_method(name)(cap, score)[:,0]) for name in BASELINES}
-        similar = randomization_similarity(cap, score, method, seed, share=.5)[:,0] # guided backpropagation is found out by half, not by all
+        own,others = faithfulness(maps),{name: faithfulness(as_method(name)(cap, scores)[:,0]) for name in BASELINES}
+        similar = randomization_similarity(cap, scores, method, seed, share=.5)[:,0] # guided backpropagation is found out by half, not by all
         beaten = (elsewhere < drop).sum(0)
         return [(maps[i].cpu(), dict(score=whole[i].item(), drop=drop[i].item(), drop_elsewhere=elsewhere[:,i].mean().item(), random_drops=elsewhere[:,i].tolist(), n_random=n_random, n_beaten=int(beaten[i]),
                      chance_p=(1 + n_random - int(beaten[i]))/(n_random + 1), faithfulness=own[i].item(), baselines={name: values[i].item() for name,values in others.items()}, randomized_similarity=float(np.nan_to_num(similar[i].item()))),
