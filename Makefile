@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test test-slow test-all bench zoo shortcuts config notebooks readme clean
+.PHONY: setup demo test test-slow test-all bench zoo shortcuts config notebooks figures readme stubs clean
 
 setup: $(STAMP)
 
@@ -53,9 +53,17 @@ notebooks: $(STAMP)      ## run every notebook from the top, keep its outputs
 	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 nbs/*.ipynb nbs/stories/*.ipynb
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/python tests/stubs.py
+	$(BIN)/python tests/figures.py
 
-readme: $(STAMP)         ## nbs/index.ipynb -> README.md, with the outputs it holds
+figures: $(STAMP)        ## the figures in notebooks, no larger than they need be to be looked at (make readme afterwards)
+	$(BIN)/python tests/figures.py
+
+readme: $(STAMP)         ## nbs/index.ipynb -> README.md, with the outputs it holds; all notebooks -> nbs/llms.txt
 	$(BIN)/python tests/readme.py
+
+stubs: $(STAMP)          ## fastai_cam/**/*.py -> .pyi, with the methods that @patch adds, for type checkers and editors
+	$(BIN)/python tests/stubs.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -5,6 +5,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 EXTRAS = ['bench', 'audit']
+TYPES = '[tool.setuptools.package-data]\n"*" = ["py.typed", "*.pyi"]\n'
 
 
 def write(folder: Path) -> None:
@@ -16,7 +17,8 @@ def write(folder: Path) -> None:
     file = folder/'pyproject.toml'
     before, header, after = file.read_text().partition('[project.optional-dependencies]\n')
     assert header, 'nbdev-migrate-config wrote no extras to add to'
-    after = after.replace('include = ["fastai_cam"]', 'include = ["fastai_cam*"]') # the packages inside it, too
+    assert 'include = ["fastai_cam"]\n' in after, 'nbdev-migrate-config names no packages to add to'
+    after = after.replace('include = ["fastai_cam"]\n', f'include = ["fastai_cam*"]\n\n{TYPES}') # the packages inside it, too
     file.write_text(before + header + extras + after)
 
 

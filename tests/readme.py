@@ -1,8 +1,10 @@
-"Render nbs/index.ipynb, with the outputs it holds, to README.md and nbs/images/."
+"Render nbs/index.ipynb, with the outputs it holds, to README.md and nbs/images/, and the list of all notebooks to nbs/llms.txt."
 from pathlib import Path
 import re
 import nbformat
 from nbconvert import MarkdownExporter
+
+import llms
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 'nbs/images'
@@ -18,7 +20,7 @@ def render() -> dict[str, bytes]:
     body, resources = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir=IMAGES, unique_key='readme'))
     body = re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
     body = '<!-- Rendered from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n' + body
-    return {'README.md': body.encode(), **resources['outputs']}
+    return {'README.md': body.encode(), 'nbs/llms.txt': llms.render().encode(), **resources['outputs']}
 
 
 if __name__=='__main__':

@@ -1,5 +1,6 @@
 "The project as it is handed on: generated files in sync, nothing private in it, and a wheel that stands by itself."
 import ast
+import io
 import json
 import re
 import shutil
@@ -10,10 +11,14 @@ from configparser import ConfigParser
 from importlib.metadata import distribution, PackageNotFoundError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 
 import config
+import figures
+import llms
 from readme import render
 
 WIDE_LINES, LARGE_CELLS = 432, 8 # lines over 140 characters, export cells over 40 lines: to be lowered
@@ -169,7 +174,6 @@ def requirement_closure(requirements):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_wheel_in_a_clean_environment(tmp_path):
     """The built wheel imports and makes a map where there is nothing but itself and what it requires.
     What it requires is not downloaded again but linked, distribution by distribution: nothing of the `dev` extra, and not this checkout, can be imported there."""
@@ -180,6 +184,9 @@ def test_wheel_in_a_clean_environment(tmp_path):
     python = home/'bin'/'python'
     site = Path(run(python, '-c', 'import site; print(site.getsitepackages()[0])', cwd=tmp_path).strip())
     run(python, '-m', 'pip', 'install', '--no-deps', '--no-index', wheel, cwd=tmp_path)
+    for room in ROOMS:
+        for suffix in '.py', '.pyi': assert (site/f'fastai_cam/{room.replace(".", "/")}{suffix}').exists(), f'the wheel lacks {room}{suffix}'
+    assert (site/'fastai_cam/py.typed').exists()
     requirements = [line.removeprefix('Requires-Dist: ') for line in next(site.glob('fastai_cam-*.dist-info/METADATA')).read_text().splitlines() if line.startswith('Requires-Dist: ')]
     assert {Requirement(r).name for r in requirements if 'extra' not in r}=={'fastai', 'torch', 'matplotlib', 'fastcore'}
     for dist in requirement_closure(requirements).values():
@@ -217,3 +224,103 @@ def test_demo_says_what_to_install(package, monkeypatch):
     from fastai_cam.examples import imagenet as demo
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r"fastai_cam\[dev\]"): demo.find_package(package)
+
+# -- documents: what they point at exists
+
+def slug(heading):
+    "The anchor that GitHub gives a heading"
+    words = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', heading).replace('`', '').strip().lower()
+    return re.sub(r'[^\w\- ]', '', words).replace(' ', '-')
+
+
+def prose(file):
+    "The text of a document, or of a notebook's markdown cells, without its code"
+    text = file.read_text(encoding='utf-8')
+    if file.suffix=='.ipynb': text = '\n\n'.join(''.join(cell['source']) for cell in json.loads(text)['cells'] if cell['cell_type']=='markdown')
+    return re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)
+
+
+def broken_links(file):
+    "The relative links and images of a document that lead nowhere"
+    for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'`[^`\n]*`', '', prose(file))) + re.findall(r'(?:src|href)="([^"]+)"', prose(file)):
+        if re.match(r'[a-z]+:', link): continue
+        name, _, anchor = link.partition('#')
+        base = ROOT if file==ROOT/'nbs/index.ipynb' else file.parent # it is read as README.md
+        target = (base/name).resolve() if name else file
+        if not target.exists(): yield link
+        elif anchor and anchor not in {slug(heading) for heading in re.findall(r'^#+ (.+)$', prose(target), re.M)}: yield link
+
+
+DOCUMENTS = [ROOT/name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')] + sorted((ROOT/'nbs').rglob('*.ipynb'))
+
+
+@pytest.mark.parametrize('file', DOCUMENTS, ids=lambda file: file.name)
+def test_links_lead_somewhere(file): assert not list(broken_links(file))
+
+
+def test_broken_links_are_noticed(tmp_path):
+    (tmp_path/'there.md').write_text('# A `heading` of [mine](there.md)!\n')
+    (tmp_path/'page.md').write_text('[a](there.md) [b](gone.md) [c](there.md#a-heading-of-mine) [d](there.md#no) ![e](no.png) [f](https://x.example/no) `[g](no.md)`\n'
+                                    '# Here\n[h](#here) [i](#there)\n```\n[j](no.md)\n```\n')
+    assert set(broken_links(tmp_path/'page.md'))=={'gone.md', 'there.md#no', 'no.png', '#there'}
+
+
+def test_every_room_and_story_is_in_llms_txt():
+    text = (ROOT/'nbs/llms.txt').read_text(encoding='utf-8')
+    assert text==llms.render(), 'nbs/llms.txt is out of date: run make readme'
+    for room in ROOMS: assert f'[fastai_cam.{room}](' in text, room
+    for story in (ROOT/'nbs/stories').glob('*.ipynb'): assert f'stories/{story.stem}.html.md)' in text, story.stem
+
+
+def test_every_module_says_what_it_is_for():
+    for file in (ROOT/'fastai_cam').rglob('*.py'):
+        if file.name=='_modidx.py' or file==ROOT/'fastai_cam/__init__.py': continue
+        summary = (ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))) or '').split('\n')[0]
+        assert len(summary.split()) >= 3, f'{file.relative_to(ROOT)} does not say what it is for'
+
+
+def test_every_notebook_has_a_number_of_its_own():
+    numbers = [re.match(r'\d+[a-z]?', file.stem)[0] for file in (ROOT/'nbs').glob('*.ipynb') if file.stem not in ('index', 'all')]
+    assert len(set(numbers))==len(numbers), sorted(number for number in numbers if numbers.count(number) > 1)
+
+
+def test_the_changelog_names_what_was_renamed():
+    changelog = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    for file in (ROOT/'fastai_cam').rglob('__init__.py'):
+        for pairs in re.findall(r"__getattr__ = renamed\(__name__, (\{.*?\})\)", file.read_text(encoding='utf-8'), re.S):
+            for old, new in ast.literal_eval(pairs).items(): assert f'`{old}`' in changelog and new in changelog, f'{old} -> {new}'
+
+
+# -- figures
+
+def test_figures_are_as_small_as_they_can_be_looked_at():
+    for file in (ROOT/'nbs').rglob('*.ipynb'):
+        text = file.read_text(encoding='utf-8')
+        assert figures.shrunk(text)==text, f'{file.name} holds large figures: run make figures'
+
+
+def test_the_notebooks_are_less_than_ten_megabytes():
+    assert sum(file.stat().st_size for file in (ROOT/'nbs').rglob('*') if file.is_file()) < 10_000_000, 'run make figures'
+
+
+def png(pixels):
+    "An array as the bytes of a PNG"
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, 'PNG')
+    return file.getvalue()
+
+
+def test_figures_keep_their_colours_and_their_paper():
+    wide = np.full((300, 1200, 3), 255, dtype=np.uint8)
+    ramp = np.linspace(0, 240, 1000)[None, :, None]*[1, .5, .25] # steps would show
+    wide[50:250, 100:1100] = ramp + np.random.default_rng(0).integers(0, 9, (200, 1000, 3))
+    small = figures.small(png(wide))
+    image = Image.open(io.BytesIO(small))
+    found, asked = np.asarray(image.convert('RGB')).astype(float), np.asarray(Image.fromarray(wide).resize((860, 215), Image.Resampling.LANCZOS)).astype(float)
+    assert image.size==(860, 215) and figures.small(small)==small and len(small) < len(png(wide))/4
+    assert (found[:30]==255).all() and np.abs(found - asked).mean() < 3
+    columns = (found - asked)[40:175, 80:780].mean((0, 2)) # dithering is right on average
+    assert np.abs(np.convolve(columns, np.ones(20)/20, 'valid')).max() < 2
+    drawing = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 255, (4, 4, 3), dtype=np.uint8), 50, 0), 50, 1)
+    small = figures.small(png(drawing))
+    assert (np.asarray(Image.open(io.BytesIO(small)).convert('RGB'))==drawing).all() and len(small) <= len(png(drawing))
