@@ -7,7 +7,7 @@ Docs: https://fastai-cam.example/docs/all.html.md"""
 # %% auto #0
 __all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex',
            'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS',
-           'METRICS', 'cam_method', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+           'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
 
 # %% ../nbs/all.ipynb #b42b5bdb
 import fastai_cam.shortcuts, fastai_cam.trust # which give learners and interpretations their checks
@@ -18,11 +18,11 @@ from .maps.draw import CAMMap
 from .targets.kinds import Actual, ClassIndex, Predicted, Score, Similarity, Target
 from .targets.lookup import Output, Region, Versus, WhyNot
 from .tasks import Task
-from .methods.registry import cam_method, cam_wrapper, METHODS, WRAPPERS
+from .methods.registry import cam_method, cam_weights, cam_wrapper, METHODS, WRAPPERS
 from .trust.rescore import cam_metric, METRICS
 from .probe.watch import alignment, Probe
 
 _all_ = [
     'CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus',
-    'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_wrapper',
+    'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper',
     'cam_metric', 'Probe', 'alignment']

@@ -6,15 +6,17 @@ Docs: https://fastai-cam.example/docs/methods.html.md"""
 
 # %% auto #0
 __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method',
-           'cam_wrapper', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam',
-           'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam',
-           'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop',
-           'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca',
-           'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+           'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'as_method', 'as_methods', 'method_name',
+           'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam',
+           'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam',
+           'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage',
+           'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map',
+           'BASELINES', 'gaussian_map', 'edge_map']
 
 # %% ../../nbs/34_methods.ipynb #132f8ee8
 from .combine import enlarge, fuse_layers, FUSIONS, principal_component, weighted_sum
-from .registry import as_method, as_methods, cam_method, cam_wrapper, method_name, METHODS, per_layer, WRAPPERS
+from .registry import (
+    as_method, as_methods, cam_method, cam_weights, cam_wrapper, facts_of, method_name, MethodFacts, METHODS, per_layer, WRAPPERS)
 from .catalogue import (
     ablationcam, at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, grad_rollout, gradcam, gradcam_pp,
     guided_backprop, guided_gradcam, hirescam, iscam, kpca_cam, layercam, likenesscam, pca, reciprocam, refinecam, rollout, scorecam,
@@ -22,7 +24,8 @@ from .catalogue import (
 from .baselines import BASELINES, edge_map, gaussian_map, random_map, uniform_map
 
 _all_ = [
-    'FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_wrapper',
+    'FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper',
+    'MethodFacts', 'facts_of',
     'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
     'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam',
     'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',

@@ -19,7 +19,7 @@ from ..probe.capture import Capture, Scores
 from .registry import cam_method, for_all_scores
 
 # %% ../../nbs/33_methods.baselines.ipynb #61b8dae1
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True)
 def uniform_map(
     cap:Capture, # Any pass
     scores:Scores # What is explained; only its shape is used
@@ -27,7 +27,7 @@ def uniform_map(
     "1 everywhere: a baseline for measures, not an explanation"
     return torch.ones(*scores.shape, *cap.acts[-1].shape[2:]).to(at_least_float(scores.values.detach().as_subclass(Tensor)))
 
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True)
 def random_map(
     cap:Capture, # Any pass
     scores:Scores # What is explained; only its shape is used
@@ -40,7 +40,7 @@ def random_map(
 # %% ../../nbs/33_methods.baselines.ipynb #dc39e7d0
 BASELINES = ['uniform_map', 'gaussian_map', 'edge_map', 'random_map']
 
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True)
 def gaussian_map(
     cap:Capture, # Any pass
     scores:Scores, # What is explained; only its shape is used
@@ -54,7 +54,7 @@ def gaussian_map(
         found = found[...,None]*torch.exp(-place**2/(2*sigma**2))
     return found.expand(*scores.shape, *found.shape)
 
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True, resolution='image')
 def edge_map(
     cap:Capture, # Any pass
     scores:Scores # What is explained; only its shape is used

@@ -11,7 +11,6 @@ __all__ = ['cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 
            'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam']
 
 # %% ../../nbs/32_methods.catalogue.ipynb #92d7b92c
-import inspect
 import math
 from typing import Callable, Sequence
 
@@ -23,99 +22,71 @@ from ..probe.layers import EVERY_STAGE, LAST_TWO_STAGES
 from ..probe.scan import effective_bias
 from ..probe.capture import Capture, Scores
 from .combine import enlarge, nan_unless_finite, principal_component, weighted_sum
-from .registry import as_method, cam_method, cam_wrapper, for_all_scores, fuse_maps, per_layer
+from .registry import as_method, cam_method, cam_weights, cam_wrapper, facts_of, for_all_scores, fuse_maps, per_layer
 
 # %% ../../nbs/32_methods.catalogue.ipynb #ebe96eed
-@cam_method(grad=False)
+@cam_method(grad=False, cost='nothing more')
 def cam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]`, signed; its mean over space plus the bias is the logit
     r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer or 1×1 convolution, in either order
-    (`ValueError` on any other head). Costs nothing beyond the forward pass. Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
+    (`ValueError` on any other head). Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
     fc = cap.fc.nan_to_num(0, 0, 0) # a class whose weights are broken has no score, and is not to spoil others
     return weighted_sum(cap.acts[-1], cap.out_grads(scores).to(fc.dtype) @ fc)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #f00b7e6e
-@cam_method
-def gradcam(
-    cap:Capture, # Pass that ran with autograd from the layer on
-    scores:Scores, # What is explained
-    reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, K, h, w]`, signed
+@cam_weights(cost='a backward pass of what follows the layer')
+def gradcam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k \alpha_k A^k$ with $\alpha_k$ the spatial mean of $\partial s/\partial A^k$. Any layer, any head, any differentiable score.
-    Costs a backward pass through what follows the layer. Several objects share one weight. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"""
-    return per_layer(cap, scores, lambda acts, grads: grads.mean(-1, keepdim=True), reduce)
+    Several objects share one weight. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"""
+    return grads.mean(-1, keepdim=True)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #c44230db
-@cam_method
-def hirescam(
-    cap:Capture, # Pass that ran with autograd from the layer on
-    scores:Scores, # What is explained
-    reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, K, h, w]`, signed
+@cam_weights(cost='what Grad-CAM costs')
+def hirescam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k g^k \circ A^k$: activation × gradient, place by place. Equal to Grad-CAM where the tail is GAP + one linear layer; elsewhere it does not point
-    at places that Grad-CAM's averaging lends evidence to. Costs what Grad-CAM costs. Draelos & Carin 2020, https://arxiv.org/abs/2011.08891"""
-    return per_layer(cap, scores, lambda acts, grads: grads, reduce)
+    at places that Grad-CAM's averaging lends evidence to. Draelos & Carin 2020, https://arxiv.org/abs/2011.08891"""
+    return grads
 
-@cam_method
-def elementwise(
-    cap:Capture, # Pass that ran with autograd from the layer on
-    scores:Scores, # What is explained
-    reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, K, h, w]`, never negative
+@cam_weights(cost='what Grad-CAM costs')
+def elementwise(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, never negative
     r"""$\sum_k \max(g^k \circ A^k, 0)$: HiResCAM without the evidence against. Brighter and less selective: nothing is set off.
-    Costs what Grad-CAM costs. Grad-CAM elementwise, as offered by https://github.com/jacobgil/pytorch-grad-cam"""
-    return per_layer(cap, scores, lambda acts, grads: torch.where(grads*acts > 0, grads, 0), reduce)
+    Grad-CAM elementwise, as offered by https://github.com/jacobgil/pytorch-grad-cam"""
+    return torch.where(grads*acts > 0, grads, 0)
 
-@cam_method
-def layercam(
-    cap:Capture, # Pass that ran with autograd from the layer on
-    scores:Scores, # What is explained
-    reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
+@cam_weights(cost='what Grad-CAM costs')
+def layercam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k \max(g^k, 0) \circ A^k$. Sharp maps from early layers, alone or fused (`'layercam+stages'`).
-    Costs what Grad-CAM costs. Jiang et al. 2021, https://ieeexplore.ieee.org/document/9462463"""
-    return per_layer(cap, scores, lambda acts, grads: grads.clamp(min=0), reduce)
+    Jiang et al. 2021, https://ieeexplore.ieee.org/document/9462463"""
+    return grads.clamp(min=0)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #0bbdeb40
-@cam_method
-def xgradcam(
-    cap:Capture, # Pass that ran with autograd from the layer on
-    scores:Scores, # What is explained
-    reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, K, h, w]`, signed; it adds up to the sum of activation × gradient
+@cam_weights(cost='what Grad-CAM costs')
+def xgradcam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed; it adds up to the sum of activation × gradient
     r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active. Channels that add up to 0 (as far
     as their rounding errors tell) have no weight.
-    Costs what Grad-CAM costs. Fu et al. 2020, equation 8, https://arxiv.org/abs/2008.02312"""
-    def weigh(acts, grads):
-        total,rounding = acts.sum(-1, keepdim=True),acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
-        return torch.where(total.abs() > rounding, (grads*acts).sum(-1, keepdim=True)/total, 0)
-    return per_layer(cap, scores, weigh, reduce)
+    Fu et al. 2020, equation 8, https://arxiv.org/abs/2008.02312"""
+    total,rounding = acts.sum(-1, keepdim=True),acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
+    return torch.where(total.abs() > rounding, (grads*acts).sum(-1, keepdim=True)/total, 0)
 
-@cam_method
-def gradcam_pp(
-    cap:Capture, # Pass that ran with autograd from the layer on
-    scores:Scores, # What is explained, logits
-    reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
-) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
+@cam_weights(cost='what Grad-CAM costs')
+def gradcam_pp(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k \left(\sum_{ij} \alpha^k \max(g^k, 0)\right) A^k$ with $\alpha^k = 1/(2 + g^k\sum_{ij}A^k)$ where $g^k \neq 0$: Grad-CAM++ for several objects.
     The third derivatives in $\alpha$ are those of $\exp(s)$, so the map depends on the scale of the score, which is to be a logit.
-    Costs what Grad-CAM costs. Chattopadhay et al. 2018, equations 10 and 19, https://arxiv.org/abs/1710.11063"""
-    def weigh(acts, grads):
-        alpha = 1/(2 + grads*acts.sum(-1, keepdim=True)) # no need for g != 0: such places have no weight
-        return (torch.where(grads > 0, alpha*grads, 0)).sum(-1, keepdim=True)
-    return per_layer(cap, scores, weigh, reduce)
+    Chattopadhay et al. 2018, equations 10 and 19, https://arxiv.org/abs/1710.11063"""
+    alpha = 1/(2 + grads*acts.sum(-1, keepdim=True)) # no need for g != 0: such places have no weight
+    return (torch.where(grads > 0, alpha*grads, 0)).sum(-1, keepdim=True)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #29fa9032
-@cam_method
+@cam_method(reduces=True, cost='two more backward passes of what follows the layer for each score')
 def shapleycam(
     cap:Capture, # Pass that ran with autograd from the layer on
     scores:Scores, # What is explained
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
 ) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k \alpha_k A^k$ with $\alpha_k$ the spatial mean of $g - \frac12 H A$: the second-order estimate of a channel's Shapley value.
-    Equal to Grad-CAM where the tail is piecewise linear. Costs two more backward passes through the tail for each score. Cai 2025, https://arxiv.org/abs/2501.06261"""
+    Equal to Grad-CAM where the tail is piecewise linear. Cai 2025, https://arxiv.org/abs/2501.06261"""
     maps = []
     for piece in scores.chunks():
         weights = [(slope - bend/2).flatten(3).mean(-1) for slope,bend in zip(cap.grads(piece), cap.curvatures(piece))]
@@ -123,7 +94,7 @@ def shapleycam(
     return torch.cat(maps, dim=1)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #23cb9087
-@cam_method
+@cam_method(cost='what `base` costs')
 def finercam(
     cap:Capture, # Pass that ran with autograd from the layer on
     scores:Scores, # What is explained, logits
@@ -132,7 +103,7 @@ def finercam(
     gamma:float=.6 # How much of them to take away
 ) -> Tensor: # `[B, K, h, w]`, signed
     r"""Map of $s_c - \gamma\,\overline{s_d}$ over the `n_similar` classes $d$ whose logits are nearest to $s_c$: what tells $c$ from what it is like.
-    For fine-grained classes. Costs what `base` costs. Zhang et al. 2025, https://arxiv.org/abs/2501.11309"""
+    For fine-grained classes. Zhang et al. 2025, https://arxiv.org/abs/2501.11309"""
     out = cap.out.detach()
     if out.dim() != 2: raise ValueError(f"finercam compares classes, and this model's output, of shape {list(out.shape)}, is not [batch, classes]")
     asked = cap.out_grads(scores) != 0
@@ -148,26 +119,26 @@ def finercam(
 # %% ../../nbs/32_methods.catalogue.ipynb #99d8c884
 def _by_activity(acts, weights): return principal_component(acts, weights, evidence=acts.abs().sum(1, keepdim=True))
 
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True, cost='a few products of the smaller of the matrices HW×HW and C×C')
 def eigencam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores # What is explained; only its shape is used
 ) -> Tensor: # `[B, K, h, w]`, of mean 0
     """First principal component of the activations over the places: where the channels agree. The class plays no part.
-    Costs a few products of the smaller of the matrices HW×HW and C×C. Muhammad & Yeasin 2020, https://arxiv.org/abs/2008.00299, with the mean taken off, as its users know it"""
+    Muhammad & Yeasin 2020, https://arxiv.org/abs/2008.00299, with the mean taken off, as its users know it"""
     return per_layer(cap, scores, lambda acts: acts.new_ones(1).expand(len(acts), 1, 1, 1), _by_activity, grads=False)
 
-@cam_method
+@cam_method(cost='what Grad-CAM costs, and EigenCAM for each score')
 def eigengradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]`, of mean 0
     """First principal component of activation × gradient: EigenCAM that knows the class. The sign is that of the class's evidence.
-    Costs Grad-CAM, and what EigenCAM costs for each score. As offered by https://github.com/jacobgil/pytorch-grad-cam"""
+    As offered by https://github.com/jacobgil/pytorch-grad-cam"""
     return per_layer(cap, scores, lambda acts, grads: grads, principal_component)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #a8d80353
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True, cost='an eigendecomposition of HW×HW')
 def kpca_cam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained; only its shape is used
@@ -175,7 +146,7 @@ def kpca_cam(
     gamma:float|None=None # Scale of the kernel; `None`: 1/number of channels
 ) -> Tensor: # `[B, K, h, w]`, of mean 0
     r"""First *kernel* principal component of the activations over the places (sigmoid: $\tanh(\gamma x\cdot y + 1)$). The class plays no part.
-    The mean is taken off first. Costs an eigendecomposition of HW×HW. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
+    The mean is taken off first. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
     kernels = dict(sigmoid=lambda x, g: (g*x @ x.mT + 1).tanh(), rbf=lambda x, g: (-g*torch.cdist(x, x)**2).exp(), cosine=lambda x, g: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT, linear=lambda x, g: x @ x.mT)
     if kernel not in kernels: raise ValueError(f'kernel is one of {", ".join(map(repr, kernels))}, not {kernel!r}')
     def one_layer(act):
@@ -191,14 +162,14 @@ def kpca_cam(
     return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), scores)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #9a064a71
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True, reduces=True, cost='nothing more')
 def fem(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained; only its shape is used
     k:float=2., # How many standard deviations above its mean a channel has to be to count as firing
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
 ) -> Tensor: # `[B, K, h, w]`
-    r"""$\sum_k \mu_k [A^k \ge \mu_k + k\sigma_k]$: where channels fire, each worth its mean. The class plays no part. Costs nothing beyond the forward pass.
+    r"""$\sum_k \mu_k [A^k \ge \mu_k + k\sigma_k]$: where channels fire, each worth its mean. The class plays no part.
     Fuad et al. 2020, https://hal.science/hal-02963298 (pytorch-grad-cam instead weighs $A^k$ by the share of places that fire)"""
     def one_layer(act):
         act,space = at_least_float(act),tuple(range(2, act.dim()))
@@ -208,7 +179,7 @@ def fem(
     return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), scores)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #8e08ee8f
-@cam_method(grad=False)
+@cam_method(grad=False, reduces=True, cost='C runs of what follows the layer')
 def ablationcam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
@@ -216,7 +187,7 @@ def ablationcam(
     bs:int=64 # How many variants to run at once
 ) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k (s - s_{-k}) A^k$ with $s_{-k}$ the score without channel $k$ (set to zero). The paper divides by $s$, which only scales the map, and turns it upside
-    down where the score is negative; here it is left out. Needs no gradients. Costs C runs of what follows the layer. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
+    down where the score is negative; here it is left out. Needs no gradients. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
     maps,whole = [],at_least_float(scores.values.detach().as_subclass(Tensor))
     for layer,acts in enumerate(cap.acts):
         weights = torch.zeros(*scores.shape, acts.shape[1]).to(whole)
@@ -232,7 +203,7 @@ def ablationcam(
     return fuse_maps(cap, maps)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #3b39edfc
-@cam_method(grad=False)
+@cam_method(grad=False, cost='HW runs of what follows the layer')
 def reciprocam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
@@ -240,7 +211,7 @@ def reciprocam(
     bs:int=64 # How many variants to run at once
 ) -> Tensor: # `[B, K, h, w]`, signed
     r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept. Needs no gradients.
-    On GAP + one linear layer, without the neighbours, it is CAM divided by HW. Costs HW runs of what follows the layer. Byun & Lee 2022, https://arxiv.org/abs/2209.14074"""
+    On GAP + one linear layer, without the neighbours, it is CAM divided by HW. Byun & Lee 2022, https://arxiv.org/abs/2209.14074"""
     maps,n_space = [],cap.acts[0].dim() - 2
     for layer,acts in enumerate(cap.acts):
         size = acts.shape[2:]
@@ -298,7 +269,7 @@ def _lit(cap, scores, changes, reduce, bs, top):
     return fuse_maps(cap, [reduce(acts, _score_weights(cap, scores, acts, changes, bs, top)) for acts in cap.acts])
 
 # %% ../../nbs/32_methods.catalogue.ipynb #79f290db
-@cam_method(grad=False)
+@cam_method(grad=False, reduces=True, cost='a forward pass for each channel that is not constant')
 def scorecam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
@@ -307,10 +278,10 @@ def scorecam(
     bs:int=8 # How many images to run at once: memory is bounded by it
 ) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
     r"""$\sum_k w_k A^k$ with $w$ the softmax over the channels of the score of the image lit by each. Needs no gradients.
-    Costs a forward pass for each channel that is not constant. Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
+    Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
     return _lit(cap, scores, [lambda light: light], reduce, bs, top)
 
-@cam_method(grad=False)
+@cam_method(grad=False, reduces=True, cost='n × C forward passes')
 def sscam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
@@ -322,13 +293,13 @@ def sscam(
     seed:int=0 # Of the noise, which is the same for all items and channels
 ) -> Tensor: # `[B, K, h, w]`
     r"""Score-CAM whose scores are averages over noise that is added to the light: SS-CAM, first form.
-    Costs n × C forward passes. Wang et al. 2020, https://arxiv.org/abs/2006.14255"""
+    Wang et al. 2020, https://arxiv.org/abs/2006.14255"""
     size,random = cap.image.shape[2:],torch.Generator().manual_seed(seed)
     noises = [sigma*torch.randn(size, generator=random).to(cap.image) for _ in range(n)]
     return _lit(cap, scores, [lambda light, noise=noise: light + noise for noise in noises], reduce, bs, top)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #6b19ae49
-@cam_method(grad=False)
+@cam_method(grad=False, reduces=True, cost='n × C forward passes')
 def iscam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
@@ -338,7 +309,7 @@ def iscam(
     bs:int=8 # How many images to run at once
 ) -> Tensor: # `[B, K, h, w]`
     r"""Score-CAM whose scores are averages while the light is turned up: step $i$ is lit $\sum_{j \le i} j/n$ times (above 1 from the middle on, as in the paper's sum).
-    Costs n × C forward passes. Naidu et al. 2020, https://arxiv.org/abs/2010.03023"""
+    Naidu et al. 2020, https://arxiv.org/abs/2010.03023"""
     levels = [sum(range(1, i + 1))/n for i in range(1, n + 1)]
     return _lit(cap, scores, [lambda light, level=level: light*level for level in levels], reduce, bs, top)
 
@@ -349,13 +320,13 @@ def _stretched(parts, n_space=2):
     low,high = parts.amin(space, keepdim=True),parts.amax(space, keepdim=True)
     return torch.where(high==low, 0*high, (parts - low)/(high - low)).sum(2)
 
-@cam_method(grad=False)
+@cam_method(grad=False, resolution='image', cost='a forward and a backward pass of the whole network, and its memory')
 def fullgrad(
     cap:Capture, # Any pass: the model is run again
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
     r"""$\psi(\nabla_x s \circ x) + \sum_l\sum_c \psi(\nabla_{b_c} s\, b_c)$ over every convolution and batch norm, $\psi$ = absolute value, stretched to 0–1, enlarged.
-    Each channel is stretched by itself, as the equation has it. The layer plays no part. Costs a forward and a backward pass of the whole network, and its memory. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
+    Each channel is stretched by itself, as the equation has it. The layer plays no part. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
     layers = cap.bias_layers()
     whole,image = cap.recapture(layers=[module for _,module in layers] or None, from_input=True),cap.image
     asked,n_space,biases = whole.score(scores),image.dim() - 2,[effective_bias(module) for _,module in layers]
@@ -369,22 +340,22 @@ def fullgrad(
         maps.append(sum((enlarge(part, image.shape[2:]) for part in by_size.values()), total))
     return torch.cat(maps, dim=1)
 
-@cam_method(grad=False)
+@cam_method(grad=False, resolution='image', cost='a forward and a backward pass of the whole network')
 def guided_backprop(
     cap:Capture, # Any pass: the model is run again
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
     """Largest magnitude over the colours of the gradient of the score with respect to the image, when every ReLU passes positive gradients only; `ValueError` for a model
-    without ReLUs. Costs a forward and a backward pass of the whole network. **It hardly depends on the class or even the weights.** Springenberg et al. 2014, https://arxiv.org/abs/1412.6806"""
+    without ReLUs. **It hardly depends on the class or even the weights.** Springenberg et al. 2014, https://arxiv.org/abs/1412.6806"""
     return _guided_gradients(cap, scores).abs().amax(2)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #c7a8a709
-@cam_method
+@cam_method(resolution='image', cost='what Grad-CAM and guided backpropagation cost')
 def guided_gradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
-    "Guided backpropagation × the positive part of Grad-CAM, enlarged. Fine lines, and only where Grad-CAM is. Costs both. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"
+    "Guided backpropagation × the positive part of Grad-CAM, enlarged. Fine lines, and only where Grad-CAM is. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"
     return (_guided_gradients(cap, scores)*enlarge(gradcam(cap, scores).clamp(min=0), cap.image.shape[2:])[:,:,None]).abs().amax(2)
 
 def _guided_gradients(cap, scores):
@@ -417,26 +388,26 @@ def _readers(grads):
     return rows/rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #e824476c
-@cam_method(grad=False)
+@cam_method(grad=False, class_free=True, cost='a forward and a backward pass of the whole network, and its memory')
 def rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
     scores:Scores # What is explained; it only tells which tokens are read
 ) -> Tensor: # `[B, K, h, w]`, never negative
     r"""$\prod_l \tfrac12(I + \bar A_l)$ less its part without attention, $\bar A_l$ = mean attention of the heads: what has reached the tokens that are read. **The class plays no part**; for models with attention over the whole image,
-    `ValueError` otherwise. Costs a forward and a backward pass of the whole network, and its memory. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
+    `ValueError` otherwise. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
     whole = cap.recapture(from_input=True, attention=True)
     grads = whole.attention_grads(whole.score(scores))
     steps = [attention.mean(1)[:,None] for attention in whole.attention]
     maps = _places_read(_rolled_out(steps)/2**len(steps), _readers(grads[-1]), whole.layouts[-1])
     return nan_unless_finite(maps, *steps, grads[-1])
 
-@cam_method(grad=False)
+@cam_method(grad=False, cost='a forward pass of the whole network and a backward pass a score, and their memory')
 def grad_rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]`, never negative
     r"""Rollout of the attention that raises the score: $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$ divided by the largest sum of a row in any block, read without the $I$ that $R$ starts from. Of transformers the method that knows most about the class and the whole way to it;
-    for models with attention over the whole image, `ValueError` otherwise. Costs a forward pass of the whole network and a backward pass a score, and their memory. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
+    for models with attention over the whole image, `ValueError` otherwise. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
     whole = cap.recapture(from_input=True, attention=True)
     grads = whole.attention_grads(whole.score(scores))
     steps = [(grad*attention[:,None]).clamp(min=0).mean(2) for attention,grad in zip(whole.attention, grads)]
@@ -456,14 +427,14 @@ def _maps_of_layers(method, cap, scores):
     asked = scores if staged is cap else staged.score(scores)
     return [method(staged.only(i), asked) for i in range(len(staged.layers))]
 
-@cam_method
+@cam_method(resolution='finest layer', cost='a forward pass, recorded from the first stage on')
 def refinecam(
     cap:Capture, # Pass at several layers; at one layer, the model is run again and watched at the end of every stage
     scores:Scores, # What is explained
     base:str|Callable='gradcam_pp' # Method whose maps are multiplied
 ) -> Tensor: # `[B, K, h, w]` at the resolution of the finest layer, never negative
     """Product of the maps of several layers, each without its negative part and divided by its maximum: only what all depths agree on remains.
-    Costs one more forward pass, recorded from the first stage on. "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
+    "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
     return fuse_maps(cap, _maps_of_layers(as_method(base), cap, scores), 'product')
 
 @cam_wrapper
@@ -505,7 +476,7 @@ def pca(
     method:Callable # Any method
 ) -> Callable: # A method
     "First principal component of the channels as `method` weighs them; for a method that has no weights for channels, of the activations times its map (averaged to their grid)"
-    if 'reduce' in inspect.signature(method).parameters: return lambda cap, scores: method(cap, scores, reduce=principal_component)
+    if facts_of(method).reduces: return lambda cap, scores: method(cap, scores, reduce=principal_component)
     def smoothed(cap, scores):
         maps,n_space = method(cap, scores),cap.acts[0].dim() - 2
         def one_layer(act):
@@ -515,7 +486,7 @@ def pca(
     return smoothed
 
 # %% ../../nbs/32_methods.catalogue.ipynb #7e05383e
-@cam_method
+@cam_method(reduces=True, cost='n forward and backward passes')
 def smooth_gradcam_pp(
     cap:Capture, # Pass that ran with autograd from the layer on
     scores:Scores, # What is explained, logits
@@ -525,7 +496,7 @@ def smooth_gradcam_pp(
     seed:int=0 # Of the noise, which is the same for all items
 ) -> Tensor: # `[B, K, h, w]`
     r"""Grad-CAM++ whose derivatives are means over noisy copies of the image: $\alpha = \overline{g^2}/(2\overline{g^2} + \sum A\,\overline{g^3})$, weights
-    $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Costs n forward and backward passes. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
+    $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
     image,random = cap.image,torch.Generator().manual_seed(seed)
     spread = sigma*(image.flatten(1).amax(-1) - image.flatten(1).amin(-1))[(...,) + (None,)*(image.dim() - 1)]
     peaks,sums = None,[0]*len(cap.acts)
@@ -549,13 +520,13 @@ def _peak(grads):
     return torch.where(peak > 0, peak, 1)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #b33430f5
-@cam_method
+@cam_method(resolution='finest layer', layers=LAST_TWO_STAGES, cost='0.2 to 0.4 forward passes')
 def likenesscam(
     cap:Capture, # Pass at two layers, a finer one and the last; at one layer, the model is run again and watched at its last two stages
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]` at the resolution of the finer layer, signed
     r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place, of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer,
-    where HiResCAM of the last one is positive. Where the object is, with its outline, rather than what of it was needed. Costs 1.2 to 1.4 forward passes through `get_cams`"""
+    where HiResCAM of the last one is positive. Where the object is, with its outline, rather than what of it was needed"""
     staged = cap if len(cap.layers) > 1 else cap.recapture(layers=LAST_TWO_STAGES)
     finer,maps = -2 if len(staged.layers) > 1 else -1,[] # a network of one resolution has one layer for both
     fine,last = staged.acts[finer],staged.acts[-1]
@@ -566,8 +537,6 @@ def likenesscam(
         seeds = weighted_sum(at_least_float(fine).abs(), grads[finer].abs())*speaks_for
         maps.append(nan_unless_finite(fuse_maps(staged, [_likeness(act, seeds) for act in (fine, last)]), grads[-1], grads[finer]))
     return torch.cat(maps, dim=1)
-
-likenesscam.layers = LAST_TWO_STAGES # where no layer is named, `get_cams` watches these in its one pass
 
 def _likeness(acts, seeds):
     "Cosine similarity to the features at the seeds `[B, K, *space]`, both less those of the average place: uniform seeds make an empty map"
