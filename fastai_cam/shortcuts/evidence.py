@@ -42,7 +42,7 @@ class Limits:
     model_auc:float=.69 # AUC of the model's own word on them: a little less, since it may see what a few dozen pictures cannot tell
     label_margin:float=.12 # How much larger the AUC of predictions may count than that of labels: a weak network errs by shortcuts too
     carriers:float=.4 # Share of a class's pictures that must be told by it: the class's habit, not that of a few
-    recurring:float=.25 # Share of a class's pictures that must have a thing, where one in twenty others has something as alike
+    recurring:float=.25 # Share of a class's pictures that must have a thing: five times what others have that is as alike by chance
     variation:float=.2 # Share of natural variation that a thing may vary: stickers 0 (opaque) to .2 (faint), objects seldom below .25
     removed:float=.01 # Effect of taking it out of pictures that have it: above nothing
     salient_effect:float=.3 # Effect of a place that only the maps agree on: as much as where a class is hardly told
