@@ -78,15 +78,15 @@ def _appearance_candidates(separable, cls, positives, places):
     return found
 
 # %% ../../nbs/83_shortcuts.candidates.ipynb #4b9f02d7
-def _joined_places(cls, positives, telling, places):
+def _joined_places(cls, positives, separable, places):
     "All places that tell the class: of what crosses the picture, each shows a part, and a part may move little"
-    if len(telling) < 2: return []
-    mask = torch.stack([places[name] for name in telling]).any(0)
-    carriers = _carriers(np.mean([place.probability for place in telling.values()], axis=0), positives)
+    if len(separable) < 2: return []
+    mask = torch.stack([places[name] for name in separable]).any(0)
+    carriers = _carriers(np.mean([place.probability for place in separable.values()], axis=0), positives)
     if not _enough(carriers, positives): return []
-    where = ' and '.join(telling) if len(telling)==2 else 'edges'
-    min_effect = LIMITS.min_effect(max(place.auc for place in telling.values()))
-    return [Candidate(cls, 'place', where, positives, carriers, place_edits(mask), min_effect, mask, n_places=len(telling))]
+    where = ' and '.join(separable) if len(separable)==2 else 'edges'
+    min_effect = LIMITS.min_effect(max(place.auc for place in separable.values()))
+    return [Candidate(cls, 'place', where, positives, carriers, place_edits(mask), min_effect, mask, n_places=len(separable))]
 
 def _surroundings_by_model(evidence, cls, positives, negatives):
     "The surroundings, if the model tells the class from them: it may have learned what is too faint, or too rare, for a few dozen pictures"
@@ -147,9 +147,9 @@ def find_candidates(
     negatives,places = evidence.negatives(cls),edge_places(*evidence.images.shape[-2:])
     if len(negatives) < FEWEST: return []
     separable = _separable_places(evidence, appearance, cls, positives, seed)
-    telling = {name: one for name,one in separable.items() if one.auc >= LIMITS.own_auc}
+    clear = {name: one for name,one in separable.items() if one.auc >= LIMITS.own_auc}
     found = _appearance_candidates(separable, cls, positives, places)
-    if telling.pop(ALL_AROUND, None) is None: found += _surroundings_by_model(evidence, cls, positives, negatives)
-    found += _joined_places(cls, positives, telling, places)
+    if clear.pop(ALL_AROUND, None) is None: found += _surroundings_by_model(evidence, cls, positives, negatives)
+    found += _joined_places(cls, positives, clear, places)
     found += _things(evidence, search, cls, positives, negatives, seed)
     return found + _salient_places(evidence, cls, positives, negatives, places, seed)

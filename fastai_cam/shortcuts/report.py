@@ -199,11 +199,11 @@ def _is_a_lack(tester, appearance, finding, stronger):
     other_classes = sorted({other.candidate.cls for other in stronger} - {candidate.cls})
     if not other_classes: return False
     left = ~(evidence.predicted | evidence.labelled)[:,other_classes].any(1) | evidence.predicted[:,candidate.cls]
-    rest = Evidence(*[part[left] for part in evidence])
-    if len(rest.negatives(candidate.cls)) < FEWEST: return False # of two classes, which has it cannot be told
-    rest_appearance = {name: features[left.numpy()] for name,features in appearance.items()}
-    tester = EditTester(rest, tester.predict, tester.seed)
-    again = _findings(tester, rest_appearance, candidate.cls, rest.predicted_as(candidate.cls))
+    remaining = Evidence(*[part[left] for part in evidence])
+    if len(remaining.negatives(candidate.cls)) < FEWEST: return False # of two classes, which has it cannot be told
+    remaining_appearance = {name: features[left.numpy()] for name,features in appearance.items()}
+    tester = EditTester(remaining, tester.predict, tester.seed)
+    again = _findings(tester, remaining_appearance, candidate.cls, remaining.predicted_as(candidate.cls))
     return not any(one.candidate.kind==candidate.kind for one in again)
 
 # %% ../../nbs/85_shortcuts.report.ipynb #1517936e
