@@ -36,7 +36,7 @@ from fastai_cam.maps.draw import CAMMap, check_style
 from fastai_cam.maps.cams import CAMs, Images, ItemMaps
 from fastai_cam.maps.pixels import normalize, to_pixels, to_slices
 from fastai_cam.maps.words import plain_html, plain_legend, plain_text
-from fastai_cam.shortcuts.report import Shortcut, Shortcuts
+from fastai_cam.shortcuts import Measurement, Shortcut, Shortcuts
 
 VOCAB = ['cat', 'dog', 'car']
 
@@ -518,7 +518,8 @@ def test_words_are_drawn_as_they_are_in_every_figure(capfd):
     trust = CAMTrust(CAMMap(torch.ones(2, 2), title=word), word, numbers, .2)
     check_drawn(trust.show(), word, capfd)
     assert 'mathjax_ignore' in trust._repr_html_() and '<b>' not in trust._repr_html_()
-    found = Shortcut(word, 'place', 'top', [0], 3, 1, .9, (.8, 1.), .1, .9, (.5, .4, .6), 'mean', torch.ones(8, 8) > 0, None, (torch.rand(3, 8, 8), torch.rand(3, 8, 8)))
+    measured = Measurement('mean', .9, (.8, 1.), .1, .9, (.5, .4, .6))
+    found = Shortcut(word, 'place', 'top', [0], 3, 1, measured, torch.ones(8, 8) > 0, None, (torch.rand(3, 8, 8), torch.rand(3, 8, 8)))
     shortcuts = Shortcuts([found], {word: 3}, [torch.rand(3, 8, 8)], torch.rand(1, 4, 4))
     check_drawn(shortcuts.plot(n=1), word, capfd)
     assert 'mathjax_ignore' in shortcuts._repr_html_() and '<b>' not in shortcuts._repr_html_()

@@ -1,5 +1,7 @@
 "The shortcut finder: what raises a suspicion, by hand, and what is found, left alone and left as it was"
+import pickle
 from collections import Counter
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -14,18 +16,20 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 
 from fastai_cam.interpret import CAMInterpretation
-import fastai_cam.shortcuts.candidates as shortcuts_candidates_room
-import fastai_cam.shortcuts.matching as shortcuts_matching_room
+import fastai_cam.shortcuts.evidence as shortcuts_evidence_room
 import fastai_cam.shortcuts.report as shortcuts_report_room
+import fastai_cam.shortcuts.testing as shortcuts_testing_room
 from fastai_cam.shortcuts.evidence import (
-    _cells, _least_lit_corners, Evidence, LIMITS, log_odds, separability, shrunken_auc, surroundings_log_odds)
-from fastai_cam.shortcuts.report import _findings, as_shortcut
-from fastai_cam.shortcuts.candidates import _asked, _places_together, _said_by_surroundings, _where_in_words, Candidate, find_candidates
+    _cells, _least_salient_corners, Evidence, LIMITS, log_odds, separability, shrunken_auc, surroundings_log_odds)
+from fastai_cam.shortcuts.report import _findings, as_shortcut, Shortcut
+from fastai_cam.shortcuts.candidates import (
+    _joined_places, _surroundings_by_model, _where_in_words, Candidate, find_candidates, Separable)
 from fastai_cam.shortcuts.edits import (
-    _keeps_the_middle, _same_details, _same_pixels, _smooth, corner_crops, edge_places, match_colours, place_edits, tile_corner)
+    _add_difference, _add_fine_difference, _centre_weight, _smooth, corner_crops, edge_places, match_colours, place_edits, tile_corner)
 from fastai_cam.shortcuts.matching import (
-    _laid_over, _most_common, _similar_at, fill_hidden, Match, median_and_spread, PieceSearch, recurring_things, stick_on, thing_masks)
-from fastai_cam.shortcuts.testing import EditTester
+    _best_matches, _most_common_pieces, _shared_pixels, fill_hidden, Match, median_and_spread, paste_at_random, PieceSearch,
+    recurring_things, thing_masks)
+from fastai_cam.shortcuts.testing import EditTester, Finding, Measurement
 
 
 # -- pieces, by hand
@@ -63,7 +67,7 @@ def test_the_same_piece_is_found_again_where_it_is():
     generator = torch.Generator().manual_seed(0)
     images, piece = torch.rand(4, 3, 20, 30, generator=generator), torch.rand(1, 3, 5, 5, generator=generator)
     images[2, :, 7:12, 20:25] = piece[0]
-    similar, places = _similar_at(images, piece)
+    similar, places = _best_matches(images, piece)
     assert similar.shape == (1, 4) and similar[0].argmax() == 2 and similar[0, 2] > .999 and (similar[0, [0, 1, 3]] < .7).all()
     assert divmod(int(places[0, 2]), 30 - 5 + 1) == (7, 20)
 
@@ -72,7 +76,7 @@ def test_similarity_is_the_naive_formula():
     image, piece = torch.rand(1, 2, 6, 6, generator=generator), torch.rand(1, 2, 3, 3, generator=generator)
     best = max((1 - ((window - piece[0])**2).sum()/(((window - window.mean())**2).sum() + ((piece - piece.mean())**2).sum() + 18*(.03*(image.max() - image.min()))**2)).item()
                for i in range(4) for j in range(4) for window in [image[0, :, i:i+3, j:j+3]])
-    assert abs(_similar_at(image, piece)[0].item() - best) < 1e-5
+    assert abs(_best_matches(image, piece)[0].item() - best) < 1e-5
 
 def blotches(n, side=64, seed=0):
     "Pictures that are smooth and have nothing in common, `[n, 3, side, side]`, about from 0 to 1"
@@ -105,24 +109,24 @@ def test_what_is_laid_over_whatever_is_there():
     where[11:13, 10:12] = False # has a hole
     for opacity in (1., .6):
         found = torch.where(where, (1 - opacity)*stack + opacity*sticker, stack)
-        middle, same, differs = _laid_over(found, natural)
+        middle, same, differs = _shared_pixels(found, natural)
         assert torch.equal(same, where) and differs < (1e-5 if opacity == 1 else .2)
         assert (middle - sticker)[:, where].abs().max() < (1e-5 if opacity == 1 else .4)
     beyond = found.clone()
     beyond[:10, :, :, 20:] = np.nan # the picture ends there
-    assert torch.equal(_laid_over(beyond, natural)[1], where)
+    assert torch.equal(_shared_pixels(beyond, natural)[1], where)
     beyond[:40, :, :12], beyond[40:, :, :12] = np.nan, stack[40:, :, :12]*.1 # what only a third of the pictures show is not said to be the same
-    assert torch.equal(_laid_over(beyond, natural)[1], where & (torch.arange(24)[:, None] >= 12))
-    assert _laid_over(stack, natural)[1:][1] == 1 and not _laid_over(stack, .1)[1].any() # nothing is the same
+    assert torch.equal(_shared_pixels(beyond, natural)[1], where & (torch.arange(24)[:, None] >= 12))
+    assert _shared_pixels(stack, natural)[1:][1] == 1 and not _shared_pixels(stack, .1)[1].any() # nothing is the same
     alike = torch.where(where, sticker + .25*natural*torch.randn(stack.shape, generator=torch.Generator().manual_seed(6)), stack) # an object: the same but for what no opacity explains
-    assert torch.equal(_laid_over(alike, natural)[1], where) and abs(_laid_over(alike, natural)[2] - .25*.6745) < .02 # the median of how far a normal number is from 0
+    assert torch.equal(_shared_pixels(alike, natural)[1], where) and abs(_shared_pixels(alike, natural)[2] - .25*.6745) < .02 # the median of how far a normal number is from 0
 
-def known_by_maps(images, places, size, n_group):
-    "The maps light the places (top, left) of the group's pictures"
+def evidence_of_maps(images, places, size, n_positives):
+    "The maps light the places (top, left) of the positives"
     n, maps = len(images), torch.zeros(len(images), 8, 8)
     for i, (top, left) in places.items(): maps[i, min((top + size//2)*8//images.shape[-2], 7), min((left + size//2)*8//images.shape[-1], 7)] = 1.
     features = torch.rand(n, 4, generator=torch.Generator().manual_seed(2))
-    return Evidence(images, torch.rand(n, 2), torch.zeros(n, 2).bool(), torch.zeros(n, 2).bool(), maps, features), torch.arange(n_group), torch.arange(n_group, n)
+    return Evidence(images, torch.rand(n, 2), torch.zeros(n, 2).bool(), torch.zeros(n, 2).bool(), maps, features), torch.arange(n_positives), torch.arange(n_positives, n)
 
 @pytest.mark.parametrize('opacity', [1., .7])
 def test_a_thin_thing_is_found_again_and_where(opacity):
@@ -133,64 +137,76 @@ def test_a_thin_thing_is_found_again_and_where(opacity):
     for i, (top, left) in places.items():
         place = images[i, :, top:top+12, left:left+12]
         place[:, ring] = (1 - opacity)*place[:, ring] + opacity*torch.tensor([1., 0., 0.])[:, None]
-    known, group, others = known_by_maps(images, places, 12, 36)
+    evidence, positives, negatives = evidence_of_maps(images, places, 12, 36)
     search, natural = PieceSearch(images), median_and_spread(images[:36])[1].mean()
-    found = recurring_things(search, known, group, others, 1/5, natural)
+    found = recurring_things(search, evidence, positives, negatives, 1/5, natural)
     assert found
     for match in found:
         assert len(match.items) >= 33 and len(match.items) == len(match.corners)
         offsets = Counter((top - places[i][0], left - places[i][1]) for i, (top, left) in zip(match.items, match.corners))
         [((down, right), n_right)] = offsets.most_common(1)
         assert n_right >= .8*len(match.items) # the same part of it, wherever it is; at the edge of a picture a piece may not fit
-        high, wide = match.same.shape
+        high, wide = match.mask.shape
         expected = torch.nn.functional.pad(ring, (64,)*4)[64+down:64+down+high, 64+right:64+right+wide]
-        assert (match.same & ~expected).sum() == 0 and match.same.sum() > .9*ring.sum() # all of it, of a piece too
-        assert opacity < 1 or (match.crop - torch.tensor([1., 0., 0.])[:, None, None])[:, match.same].abs().max() < 1e-6
+        assert (match.mask & ~expected).sum() == 0 and match.mask.sum() > .9*ring.sum() # all of it, of a piece too
+        assert opacity < 1 or (match.crop - torch.tensor([1., 0., 0.])[:, None, None])[:, match.mask].abs().max() < 1e-6
 
 @pytest.mark.parametrize('where', ['different places', 'one place'])
 def test_a_thing_is_suspect_and_its_place_is_said(where):
     rng, images = np.random.default_rng(0), blotches(70)
     places = {i: tuple(int(v) for v in rng.integers(0, 53, 2)) if where == 'different places' else (20, 36) for i in range(36)}
     for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = torch.tensor([1., 0., 0.])[:, None, None] # of one colour: told from the ground by its edges
-    known, group, others = known_by_maps(images, places, 12, 36)
-    known = known._replace(predicted=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1), labelled=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1))
-    things = [suspect for suspect in find_candidates(known, {}, PieceSearch(images), 0, group, 0) if suspect.kind == 'thing']
+    evidence, positives, negatives = evidence_of_maps(images, places, 12, 36)
+    evidence = evidence._replace(predicted=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1), labelled=torch.stack([torch.arange(70) < 36, torch.arange(70) >= 36], 1))
+    things = [candidate for candidate in find_candidates(evidence, {}, PieceSearch(images), 0, positives, 0) if candidate.kind == 'thing']
     assert 1 <= len(things) <= 2 and {thing.where for thing in things} == {where}
-    assert all(len(thing.carriers) >= 33 and thing.carriers.tolist() == thing.match.items and thing.asked == LIMITS['thing'] for thing in things)
-    put = things[0].ways['piece'](torch.zeros(3, 3, 64, 64), None, None, torch.Generator().manual_seed(0))
+    assert all(len(thing.carriers) >= 33 and thing.carriers.tolist() == thing.match.items and thing.min_effect == LIMITS.thing_effect for thing in things)
+    put = things[0].edits['piece'](torch.zeros(3, 3, 64, 64), None, None, torch.Generator().manual_seed(0))
     assert ((put[:, 0] > .99).sum((1, 2)) > 120).all() and put[:, 1].max() < .2 # its 144 pixels
 
 def test_where_a_thing_is_in_words():
     assert [_where_in_words(corners, 1) for corners in ([(0, 0), (9, 9), (20, 30)], [(5, 0), (5, 9), (6, 30)], [(0, 3), (9, 4), (20, 3)], [(3, 3), (4, 3), (40, 40)])] == ['different places', 'one height', 'different heights', 'one place'] # of the last, one was found by mistake
 
+def finding_of(candidate, low=.1, edit='mean'):
+    "A finding of which nothing matters but these"
+    return Finding(candidate, Measurement(edit, low, (low, low), 0., 1., (1., 1., 1.)), candidate.donors, low)
+
+def test_of_the_same_evidence_the_plainest_is_reported():
+    corner = corner_candidate(corner_reader(4.))
+    few = corner._replace(donors=corner.donors[:5])
+    ranked = [finding_of(corner, .3), finding_of(corner), finding_of(few, .9), finding_of(corner._replace(n_places=2), .9),
+              finding_of(corner._replace(where='one place'), .9), finding_of(corner, .9, 'overlay')]
+    assert sorted(ranked[::-1], key=lambda finding: finding.rank) == ranked and finding_of(corner, edit='pattern').rank[0]
+    assert not finding_of(corner, edit='texture').rank[0] and ranked[0].low == .3
+
 def test_of_evidence_the_strongest_counts_and_the_simplest_is_reported(monkeypatch):
     tester, places = corner_reader(4.), edge_places(8, 8)
-    corner = suspect_corner(tester)
+    corner = corner_candidate(tester)
     everywhere = corner._replace(mask=torch.ones(8, 8).bool(), where='edges', n_places=5)
     thing = corner._replace(kind='thing', where='one place', mask=None)
     lows = {'top left corner': .1, 'edges': .4, 'one place': .2}
-    monkeypatch.setattr(shortcuts_candidates_room, 'find_candidates', lambda *args: [thing, everywhere, corner])
-    monkeypatch.setattr(tester, 'test', lambda suspect: dict(suspect=suspect, way='mean', low=lows[suspect.where]))
+    monkeypatch.setattr(shortcuts_report_room, 'find_candidates', lambda *args: [thing, everywhere, corner])
+    monkeypatch.setattr(tester, 'test', lambda candidate: finding_of(candidate, lows[candidate.where]))
     [found] = _findings(tester, {}, 0, corner.donors)
-    assert found['suspect'].where == 'top left corner' and found['low'] == .1 and found['strongest'] == .4
+    assert found.candidate.where == 'top left corner' and found.low == .1 and found.strongest == .4
 
 def test_what_is_only_alike_is_not_found_again():
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(3)
     images, places = blotches(50), {i: tuple(int(v) for v in rng.integers(0, 53, 2)) for i in range(20)}
-    known, group, others = known_by_maps(images, places, 12, 20)
+    evidence, positives, negatives = evidence_of_maps(images, places, 12, 20)
     natural = median_and_spread(images[:20])[1].mean()
-    assert recurring_things(PieceSearch(images), known, group, others, 1/5, natural) == [] # nothing
+    assert recurring_things(PieceSearch(images), evidence, positives, negatives, 1/5, natural) == [] # nothing
     object_ = torch.rand(3, 12, 12, generator=generator)
     for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = object_ + .12*torch.randn(3, 12, 12, generator=generator)
-    assert _most_common(PieceSearch(images).small, known, group, others, 13, 0) # all have it
-    assert recurring_things(PieceSearch(images), known, group, others, 1/5, natural) == [] # but it is never the same
+    assert _most_common_pieces(PieceSearch(images).small, evidence, positives, negatives, 13, 0) # all have it
+    assert recurring_things(PieceSearch(images), evidence, positives, negatives, 1/5, natural) == [] # but it is never the same
 
 def test_pieces_that_lie_over_what_was_chosen_are_not_chosen_again():
     images = blotches(40, seed=7)
     places = {i: (8 + i % 3, 40) for i in range(20)}
     for i, (top, left) in places.items(): images[i, :, top:top+12, left:left+12] = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(8))
-    known, group, others = known_by_maps(images, places, 12, 20)
-    chosen = _most_common(PieceSearch(images).small, known, group, others, 8, 0)
+    evidence, positives, negatives = evidence_of_maps(images, places, 12, 20)
+    chosen = _most_common_pieces(PieceSearch(images).small, evidence, positives, negatives, 8, 0)
     best = chosen[0]
     offset = lambda one: (one[1] - places[one[0]][0], one[2] - places[one[0]][1])
     assert all(max(abs(a - b) for a, b in zip(offset(one), offset(best))) > 8 for one in chosen[1:])
@@ -202,33 +218,33 @@ def test_a_thing_covers_what_of_it_is_in_the_picture():
     assert covers[1, 0].nonzero().tolist() == [[0, 3]] and not covers[2:].any()
 
 def test_ways_to_put_something_elsewhere():
-    images, donors, rest = torch.zeros(2, 3, 8, 8), torch.ones(5, 3, 8, 8), torch.zeros(4, 3, 8, 8)
+    images, donors, others = torch.zeros(2, 3, 8, 8), torch.ones(5, 3, 8, 8), torch.zeros(4, 3, 8, 8)
     mask = edge_places(8, 8)['top left corner']
-    for way in place_edits(mask).values():
-        found = way(images, donors, rest, torch.Generator().manual_seed(0))
+    for edit in place_edits(mask).values():
+        found = edit(images, donors, others, torch.Generator().manual_seed(0))
         assert (found[:, :, mask] == 1).all() and (found[:, :, ~mask] == 0).all()
-    added = _same_pixels(images, donors, rest, None)
+    added = _add_difference(images, donors, others, None)
     assert (added[:, :, 0] == 1).all() and (added[:, :, 3:5, 3:5] == 0).all() # nothing where the objects are
     speck = torch.zeros(5, 3, 96, 96)
     speck[:, :, 2, 50] = 1.
-    fine, blob = (_same_details(torch.zeros(2, 3, 96, 96), some, torch.zeros(4, 3, 96, 96), None) for some in (speck, torch.ones(5, 3, 96, 96)))
+    fine, blob = (_add_fine_difference(torch.zeros(2, 3, 96, 96), some, torch.zeros(4, 3, 96, 96), None) for some in (speck, torch.ones(5, 3, 96, 96)))
     assert (fine[:, :, 2, 50] > .95).all() and fine[:, :, 20:].abs().max() < 1e-6 and blob[:, :, :8, :8].abs().max() < .1
-    stuck = stick_on(torch.full((3, 2, 2), 5.), torch.tensor([[True, True], [False, True]]))(images, None, None, torch.Generator().manual_seed(0))
+    stuck = paste_at_random(torch.full((3, 2, 2), 5.), torch.tensor([[True, True], [False, True]]))(images, None, None, torch.Generator().manual_seed(0))
     assert (stuck == 5).sum(dim=(1, 2, 3)).tolist() == [9, 9] and (images == 0).all() # three of its pixels, on a copy
 
 def test_colours_are_moved_to_those_of_the_donors():
     generator = torch.Generator().manual_seed(0)
-    rest, images = torch.rand(6, 3, 8, 8, generator=generator), torch.rand(6, 3, 8, 8, generator=generator)
-    donors = rest*.5 + torch.tensor([.4, .2, 0.])[:, None, None]
-    moved = match_colours(images, donors, rest, None)
+    others, images = torch.rand(6, 3, 8, 8, generator=generator), torch.rand(6, 3, 8, 8, generator=generator)
+    donors = others*.5 + torch.tensor([.4, .2, 0.])[:, None, None]
+    moved = match_colours(images, donors, others, None)
     assert torch.allclose(moved.std((2, 3)), images.std((2, 3))*.5, atol=1e-6)
-    expected = images.mean((2, 3)) + (donors.mean((0, 2, 3)) - rest.mean((0, 2, 3)))
+    expected = images.mean((2, 3)) + (donors.mean((0, 2, 3)) - others.mean((0, 2, 3)))
     assert torch.allclose(moved.mean((2, 3)), expected, atol=1e-6)
 
 def test_tiles_and_the_middle():
     corner = torch.arange(4.).view(1, 2, 2)
     assert tile_corner(corner, 4, 5)[0].tolist() == [[0, 1, 1, 0, 0], [2, 3, 3, 2, 2], [2, 3, 3, 2, 2], [0, 1, 1, 0, 0]]
-    middle = _keeps_the_middle(21, 21)
+    middle = _centre_weight(21, 21)
     assert middle[10, 10] == 1 and middle[0, 0] == 0 and middle[0, 20] == 0
     assert [tuple(c.shape) for c in corner_crops(torch.zeros(2, 3, 16, 24))] == [(2, 3, 4, 6)]*4
 
@@ -242,7 +258,7 @@ def test_corners_without_the_object_come_first():
     images = torch.zeros(2, 1, 16, 16)
     for value, place in zip((1., 2., 3., 4.), (np.s_[:6, :6], np.s_[:6, 10:], np.s_[10:, :6], np.s_[10:, 10:])): images[(slice(None), 0, *place)] = value
     maps = torch.tensor([[[3., 2.], [-5., 0.]], [[0., 4.], [5., 1.]]]) # what speaks against the class is as good as nothing
-    first, second = _least_lit_corners(images, maps)
+    first, second = _least_salient_corners(images, maps)
     assert first.shape == (2, 1, 6, 6) and first.flatten(1).unique(dim=1).tolist() == [[4], [1]] and second.flatten(1).unique(dim=1).tolist() == [[3], [4]] # the top left one reaches further down than the top right one
 
 def test_what_the_model_says_to_the_surroundings_alone():
@@ -258,33 +274,33 @@ def test_what_the_model_says_to_the_surroundings_alone():
     found = surroundings_log_odds(images, maps, predict)
     assert np.allclose(found[:, 0], [(odds(.5) + odds(.25))/2, (odds(.375) + odds(.25))/2], atol=1e-5) and torch.allclose(found[:, 0], -found[:, 1], atol=1e-5)
 
-def known_by_surroundings(share, n=60):
+def evidence_of_surroundings(share, n=60):
     "Class 0 is half of the pictures; the model says it to the surroundings of `share` of them"
     mine, rng = torch.arange(n) < n//2, np.random.default_rng(0)
-    alone = torch.as_tensor(rng.normal(size=(n, 2))).float()
-    alone[:round(share*n/2), 0] += 6
+    surroundings = torch.as_tensor(rng.normal(size=(n, 2))).float()
+    surroundings[:round(share*n/2), 0] += 6
     one_hot = torch.stack([mine, ~mine], 1)
-    return Evidence(torch.zeros(n, 1, 8, 8), one_hot.float(), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3), alone)
+    return Evidence(torch.zeros(n, 1, 8, 8), one_hot.float(), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3), surroundings)
 
 def test_surroundings_are_suspect_where_the_model_says_the_class_to_them():
-    group, others = torch.arange(30), torch.arange(30, 60)
-    [suspect] = _said_by_surroundings(known_by_surroundings(.7), 0, group, others)
-    assert suspect.kind == 'surroundings' and set(range(21)) <= set(suspect.carriers.tolist()) and suspect.asked <= _asked(LIMITS['surroundings'])
-    rare = known_by_surroundings(0.)
-    rare.alone[:, 0] = torch.cat([torch.linspace(0, .4, 16), torch.linspace(.76, .9, 14), torch.linspace(0, 1, 30)]) # many above most others, and as many below
-    assert _said_by_surroundings(rare, 0, group, others) == []
-    assert _said_by_surroundings(known_by_surroundings(0.), 0, group, others) == [] == _said_by_surroundings(known_by_surroundings(.7)._replace(alone=None), 0, group, others)
+    positives, negatives = torch.arange(30), torch.arange(30, 60)
+    [candidate] = _surroundings_by_model(evidence_of_surroundings(.7), 0, positives, negatives)
+    assert candidate.kind == 'surroundings' and set(range(21)) <= set(candidate.carriers.tolist()) and candidate.min_effect <= LIMITS.min_effect(LIMITS.surroundings_auc)
+    rare = evidence_of_surroundings(0.)
+    rare.surroundings[:, 0] = torch.cat([torch.linspace(0, .4, 16), torch.linspace(.76, .9, 14), torch.linspace(0, 1, 30)]) # many above most others, and as many below
+    assert _surroundings_by_model(rare, 0, positives, negatives) == []
+    assert _surroundings_by_model(evidence_of_surroundings(0.), 0, positives, negatives) == [] == _surroundings_by_model(evidence_of_surroundings(.7)._replace(surroundings=None), 0, positives, negatives)
 
 def test_places_that_tell_are_tried_together_too():
-    places, group, p = edge_places(12, 12), torch.arange(4), np.array([.9, .8, .6, .1, 0, 0])
-    [both] = _places_together(0, group, {'left edge': (.8, p), 'right edge': (.9, p[[0, 1, 3, 3, 4, 5]])}, places)
+    places, positives, p = edge_places(12, 12), torch.arange(4), np.array([.9, .8, .6, .1, 0, 0])
+    [both] = _joined_places(0, positives, {'left edge': Separable(.8, p, None), 'right edge': Separable(.9, p[[0, 1, 3, 3, 4, 5]], None)}, places)
     assert torch.equal(both.mask, places['left edge'] | places['right edge']) and both.where == 'left edge and right edge' and both.n_places == 2
-    assert both.carriers.tolist() == [0, 1] and both.asked == _asked(.9)
-    assert _places_together(0, group, {'left edge': (.8, p)}, places) == []
-    assert _places_together(0, group, {name: (.8, p) for name in ('left edge', 'border', 'top edge')}, places)[0].where == 'edges'
+    assert both.carriers.tolist() == [0, 1] and both.min_effect == LIMITS.min_effect(.9)
+    assert _joined_places(0, positives, {'left edge': Separable(.8, p, None)}, places) == []
+    assert _joined_places(0, positives, {name: Separable(.8, p, None) for name in ('left edge', 'border', 'top edge')}, places)[0].where == 'edges'
 
 
-# -- the test of a suspect, by hand
+# -- the test of a candidate, by hand
 
 def corner_reader(slope, n=24):
     "Pictures of class 0 have a bright corner; the log-odds of class 0 are `slope`·corner + 4·middle − 2, and its middle makes up for what the corner does not say"
@@ -298,40 +314,41 @@ def corner_reader(slope, n=24):
     one_hot = torch.stack([mine, ~mine], 1)
     return EditTester(Evidence(images, predict(images), one_hot, one_hot, torch.zeros(n, 2, 2), torch.zeros(n, 3)), predict, 0)
 
-def suspect_corner(tester, asked=.1):
+def corner_candidate(tester, min_effect=.1):
     mask = edge_places(8, 8)['top left corner']
-    mine = tester.known.predicted[:, 0].nonzero()[:, 0]
-    return Candidate(0, 'place', 'top left corner', mine, mine, place_edits(mask), asked, mask)
+    mine = tester.evidence.predicted[:, 0].nonzero()[:, 0]
+    return Candidate(0, 'place', 'top left corner', mine, mine, place_edits(mask), min_effect, mask)
 
 def test_effects_are_shares_of_the_way():
     tester = corner_reader(4.)
-    assert abs(tester.way_to_go(0) - 4) < 1e-5 # from -2 to 2
-    found = tester.test(suspect_corner(tester))
-    assert all(abs(found[name] - 1) < 1e-5 for name in ('effect', 'low', 'high')) and all(abs(value - 1) < 1e-5 for value in found['removed'])
-    assert abs(found['before'] - 1/(1 + np.exp(2))) < 1e-6 and abs(found['after'] - 1/(1 + np.exp(-2))) < 1e-6
+    assert abs(tester.log_odds_gap(0) - 4) < 1e-5 # from -2 to 2
+    found = tester.test(corner_candidate(tester))
+    measured = found.measured
+    assert all(abs(value - 1) < 1e-5 for value in (measured.effect, *measured.interval, *measured.removed))
+    assert abs(measured.before - 1/(1 + np.exp(2))) < 1e-6 and abs(measured.after - 1/(1 + np.exp(-2))) < 1e-6
 
 def test_it_must_go_as_far_as_is_asked():
     tester = corner_reader(1.) # a quarter of the way
-    assert abs(tester.test(suspect_corner(tester, .2))['effect'] - .25) < 1e-5
-    assert tester.test(suspect_corner(tester, .3)) is None
-    assert corner_reader(0.).test(suspect_corner(tester)) is None # the model does not look at it
+    assert abs(tester.test(corner_candidate(tester, .2)).measured.effect - .25) < 1e-5
+    assert tester.test(corner_candidate(tester, .3)) is None
+    assert corner_reader(0.).test(corner_candidate(tester)) is None # the model does not look at it
 
 def test_what_is_lost_is_measured_against_others_of_the_class():
     tester = corner_reader(4.)
-    images, mine = tester.known.images.clone(), tester.known.predicted[:, 0]
+    images, mine = tester.evidence.images.clone(), tester.evidence.predicted[:, 0]
     images[mine, :, 3, 3] = 1.
     def predict(some):
         p = (4*some[:, 0, :2, :2].mean((1, 2)) - 8*(some[:, 0, 3, 3] == 0).float() + 4*some[:, 0, 4, 4] - 2).sigmoid()
         return torch.stack([p, 1 - p], 1)
-    tester = EditTester(Evidence(images, predict(images), *tester.known[2:]), predict, 0)
+    tester = EditTester(Evidence(images, predict(images), *tester.evidence[2:]), predict, 0)
     whole = edge_places(8, 8)['top left corner'] | (torch.arange(64).view(8, 8) == 27) # and the place (3, 3)
-    suspect = suspect_corner(tester)
-    assert abs(tester.without(suspect._replace(ways=place_edits(whole), mask=whole), 'mean')[0] - 12/tester.way_to_go(0)) < 1e-4
-    assert abs(tester.without(suspect, 'mean')[0] - 4/tester.way_to_go(0)) < 1e-4
+    candidate = corner_candidate(tester)
+    assert abs(tester.effect_of_removal(candidate._replace(edits=place_edits(whole), mask=whole), 'mean')[0] - 12/tester.log_odds_gap(0)) < 1e-4
+    assert abs(tester.effect_of_removal(candidate, 'mean')[0] - 4/tester.log_odds_gap(0)) < 1e-4
     speckled = images + torch.rand(images.shape, generator=torch.Generator().manual_seed(0))*(torch.arange(8) > 5)
-    unread = EditTester(Evidence(speckled, predict(speckled), *tester.known[2:]), predict, 0)
+    unread = EditTester(Evidence(speckled, predict(speckled), *tester.evidence[2:]), predict, 0)
     right = edge_places(8, 8)['right edge']
-    assert unread.without(suspect._replace(ways=place_edits(right), mask=right), 'mean') == (0., 0., 0.) # the model does not look there
+    assert unread.effect_of_removal(candidate._replace(edits=place_edits(right), mask=right), 'mean') == (0., 0., 0.) # the model does not look there
 
 def test_damage_is_no_loss():
     codes, mine = torch.linspace(0, 1, 24), torch.arange(24) < 12
@@ -343,7 +360,7 @@ def test_damage_is_no_loss():
         return torch.stack([p, 1 - p], 1)
     one_hot = torch.stack([mine, ~mine], 1)
     tester = EditTester(Evidence(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
-    lost, low, high = tester.without(suspect_corner(tester), 'mean')
+    lost, low, high = tester.effect_of_removal(corner_candidate(tester), 'mean')
     assert abs(lost) < .4 # of a way of 4; 8 are lost by the damage. Some get their own corner back by chance
 
 def reader_of_a_thing():
@@ -357,28 +374,58 @@ def reader_of_a_thing():
     one_hot, items = torch.stack([mine, ~mine], 1), list(range(12))
     tester = EditTester(Evidence(images, predict(images), one_hot, one_hot, torch.zeros(24, 2, 2), torch.zeros(24, 3)), predict, 0)
     match = Match(torch.ones(1, 2, 2), torch.ones(2, 2).bool(), torch.zeros(1, 2, 2), items, corners)
-    return tester, Candidate(0, 'thing', 'different places', torch.tensor(items), torch.tensor(items), dict(piece=stick_on(match.crop, match.same)), .1, match=match)
+    return tester, Candidate(0, 'thing', 'different places', torch.tensor(items), torch.tensor(items), dict(piece=paste_at_random(match.crop, match.mask)), .1, match=match)
 
 def test_a_thing_is_painted_over_and_as_much_elsewhere(monkeypatch):
-    tester, suspect = reader_of_a_thing()
-    here = suspect.match.corners
-    monkeypatch.setattr(shortcuts_matching_room, 'random_corners', lambda images, size, generator: [(12, 12)]*6 + here[6:]) # half of them miss it, the others are painted over twice in the same place
-    lost, low, high = tester.without(suspect, 'piece')
+    tester, candidate = reader_of_a_thing()
+    here = candidate.match.corners
+    monkeypatch.setattr(shortcuts_testing_room, 'random_corners', lambda images, size, generator: [(12, 12)]*6 + here[6:]) # half of them miss it, the others are painted over twice in the same place
+    lost, low, high = tester.effect_of_removal(candidate, 'piece')
     assert abs(lost - .5) < 1e-5 and low < .5 < high # the whole way of the first half, nothing of the second
 
 def test_a_thing_put_into_others(monkeypatch):
-    tester, suspect = reader_of_a_thing()
-    found = tester.test(suspect)
-    assert abs(found['effect'] - 1) < 1e-5 and abs(found['after'] - 1/(1 + np.exp(-4))) < 1e-6
-    beyond = suspect._replace(match=suspect.match._replace(corners=[(-1, 15), *suspect.match.corners[1:]]))
-    shortcut = as_shortcut(tester, {**found, 'suspect': beyond}, 'ones', list)
+    tester, candidate = reader_of_a_thing()
+    found = tester.test(candidate)
+    assert abs(found.measured.effect - 1) < 1e-5 and abs(found.measured.after - 1/(1 + np.exp(-4))) < 1e-6
+    beyond = candidate._replace(match=candidate.match._replace(corners=[(-1, 15), *candidate.match.corners[1:]]))
+    shortcut = as_shortcut(tester, replace(found, candidate=beyond), 'ones', list)
     assert shortcut.boxes[0] == (15, 0, 16, 1) and shortcut.boxes[1] == (3, 3, 5, 5) # left, top, right, bottom; what of it is in the picture
     assert repr(shortcut).startswith('ones: one and the same small thing at different places, in 12 of 12 pictures')
     before, after = shortcut.pictures
     assert (before == 1).sum() == 0 and (after == 1).sum() == 4
 
+def test_limits_are_fields_and_old_keys_say_so():
+    assert LIMITS.place_auc == .6 and LIMITS.auc_effects[0] == (.68, .3)
+    with pytest.raises(TypeError, match=r"LIMITS\['lit place'\] is called LIMITS.salient_effect now"): LIMITS['lit place']
+    with pytest.raises(KeyError, match='nothing'): LIMITS['nothing']
+    with pytest.raises(FrozenInstanceError): LIMITS.place_auc = .7
+    with pytest.raises(ImportError, match='EFFECTS is called LIMITS now'): from fastai_cam.shortcuts import EFFECTS
+    assert set(shortcuts_evidence_room._FIELD_OF.values()) <= set(vars(LIMITS))
+
+def a_shortcut():
+    measured = Measurement('own', .9, (.8, 1.), .1, .7, (.5, .4, .6))
+    return Shortcut('cat', 'place', 'top edge', [3, 5], 4, 1, measured, torch.ones(4, 4).bool(), None, (1, 2))
+
+def test_a_shortcut_has_what_was_measured_of_it():
+    shortcut = a_shortcut()
+    assert (shortcut.edit, shortcut.effect, shortcut.interval, shortcut.before, shortcut.after) == ('own', .9, (.8, 1.), .1, .7)
+    assert shortcut.removed == (.5, .4, .6) and {'effect', 'removed', 'edit', 'sentence'} <= set(dir(shortcut))
+    with pytest.raises(AttributeError, match='n_group of a Shortcut is called n_predicted now'): shortcut.n_group
+    with pytest.raises(AttributeError, match='detail of a Shortcut is called edit now'): shortcut.detail
+    assert not hasattr(shortcut, 'nothing')
+
+def test_shortcuts_can_be_pickled_and_those_of_before_read():
+    shortcut = a_shortcut()
+    again = pickle.loads(pickle.dumps(shortcut))
+    assert repr(again) == repr(shortcut) and again.measured == shortcut.measured and torch.equal(again.mask, shortcut.mask)
+    flat = dict(cls='cat', kind='place', where='top edge', items=[3, 5], n_group=4, right=1, effect=.9, interval=(.8, 1.), before=.1, after=.7,
+                removed=(.5, .4, .6), detail='own', mask=shortcut.mask, boxes=None, pictures=(1, 2))
+    before = Shortcut.__new__(Shortcut)
+    before.__setstate__({**flat, '__stored_args__': flat}) # as `store_attr` left it
+    assert {**vars(before), 'mask': None} == {**vars(shortcut), 'mask': None} and repr(before) == repr(shortcut)
+
 def test_the_better_it_tells_the_less_is_asked():
-    assert np.allclose([_asked(area) for area in (.6, .68, .7, .72, .82, .95)], [.3, .3, .18, .06, .045, .03])
+    assert np.allclose([LIMITS.min_effect(area) for area in (.6, .68, .7, .72, .82, .95)], [.3, .3, .18, .06, .045, .03])
 
 
 # -- whole learners
@@ -458,7 +505,7 @@ def test_a_clean_learner_has_none(found, tmp_path):
 def test_a_tint_is_found_in_the_surroundings():
     interp = interpretation(learner(tint, seed=1))
     with interp.learn.no_bar(): tinted = interp.find_shortcuts()
-    assert 'dots' in {shortcut.cls for shortcut in tinted} and all(shortcut.kind == 'surroundings' and shortcut.detail == 'colours' and shortcut.after - shortcut.before > .5 for shortcut in tinted)
+    assert 'dots' in {shortcut.cls for shortcut in tinted} and all(shortcut.kind == 'surroundings' and shortcut.edit == 'colours' and shortcut.after - shortcut.before > .5 for shortcut in tinted)
 
 def test_the_same_again(found, planted):
     with planted.learn.no_bar(): again = planted.find_shortcuts()
@@ -473,7 +520,7 @@ def test_the_learner_is_left_as_it_was(planted, monkeypatch):
         before = state()
         planted.find_shortcuts(n=60)
         assert state() == before
-        monkeypatch.setattr(shortcuts_candidates_room, 'find_candidates', interrupt)
+        monkeypatch.setattr(shortcuts_report_room, 'find_candidates', interrupt)
         with pytest.raises(KeyboardInterrupt): planted.find_shortcuts(n=60)
         assert state() == before
 

@@ -6,35 +6,38 @@ Docs: https://fastai-cam.example/docs/shortcuts.edits.html.md"""
 
 # %% auto #0
 __all__ = ['WHOLE_EDITS', 'edge_rectangles', 'edge_places', 'corner_crops', 'fine_details', 'tile_corner', 'paste_mean',
-           'paste_own', 'match_colours', 'tile_background', 'place_edits', 'crops_at']
+           'paste_own', 'place_edits', 'match_colours', 'tile_background', 'crops_at']
 
 # %% ../../nbs/80_shortcuts.edits.ipynb #0d8345f3
 import torch
 import torch.nn.functional as F
+from itertools import product
 from torchvision.transforms.functional import gaussian_blur
-from typing import Sequence
+from typing import Callable, Sequence
 from torch import Tensor
 
 # %% ../../nbs/80_shortcuts.edits.ipynb #9dc9ba25
+def _both_ends(n_pixels, share):
+    "The first and the last pixels of a side"
+    part = max(1, round(n_pixels*share))
+    return slice(part),slice(n_pixels - part, None)
+
 def edge_rectangles(
     height:int, # Height in pixels
     width:int # Width in pixels
-):
+) -> dict[str,list[tuple[slice,slice]]]: # Rows and columns of each rectangle
     "Places at the edge of a picture that can be looked at by themselves: the rectangles (rows, columns) that each is made of"
-    def at_ends(n, share):
-        part = max(1, round(n*share))
-        return slice(part),slice(n - part, None)
     whole = slice(None)
-    high,wide = at_ends(height, 1/4),at_ends(width, 1/4)
-    found = {f'{row} {column} corner': [(rows, columns)] for row,rows in zip(('top', 'bottom'), high) for column,columns in zip(('left', 'right'), wide)}
-    def edges(share): return [(rows, whole) for rows in at_ends(height, share)] + [(whole, columns) for columns in at_ends(width, share)]
-    found.update({f'{name} edge': [rectangle] for name,rectangle in zip(('top', 'bottom', 'left', 'right'), edges(1/6))})
-    return {**found, 'border': edges(1/12)}
+    rows,columns = dict(zip(('top', 'bottom'), _both_ends(height, 1/4))),dict(zip(('left', 'right'), _both_ends(width, 1/4)))
+    corners = {f'{row} {column} corner': [(rows[row], columns[column])] for row,column in product(rows, columns)}
+    def strips(share): return [(end, whole) for end in _both_ends(height, share)] + [(whole, end) for end in _both_ends(width, share)]
+    edges = {f'{name} edge': [strip] for name,strip in zip((*rows, *columns), strips(1/6))}
+    return {**corners, **edges, 'border': strips(1/12)}
 
 def edge_places(
     height:int, # Height in pixels
     width:int # Width in pixels
-):
+) -> dict[str,Tensor]: # `[H, W]` each
     "The same places, each a bool mask"
     masks = {}
     for name,rectangles in edge_rectangles(height, width).items():
@@ -42,22 +45,26 @@ def edge_places(
         for rows,columns in rectangles: masks[name][rows,columns] = True
     return masks
 
-def corner_crops(images):
-    return [images[...,rows,columns] for name,[(rows,columns),*_] in edge_rectangles(*images.shape[-2:]).items() if 'corner' in name]
+def corner_crops(
+    images:Tensor # `[B, C, H, W]`
+) -> list[Tensor]: # `[B, C, h, w]` each
+    "The four corners"
+    rectangles = edge_rectangles(*images.shape[-2:])
+    return [images[...,rows,columns] for name,[(rows,columns),*_] in rectangles.items() if 'corner' in name]
 
 # %% ../../nbs/80_shortcuts.edits.ipynb #f7302fcf
 def _smooth(images, share=1/24):
     sigma = max(.5, min(images.shape[-2:])*share)
     n = 2*int(2*sigma) + 1
-    return gaussian_blur(gaussian_blur(images, [n, 1], sigma), [1, n], sigma) # one direction after the other is the same, and much faster
+    return gaussian_blur(gaussian_blur(images, [n, 1], sigma), [1, n], sigma) # one direction after the other is the same, and faster
 
 def fine_details(
     images:Tensor # `[B, C, H, W]`
-):
+) -> Tensor:
     "What is finer than a blob"
     return images - _smooth(images)
 
-def _keeps_the_middle(height, width):
+def _centre_weight(height, width):
     "1 in the middle, where the object is more often than not, and softly 0 outside, `[H, W]`"
     rows,columns = torch.linspace(-1, 1, height)[:,None],torch.linspace(-1, 1, width)[None]
     return ((.55 - rows**2 - columns**2)/.2 + .5).clamp(0, 1)
@@ -66,62 +73,84 @@ def tile_corner(
     corner:Tensor, # `[B, C, h, w]`
     height:int, # Height in pixels
     width:int # Width in pixels
-):
+) -> Tensor: # `[B, C, H, W]`
     "A picture made of a corner and its mirror images"
     row = torch.cat([corner, corner.flip(-1)]*3, dim=-1)
     return torch.cat([row, row.flip(-2)]*3, dim=-2)[...,:height,:width]
 
-def paste_mean(mask): return lambda images, donors, rest, generator: torch.where(mask, donors.mean(0), images)
+# %% ../../nbs/80_shortcuts.edits.ipynb #2c94f6ab
+def _draw_donors(donors, n, generator): return donors[torch.randint(len(donors), (n,), generator=generator)]
 
-def _draw(donors, n, generator): return donors[torch.randint(len(donors), (n,), generator=generator)]
+def paste_mean(
+    mask:Tensor # Where, bool `[H, W]`
+) -> Callable: # An edit
+    "Puts the donors' mean there"
+    return lambda images, donors, others, generator: torch.where(mask, donors.mean(0), images)
 
-def paste_own(mask): return lambda images, donors, rest, generator: torch.where(mask, _draw(donors, len(images), generator), images)
+def paste_own(
+    mask:Tensor # Where, bool `[H, W]`
+) -> Callable: # An edit
+    "Puts there what one donor has, another one in each picture"
+    return lambda images, donors, others, generator: torch.where(mask, _draw_donors(donors, len(images), generator), images)
 
-def _same_pixels(images, donors, rest, generator):
-    "Adds what the mean picture has more of, but for the middle: the objects are there"
-    return images + (donors.mean(0) - rest.mean(0))*(1 - _keeps_the_middle(*images.shape[-2:]))
-
-def _same_details(images, donors, rest, generator):
-    "Adds what of this is finer than a blob"
-    difference = _same_pixels(images, donors, rest, generator) - images
-    return images + fine_details(difference)
+def place_edits(
+    mask:Tensor # Where, bool `[H, W]`
+) -> dict[str,Callable]: # Edits by name
+    "How what is at a place is put into other pictures"
+    return dict(mean=paste_mean(mask), own=paste_own(mask))
 
 # %% ../../nbs/80_shortcuts.edits.ipynb #4409ceb6
-def match_colours(images, donors, rest, generator):
+def match_colours(
+    images:Tensor, # `[B, C, H, W]`
+    donors:Tensor, # Pictures whose colours are taken
+    others:Tensor, # Pictures that have other colours
+    generator:torch.Generator|None # Nothing is drawn
+) -> Tensor:
+    "Moves and stretches the colours as they differ between the others and the donors"
     mean,spread = (lambda x: x.mean((-2,-1), keepdim=True)),(lambda x: x.std((-2,-1), keepdim=True))
     own = mean(images)
-    return (images - own)*(spread(donors).mean(0)/spread(rest).mean(0)) + own + mean(donors).mean(0) - mean(rest).mean(0)
+    return (images - own)*(spread(donors).mean(0)/spread(others).mean(0)) + own + mean(donors).mean(0) - mean(others).mean(0)
 
 def _amplitude(images): return torch.fft.rfft2(images).abs().clamp(min=1e-3)
 
-def _same_spectrum(images, donors, rest, generator):
+def _match_spectrum(images, donors, others, generator):
     "Every frequency as strong as in the donors: blurs, or sharpens"
-    ratio = (_amplitude(donors).log().mean(0) - _amplitude(rest).log().mean(0)).exp()
+    ratio = (_amplitude(donors).log().mean(0) - _amplitude(others).log().mean(0)).exp()
     ratio[:,0,0] = 1
     return torch.fft.irfft2(torch.fft.rfft2(images)*ratio, s=images.shape[-2:])
 
-def _same_texture(images, donors, rest, generator):
+def _add_texture(images, donors, others, generator):
     "Adds noise with the frequencies that the donors have more of"
-    more = ((_amplitude(donors)**2).median(0).values - (_amplitude(rest)**2).median(0).values).clamp(min=0).sqrt()
+    donors_power,others_power = ((_amplitude(some)**2).median(0).values for some in (donors, others))
+    more = (donors_power - others_power).clamp(min=0).sqrt()
     more[:,0,0] = 0
     noise = torch.fft.rfft2(torch.randn(len(images), 1, *images.shape[-2:], generator=generator))
     return images + torch.fft.irfft2(noise/noise.abs().clamp(min=1e-6)*more, s=images.shape[-2:])
 
+# %% ../../nbs/80_shortcuts.edits.ipynb #91d3c0e7
+def _add_difference(images, donors, others, generator):
+    "Adds what the mean picture has more of, but for the middle: the objects are there"
+    return images + (donors.mean(0) - others.mean(0))*(1 - _centre_weight(*images.shape[-2:]))
+
+def _add_fine_difference(images, donors, others, generator):
+    "Adds what of this is finer than a blob"
+    difference = _add_difference(images, donors, others, generator) - images
+    return images + fine_details(difference)
+
 def tile_background(
     images:Tensor, # `[B, C, H, W]`
-    donors:Tensor, # Pictures that something is taken from
-    rest:Tensor|None, # Pictures that have it not
+    donors:Tensor, # Pictures whose corners are taken
+    others:Tensor|None, # Pictures that have it not: not needed
     generator:torch.Generator|None # Of what is drawn
-):
+) -> Tensor:
     "The middle of the picture, on tiles of a donor's corner"
     height,width = images.shape[-2:]
-    chosen,which = _draw(donors, len(images), generator),torch.randint(4, (len(images),), generator=generator)
+    chosen,which = _draw_donors(donors, len(images), generator),torch.randint(4, (len(images),), generator=generator)
     corners = torch.stack(corner_crops(chosen))[which,torch.arange(len(images))]
-    return torch.lerp(tile_corner(corners, height, width), images, _keeps_the_middle(height, width))
+    return torch.lerp(tile_corner(corners, height, width), images, _centre_weight(height, width))
 
-WHOLE_EDITS = dict(background=tile_background, colours=match_colours, sharpness=_same_spectrum, texture=_same_texture, overlay=_same_pixels, pattern=_same_details)
-
-def place_edits(mask): return dict(mean=paste_mean(mask), own=paste_own(mask))
+WHOLE_EDITS:dict[str,Callable] = dict(background=tile_background, colours=match_colours, sharpness=_match_spectrum,
+                                      texture=_add_texture, overlay=_add_difference, pattern=_add_fine_difference)
 
 # %% ../../nbs/80_shortcuts.edits.ipynb #67b4c0e3
 def crops_at(
@@ -129,7 +158,7 @@ def crops_at(
     places:Sequence, # Picture, top and left of each
     size:int, # Side of the crops
     margin:int=0 # How much around them goes along
-):
+) -> Tensor: # `[places, C, s, s]`
     "What is at places (picture, top, left), and a margin around it; what lies outside of the picture is not a number"
-    padded = F.pad(images, (margin,)*4, value=float('nan')) if margin else images
-    return torch.stack([padded[i,:,top:top+size+2*margin,left:left+size+2*margin] for i,top,left in places])
+    padded,side = F.pad(images, (margin,)*4, value=float('nan')) if margin else images,size + 2*margin
+    return torch.stack([padded[i,:,top:top+side,left:left+side] for i,top,left in places])

@@ -6,11 +6,11 @@ Docs: https://fastai-cam.example/docs/shortcuts.matching.html.md"""
 
 # %% auto #0
 __all__ = ['Match', 'shuffled', 'PieceSearch', 'median_and_spread', 'fill_hidden', 'recurring_things', 'random_corners',
-           'stick_on', 'thing_masks']
+           'paste_at_random', 'thing_masks']
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #032313fd
-from itertools import zip_longest
-from typing import Sequence, Any, NamedTuple
+from itertools import chain, product, zip_longest
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -19,55 +19,69 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from ..methods.combine import enlarge
 from .edits import crops_at, fine_details
-from .evidence import LIMITS
+from .evidence import Evidence, LIMITS
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #b672fda0
 class Match(NamedTuple):
     "A thing that is found again"
     crop:Tensor # What it looks like: median over the pictures where it was found, `[C, h, w]`
-    same:Tensor # Where in that it is, bool, `[h, w]`
-    other:Tensor # Median of what looks most like it in other pictures, `[C, h, w]`
+    mask:Tensor # Where in that it is, bool, `[h, w]`
+    control:Tensor # Median of what looks most like it in other pictures, `[C, h, w]`
     items:list # Where it was found
     corners:list # Upper left corner of the crop there; of what goes beyond the picture, outside of it
 
-def _similar_at(images, pieces, spread=None, bs=32):
-    "How similar the best place of each image is to each piece (1: the same pixels), and which place that is, `[pieces, images]` each; `spread` says what a large difference is"
-    n,weight = pieces[0].numel(),torch.ones_like(pieces[:1])
-    floor = n*(.03*(images.max() - images.min() if spread is None else spread))**2
-    total,squares = F.conv2d(images, weight),F.conv2d(images**2, weight)
-    varies = (squares - total**2/n).clamp(min=0)
+def _best_matches(images, pieces, value_range=None, bs=32):
+    "How similar the best place of each image is to each piece (1: the same pixels), and which place that is, `[pieces, images]` each"
+    n_values,ones = pieces[0].numel(),torch.ones_like(pieces[:1])
+    if value_range is None: value_range = images.max() - images.min()
+    floor = n_values*(.03*value_range)**2 # of flat places
+    total,squares = F.conv2d(images, ones),F.conv2d(images**2, ones)
+    image_variation = (squares - total**2/n_values).clamp(min=0)
     similar,places = [],[]
     for some in pieces.split(bs):
-        own = (some - some.mean((1,2,3), keepdim=True)).pow(2).sum((1,2,3))[:,None,None]
-        apart = squares - 2*F.conv2d(images, some) + some.pow(2).sum((1,2,3))[:,None,None]
-        best = (1 - apart/(varies + own + floor)).flatten(2).max(-1)
-        similar.append(best.values.T); places.append(best.indices.T)
+        piece_variation = (some - some.mean((1,2,3), keepdim=True)).pow(2).sum((1,2,3))[:,None,None]
+        squared_distance = squares - 2*F.conv2d(images, some) + some.pow(2).sum((1,2,3))[:,None,None]
+        best = (1 - squared_distance/(image_variation + piece_variation + floor)).flatten(2).max(-1)
+        similar.append(best.values.T)
+        places.append(best.indices.T)
     return torch.cat(similar), torch.cat(places)
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #c728717c
-def _lit_pieces(maps, donors, side, size, n_peaks=2):
+def _places_around(peak, side, size):
+    "Upper left corners of pieces around a peak, half a piece apart, all in the picture"
+    reach,step = max(side)//8,max(2, size//2)
+    rows,columns = (range(at - reach, at + reach + 1, step) for at in peak)
+    inside = lambda at, n_pixels: min(max(at - size//2, 0), n_pixels - size)
+    return [(inside(row, side[0]), inside(column, side[1])) for row,column in product(rows, columns)]
+
+def _salient_pieces(maps, donors, side, size, n_peaks=2):
     "Pieces around the peaks of the donors' maps: whose they are, and their upper left corner"
-    found = []
+    found,(high,wide) = [],(side[0]//6, side[1]//6)
     for donor in donors:
-        lit = enlarge(maps[donor][None].clamp(min=0), side)[0].clone()
+        positive = enlarge(maps[donor][None].clamp(min=0), side)[0].clone()
         for _ in range(n_peaks):
-            if lit.max() <= 0: break
-            row,column = divmod(int(lit.argmax()), side[1])
-            reach = max(side)//8
-            for top in range(row - reach, row + reach + 1, max(2, size//2)):
-                for left in range(column - reach, column + reach + 1, max(2, size//2)):
-                    found.append((donor, min(max(top - size//2, 0), side[0] - size), min(max(left - size//2, 0), side[1] - size)))
-            lit[max(0, row - side[0]//6):row + side[0]//6,max(0, column - side[1]//6):column + side[1]//6] = 0
+            if positive.max() <= 0: break
+            row,column = divmod(int(positive.argmax()), side[1])
+            found += [(donor, *corner) for corner in _places_around((row, column), side, size)]
+            positive[max(0, row - high):row + high,max(0, column - wide):column + wide] = 0 # the next peak is another one
     return found
 
-def shuffled(values, n, seed): return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))][:n]
+def shuffled(
+    values:Tensor, # What is drawn from, `[n, …]`
+    n:int|None, # How many; `None`: all
+    seed:int # Of what is drawn
+) -> Tensor:
+    "Some of the values, in any order"
+    return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))][:n]
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #80c744e0
 class PieceSearch:
-    "Looks for one piece in pictures: roughly in small ones, then to the pixel. What is compared is finer than a blob, or a thin thing would be the ground that it lies on"
-    def __init__(self, images):
-        self.images,self.details = images,fine_details(images)
-        self.spread = self.details.max() - self.details.min()
+    "Looks for one piece in pictures: roughly in small ones, then to the pixel, both in details"
+    def __init__(self,
+        images:Tensor # `[n, C, H, W]`
+    ):
+        self.images,self.details = images,fine_details(images) # a thin thing would be the ground that it lies on
+        self.value_range = self.details.max() - self.details.min()
         self.scale = max(1, round(min(images.shape[-2:])/64))
         self.small = F.avg_pool2d(self.details, self.scale)
 
@@ -75,129 +89,163 @@ class PieceSearch:
         which:Tensor, # Pictures to look in
         piece:Tensor # Details, `[C, s, s]`
     ) -> tuple[Tensor,list]: # How similar the best place of each is, and which place that is: picture, top, left
-        small = F.avg_pool2d(piece[None], self.scale)
-        _,rough = _similar_at(self.small[which], small, self.spread)
-        wide = self.small.shape[-1] - small.shape[-1] + 1
-        span = min(piece.shape[-1] + 2*self.scale, *self.images.shape[-2:])
-        starts = [(int(i), *(min(max(self.scale*(at - 1), 0), side - span) for at,side in zip(divmod(int(place), wide), self.images.shape[-2:]))) for i,place in zip(which, rough[0])]
-        similar,fine = _similar_at(crops_at(self.details, starts, span), piece[None], self.spread)
-        return similar[0], [(i, top + int(at)//(span - piece.shape[-1] + 1), left + int(at)%(span - piece.shape[-1] + 1)) for (i,top,left),at in zip(starts, fine[0])]
+        "Where in the pictures the piece is found best"
+        size = piece.shape[-1]
+        span = min(size + 2*self.scale, *self.images.shape[-2:])
+        regions = self._rough_places(which, F.avg_pool2d(piece[None], self.scale), span)
+        similar,fine = _best_matches(crops_at(self.details, regions, span), piece[None], self.value_range)
+        offsets = [divmod(int(at), span - size + 1) for at in fine[0]]
+        return similar[0], [(i, top + down, left + right) for (i,top,left),(down,right) in zip(regions, offsets)]
+
+    def _rough_places(self, which, small_piece, span):
+        "Of each picture the region of `span` pixels where the piece is found best in the small one: picture, top, left"
+        _,rough = _best_matches(self.small[which], small_piece, self.value_range)
+        n_columns = self.small.shape[-1] - small_piece.shape[-1] + 1
+        at_small = [divmod(int(at), n_columns) for at in rough[0]]
+        inside = lambda at, n_pixels: min(max(self.scale*(at - 1), 0), n_pixels - span)
+        height,width = self.images.shape[-2:]
+        return [(int(i), inside(row, height), inside(column, width)) for i,(row,column) in zip(which, at_small)]
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #aefc1c4b
-def _most_common(small, known, group, others, size, seed, n_donors=10, n_pieces=6):
-    "Pieces that are more alike among the group's pictures than among others, the most common first: whose, and their upper left corner"
-    clusters = KMeans(min(4, len(group)), n_init=1, random_state=seed).fit_predict(F.normalize(known.features[group], dim=1).numpy())
-    order = np.random.default_rng(seed).permutation(len(group))
-    turns = zip_longest(*[order[clusters[order]==k] for k in range(clusters.max() + 1)]) # from clusters of alike evidence in turn: what few pictures have gets its chance
-    donors = [int(group[i]) for turn in turns for i in turn if i is not None][:n_donors]
-    places = _lit_pieces(known.maps, donors, small.shape[-2:], size)
-    if not places: return []
-    owners,some = torch.tensor([owner for owner,_,_ in places]),shuffled(group, 32, seed) # enough to see what is common
-    similar,at = _similar_at(small[torch.cat([some, others])], crops_at(small, places, size))
-    similar[:,:len(some)] = similar[:,:len(some)].masked_fill(owners[:,None]==some, -1) # a piece is no match of itself
-    inside,outside = similar.split([len(some), len(others)], dim=1)
-    common = inside.topk(max(1, len(some)//3)).values.mean(1) - outside.topk(max(1, len(others)//6)).values.mean(1)
-    chosen,wide = [],small.shape[-1] - size + 1
+def _varied_donors(evidence, positives, n_donors, seed):
+    "Pictures to take pieces from, of clusters of alike evidence in turn: what few pictures have gets its chance"
+    features = F.normalize(evidence.features[positives], dim=1).numpy()
+    clusters = KMeans(min(4, len(positives)), n_init=1, random_state=seed).fit_predict(features)
+    order = np.random.default_rng(seed).permutation(len(positives))
+    turns = zip_longest(*[order[clusters[order]==k] for k in range(clusters.max() + 1)])
+    return [int(positives[i]) for i in chain.from_iterable(turns) if i is not None][:n_donors]
+
+def _lies_over(piece, found, size):
+    "Does a piece lie over what was found in its picture?"
+    owner,top,left = piece
+    if owner not in found: return False
+    row,column = found[owner]
+    return max(abs(top - row), abs(left - column)) <= size
+
+def _most_common_pieces(small, evidence, positives, negatives, size, seed, n_donors=10, n_pieces=6):
+    "Pieces that are more alike among the positives than among the negatives, the most common first: whose, and their upper left corner"
+    pieces = _salient_pieces(evidence.maps, _varied_donors(evidence, positives, n_donors, seed), small.shape[-2:], size)
+    if not pieces: return []
+    owners,some = torch.tensor([owner for owner,_,_ in pieces]),shuffled(positives, 32, seed) # enough to see what is common
+    similar,at = _best_matches(small[torch.cat([some, negatives])], crops_at(small, pieces, size))
+    inside,outside = similar.split([len(some), len(negatives)], dim=1)
+    inside = inside.masked_fill(owners[:,None]==some, -1) # a piece is no match of itself
+    common = inside.topk(max(1, len(some)//3)).values.mean(1) - outside.topk(max(1, len(negatives)//6)).values.mean(1)
+    chosen,n_columns = [],small.shape[-1] - size + 1
     while len(chosen) < n_pieces and common.max() > 0:
         best = int(common.argmax())
-        chosen.append(places[best])
-        found = {int(i): divmod(int(at[best,k]), wide) for k,i in enumerate(some) if inside[best,k] > outside[best].quantile(.95)}
-        found[places[best][0]] = places[best][1:]
-        for k,(owner,top,left) in enumerate(places): # what lies over where this one is found is the same once more
-            if owner in found and max(abs(top - found[owner][0]), abs(left - found[owner][1])) <= size: common[k] = -1
+        chosen.append(pieces[best])
+        hits = (inside[best] > outside[best].quantile(.95)).nonzero()[:,0].tolist()
+        found = {int(some[k]): divmod(int(at[best,k]), n_columns) for k in hits}
+        found[pieces[best][0]] = pieces[best][1:]
+        common[torch.tensor([_lies_over(piece, found, size) for piece in pieces])] = -1
     return chosen
 
+# %% ../../nbs/82_shortcuts.matching.ipynb #d65edaa3
 def median_and_spread(
     stack:Tensor # What lies over each other, `[n, C, h, w]`; NaN where nothing does
-):
-    "The median of what lies over each other, `[C, h, w]`, and how far it is from that in the median, mean over the channels, `[h, w]`"
+) -> tuple[Tensor,Tensor]: # `[C, h, w]` and, mean over the channels, `[h, w]`
+    "The median of what lies over each other, and how far it is from that in the median"
     middle = stack.nanmedian(0).values
     return middle, (stack - middle).abs().nanmedian(0).values.mean(0)
 
-# %% ../../nbs/82_shortcuts.matching.ipynb #d65edaa3
 def fill_hidden(
     images:Tensor, # `[B, C, H, W]`
     hidden:Tensor # What is hidden, bool `[…, 1, h, w]`
-):
-    "Pictures with what is hidden, `[…, 1, h, w]`, filled from around it, from near where there is something near: pull and push, Gortler et al., The Lumigraph, 1996"
+) -> Tensor:
+    "Pictures with what is hidden filled from around it, near before far: pull and push, Gortler et al., The Lumigraph, 1996"
     seen = (~hidden).float().expand_as(images[:,:1])
     if seen.all() or max(images.shape[-2:])==1: return images
     share,coarse = (F.avg_pool2d(values, 2, ceil_mode=True) for values in (seen, images*seen))
     coarse = fill_hidden(coarse/share.clamp(min=1e-6), share==0)
     return torch.where(seen > 0, images, F.interpolate(coarse, size=images.shape[-2:], mode='bilinear'))
 
-def _laid_over(stack, natural):
-    "Of what lies over each other: the median, where something is the same in most (bool, `[h, w]`), and how much differs there, as a share of what is `natural`, but for what shines through from behind"
-    middle,apart = median_and_spread(stack)
+def _shared_pixels(stack, natural_spread):
+    "Median of what lies over each other, where most is the same (bool, `[h, w]`), and how much that varies, as a share of what is natural"
+    middle,spread = median_and_spread(stack)
     outside = stack.isnan().any(1, keepdim=True)
-    same = (apart < .5*natural) & (outside[:,0].float().mean(0) < .5) # of a few, all may be alike by chance
+    same = (spread < .5*natural_spread) & (outside[:,0].float().mean(0) < .5) # of a few, all may be alike by chance
     if not same.any(): return middle, same, 1.
     hidden = outside | (F.max_pool2d(same[None,None].float(), 3, 1, 1) > 0)
     behind = fill_hidden(stack.nan_to_num(), hidden)
-    off,behind = ((values - values.nanmedian(0).values)[...,same] for values in (stack, behind))
-    behind = behind.masked_fill(off.isnan(), 0)
-    through = (off.nan_to_num()*behind).sum()/behind.pow(2).sum().clamp(min=1e-6)
-    return middle, same, ((off - through*behind).abs().nanmedian(0).values.mean()/natural).item()
-
-def _where_it_is(search, piece, group, others, n_times=3):
-    "Where in the group's pictures the piece is found, and what in others looks most like it: places. First one picture's piece is looked for, then what those that have it have in common"
-    for _ in range(n_times):
-        similar,places = search(torch.cat([group, others]), piece)
-        inside,outside = similar.split([len(group), len(others)])
-        hits = [places[i] for i in (inside > outside.quantile(.95)).nonzero()[:,0]]
-        if len(hits) < max(5, LIMITS['found again']*len(group)): return [], []
-        piece = crops_at(search.details, hits, piece.shape[-1]).median(0).values
-    return hits, [places[len(group) + i] for i in outside.topk(min(len(hits), len(others))).indices]
+    deviation,behind = ((values - values.nanmedian(0).values)[...,same] for values in (stack, behind))
+    behind = behind.masked_fill(deviation.isnan(), 0)
+    shines_through = (deviation.nan_to_num()*behind).sum()/behind.pow(2).sum().clamp(min=1e-6)
+    left = (deviation - shines_through*behind).abs().nanmedian(0).values.mean()
+    return middle, same, (left/natural_spread).item()
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #59e124cf
+def _find_again(search, piece, positives, negatives, n_times=3):
+    "Places where the piece is in the positives, and where in the negatives is what looks most like it"
+    # first one picture's piece is looked for, then what those that have it have in common
+    for _ in range(n_times):
+        similar,places = search(torch.cat([positives, negatives]), piece)
+        inside,outside = similar.split([len(positives), len(negatives)])
+        hits = [places[i] for i in (inside > outside.quantile(.95)).nonzero()[:,0]]
+        if len(hits) < max(5, LIMITS.recurring*len(positives)): return [], []
+        piece = crops_at(search.details, hits, piece.shape[-1]).median(0).values
+    return hits, [places[len(positives) + i] for i in outside.topk(min(len(hits), len(negatives))).indices]
+
+def _as_match(search, hits, elsewhere, size, natural_spread):
+    "The thing that was found at these places, with what looks most like it elsewhere; `None` where it varies too much to be one thing"
+    crop,mask,variation = _shared_pixels(crops_at(search.images, hits, size, margin=size), natural_spread) # larger than the piece, maybe
+    if variation > LIMITS.variation or mask.float().mean() < .01: return None
+    control,_ = median_and_spread(crops_at(search.images, elsewhere, size, margin=size))
+    rows,columns = (slice(int(at.min()), int(at.max()) + 1) for at in mask.nonzero().T)
+    corners = [(top - size + rows.start, left - size + columns.start) for _,top,left in hits]
+    return Match(crop[:,rows,columns], mask[rows,columns], control[:,rows,columns].nan_to_num(), [i for i,_,_ in hits], corners)
+
+# %% ../../nbs/82_shortcuts.matching.ipynb #d2871c9e
 def recurring_things(
-    search:Any, # Looks for a piece in the pictures
-    known:Any, # Evidence of the set
-    group:Tensor, # Items that are taken for the class
-    others:Tensor, # Items of other classes
+    search:PieceSearch, # Looks for a piece in the pictures
+    evidence:Evidence, # What is known of the set
+    positives:Tensor, # Items that are taken for the class
+    negatives:Tensor, # Items of other classes
     share:float, # Side of a piece, as a share of the picture's
-    natural:Tensor, # How much pictures differ
+    natural_spread:Tensor, # How much pictures differ
     seed:int=0 # Of what is drawn
-):
-    "Things that more pictures of the group have than others, and that are the same pixels in all of them"
-    others,size = shuffled(others, 40, seed),search.scale*max(4, round(min(search.small.shape[-2:])*share))
-    found = []
-    for owner,top,left in _most_common(search.small, known, group, others, size//search.scale, seed):
-        piece = crops_at(search.details, [(owner, search.scale*top, search.scale*left)], size)[0]
-        hits,elsewhere = _where_it_is(search, piece, group, others)
-        if not hits: continue
-        crop,same,differs = _laid_over(crops_at(search.images, hits, size, margin=size), natural) # it may be larger than the piece
-        if differs > LIMITS['differs'] or same.float().mean() < .01: continue
-        other,_ = median_and_spread(crops_at(search.images, elsewhere, size, margin=size))
-        rows,columns = (slice(int(at.min()), int(at.max()) + 1) for at in same.nonzero().T)
-        corners = [(top - size + rows.start, left - size + columns.start) for _,top,left in hits]
-        found.append(Match(crop[:,rows,columns], same[rows,columns], other[:,rows,columns].nan_to_num(), [i for i,_,_ in hits], corners))
-    return found
-
-def random_corners(images, size, generator): return [tuple(int(torch.randint(n - s + 1, (1,), generator=generator)) for n,s in zip(images.shape[-2:], size)) for _ in images]
-
-def stick_on(
-    crop:Tensor, # What it looks like, `[C, h, w]`
-    same:Tensor # Where it is, bool `[h, w]`
-):
-    "Puts the thing at random places"
-    high,wide = same.shape
-    def put(images, donors, rest, generator):
-        found = images.clone()
-        for image,(top,left) in zip(found, random_corners(images, same.shape, generator)):
-            place = image[:,top:top+high,left:left+wide]
-            place.copy_(torch.where(same, crop, place))
-        return found
-    return put
+) -> list[Match]:
+    "Things that more positives have than negatives, and that are the same pixels in all of them"
+    negatives,small_size = shuffled(negatives, 40, seed),max(4, round(min(search.small.shape[-2:])*share))
+    scale,size,found = search.scale,search.scale*small_size,[]
+    for owner,top,left in _most_common_pieces(search.small, evidence, positives, negatives, small_size, seed):
+        piece = crops_at(search.details, [(owner, scale*top, scale*left)], size)[0]
+        hits,elsewhere = _find_again(search, piece, positives, negatives)
+        if hits: found.append(_as_match(search, hits, elsewhere, size, natural_spread))
+    return [match for match in found if match is not None]
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #ace6b337
+def random_corners(
+    images:Tensor, # `[B, C, H, W]`
+    size:Sequence, # Height and width of a thing
+    generator:torch.Generator # Of what is drawn
+) -> list[tuple[int,int]]: # Top and left, in each image
+    "Where a thing could be, all of it in the picture"
+    (height,width),(high,wide) = images.shape[-2:],size
+    def draw(n): return int(torch.randint(n + 1, (1,), generator=generator))
+    return [(draw(height - high), draw(width - wide)) for _ in images]
+
+def paste_at_random(
+    crop:Tensor, # What it looks like, `[C, h, w]`
+    mask:Tensor # Where it is, bool `[h, w]`
+) -> Callable: # An edit
+    "Puts the thing at random places"
+    high,wide = mask.shape
+    def paste(images, donors, others, generator):
+        edited = images.clone()
+        for image,(top,left) in zip(edited, random_corners(images, mask.shape, generator)):
+            place = image[:,top:top+high,left:left+wide]
+            place.copy_(torch.where(mask, crop, place))
+        return edited
+    return paste
+
 def thing_masks(
-    same:Tensor, # Where it is, bool `[h, w]`
+    mask:Tensor, # Where it is, bool `[h, w]`
     corners:Sequence, # Top and left of it in each picture
     side:Sequence # Height and width of the pictures
-):
-    "Where the thing is in each picture, bool, `[n, 1, H, W]`"
-    (high,wide),room = same.shape,max(side) # for what goes beyond the picture
-    masks = torch.zeros(len(corners), 1, side[0] + 2*room, side[1] + 2*room, dtype=torch.bool)
-    for mask,(top,left) in zip(masks, corners): mask[0,room+top:room+top+high,room+left:room+left+wide] = same
-    return masks[...,room:-room,room:-room]
+) -> Tensor: # Bool, `[n, 1, H, W]`
+    "Where the thing is in each picture"
+    (high,wide),margin = mask.shape,max(side) # for what goes beyond the picture
+    masks = torch.zeros(len(corners), 1, side[0] + 2*margin, side[1] + 2*margin, dtype=torch.bool)
+    for one,(top,left) in zip(masks, corners): one[0,margin+top:margin+top+high,margin+left:margin+left+wide] = mask
+    return masks[...,margin:-margin,margin:-margin]

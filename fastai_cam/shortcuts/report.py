@@ -8,6 +8,8 @@ Docs: https://fastai-cam.example/docs/shortcuts.report.html.md"""
 __all__ = ['Shortcut', 'Shortcuts', 'as_shortcut']
 
 # %% ../../nbs/85_shortcuts.report.ipynb #15c372ca
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -16,7 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from fastcore.basics import patch, store_attr
+from fastcore.basics import GetAttr, patch, store_attr
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
 from ..core import evenly_spaced
@@ -35,40 +37,53 @@ from ..learner import class_names, refuse_arguments, task_of
 from ..interpret import CAMInterpretation
 from ..trust.rescore import slices_of
 from ..trust.compare import measure_batches
-from .evidence import appearance_features, collect_evidence, Evidence, surroundings_log_odds
-from .candidates import find_candidates, predicted_groups
-from .testing import EditTester
+from .evidence import appearance_features, collect_evidence, Evidence, FEWEST, surroundings_log_odds
+from .candidates import find_candidates, predicted_items
+from .testing import EditTester, Finding, Measurement
 
 # %% ../../nbs/85_shortcuts.report.ipynb #5dd0c3e2
-_fewest = 6 # of fewer pictures it cannot be said what they have in common
+_RENAMED = dict(n_group='n_predicted', detail='edit')
 
-class Shortcut:
-    "Evidence that pictures of a class share, and that moves the model when it is put into others"
-    def __init__(self,
-        cls:str, # Name of the class
-        kind:str, # 'place', 'surroundings' or 'thing'
-        where:str, # In words
-        items:list[int], # Which items have it, as indices into the set
-        n_group:int, # How many items are predicted to be of the class
-        right:int, # How many of `items` are predicted rightly
-        effect:float, # Share of the way from other classes' pictures to this one's, mean
-        interval:tuple[float,float], # Its 95% bootstrap interval
-        before:float, # Mean probability of the class in pictures of other classes that were given the same from other classes' pictures
-        after:float, # The same with the shortcut
-        removed:tuple[float,float,float], # Mean share of the way that the items lose when it is replaced, and its interval
-        detail:str, # What is put into the pictures: 'mean' or 'own' (of a place), 'background', 'colours', 'sharpness', 'texture', 'overlay' or 'pattern' (of the surroundings), 'piece'
-        mask:Tensor|None=None, # Where it is, `[H, W]`, if that is the same place in all pictures
-        boxes:dict|None=None, # Where it is in each of the items (left, top, right, bottom), if that differs
-        pictures:tuple=() # Pictures of other classes without and with it, decoded
-    ): store_attr()
+@dataclass(eq=False, repr=False)
+class Shortcut(GetAttr):
+    "Evidence that pictures of a class share, and that moves the model when it is put into others; it has the fields of `measured`, too"
+    cls:str # Name of the class
+    kind:str # 'place', 'surroundings' or 'thing'
+    where:str # In words
+    items:list[int] # Which items have it, as indices into the set
+    n_predicted:int # How many items are predicted to be of the class
+    right:int # How many of `items` are predicted rightly
+    measured:Measurement # How far it moves the model
+    mask:Tensor|None=None # Where it is, `[H, W]`, if that is the same place in all pictures
+    boxes:dict|None=None # Where it is in each of the items (left, top, right, bottom), if that differs
+    pictures:tuple=() # Pictures of other classes without and with it, decoded
+    _default,_xtra = 'measured',[field.name for field in fields(Measurement)]
 
-    @property
-    def sentence(self) -> str:
-        "The finding in words"
-        what = {'place': f'something at the {self.where}', 'surroundings': f'something {self.where} ({self.detail})', 'thing': f'one and the same small thing at {self.where}'}[self.kind]
-        lost,low,high = self.removed
-        return f'{self.cls}: {what}, in {len(self.items)} of {self.n_group} pictures that are taken for it ({self.right} of them rightly). Put into pictures of other classes, it goes {self.effect:.0%} of the way to {self.cls} ({self.interval[0]:.0%} to {self.interval[1]:.0%}; probability {self.before:.2f} → {self.after:.2f}). Without it, they lose {lost:.0%} of it ({low:.0%} to {high:.0%}).'
-    def __repr__(self) -> str: return self.sentence
+    def __getattr__(self, name):
+        if name in _RENAMED: raise AttributeError(f'{name} of a Shortcut is called {_RENAMED[name]} now')
+        return super().__getattr__(name)
+
+    def __setstate__(self, state):
+        "Of shortcuts that were pickled when all fields were their own, too"
+        state = {_RENAMED.get(name, name): value for name,value in state.items() if name != '__stored_args__'}
+        if 'measured' not in state: state['measured'] = Measurement(**{name: state.pop(name) for name in self._xtra})
+        self.__dict__.update(state)
+
+# %% ../../nbs/85_shortcuts.report.ipynb #1b6da7f4
+@patch(as_prop=True)
+def sentence(self:Shortcut) -> str:
+    "The finding in words"
+    what = dict(place=f'something at the {self.where}', surroundings=f'something {self.where} ({self.edit})',
+                thing=f'one and the same small thing at {self.where}')[self.kind]
+    (low,high),(lost,lost_low,lost_high) = self.interval,self.removed
+    return (f'{self.cls}: {what}, in {len(self.items)} of {self.n_predicted} pictures that are taken for it '
+            f'({self.right} of them rightly). '
+            f'Put into pictures of other classes, it goes {self.effect:.0%} of the way to {self.cls} '
+            f'({low:.0%} to {high:.0%}; probability {self.before:.2f} → {self.after:.2f}). '
+            f'Without it, they lose {lost:.0%} of it ({lost_low:.0%} to {lost_high:.0%}).')
+
+@patch
+def __repr__(self:Shortcut) -> str: return self.sentence
 
 # %% ../../nbs/85_shortcuts.report.ipynb #c4ce9b60
 class Shortcuts:
@@ -94,17 +109,19 @@ def __getitem__(self:Shortcuts, i): return self.found[i]
 @patch(as_prop=True)
 def table(self:Shortcuts) -> pd.DataFrame:
     "One row a finding"
-    columns = ['class', 'kind', 'where', 'items', 'of', 'right', 'effect', 'effect_low', 'effect_high', 'before', 'after', 'removed', 'removed_low', 'removed_high', 'examples']
-    rows = [(s.cls, s.kind, s.where, len(s.items), s.n_group, s.right, s.effect, *s.interval, s.before, s.after, *s.removed, s.items[:5]) for s in self]
+    columns = ['class', 'kind', 'where', 'items', 'of', 'right', 'effect', 'effect_low', 'effect_high', 'before', 'after',
+               'removed', 'removed_low', 'removed_high', 'examples']
+    rows = [(s.cls, s.kind, s.where, len(s.items), s.n_predicted, s.right, s.effect, *s.interval, s.before, s.after,
+             *s.removed, s.items[:5]) for s in self]
     return pd.DataFrame(rows, columns=columns)
 
+# %% ../../nbs/85_shortcuts.report.ipynb #07134c28
 @patch
 def __repr__(self:Shortcuts) -> str:
     if len(self): return '\n'.join(shortcut.sentence for shortcut in self)
     if not self.looked_at: return self._why_not()
     return f'No shortcut was found ({sum(self.looked_at.values())} pictures of {len(self.looked_at)} classes).'
 
-# %% ../../nbs/85_shortcuts.report.ipynb #07134c28
 @patch
 def _repr_html_(self:Shortcuts) -> str: return plain_html(repr(self))
 
@@ -116,10 +133,11 @@ def _why_not(self:Shortcuts):
     known = 'no class has enough pictures'
     if self.min_items: known = f'that takes a class of at least {self.min_items} pictures (min_items), beside as many others'
     found = f'; taken for each class are: {named}' if named else ''
-    can_lower = self.min_items is None or self.min_items > _fewest
-    advice = f', or lower min_items (to {_fewest} at least)' if can_lower else ': min_items is as low as it can be'
+    can_lower = self.min_items is None or self.min_items > FEWEST
+    advice = f', or lower min_items (to {FEWEST} at least)' if can_lower else ': min_items is as low as it can be'
     return f'Nothing could be looked for: {known}{found}. Look over a larger set{advice}.'
 
+# %% ../../nbs/85_shortcuts.report.ipynb #9878da03
 @patch
 def _plot_nothing(self:Shortcuts, figsize, save):
     fig,ax = plt.subplots(figsize=figsize or (7, .9), layout='constrained')
@@ -128,79 +146,150 @@ def _plot_nothing(self:Shortcuts, figsize, save):
     save_figure(fig, save)
     return fig
 
-# %% ../../nbs/85_shortcuts.report.ipynb #9878da03
+@patch
+def _plot_row(self:Shortcuts, row, shortcut, n):
+    for ax in row: ax.axis('off')
+    for ax,item in zip(row, shortcut.items[:n]):
+        boxes = [shortcut.boxes[item]] if shortcut.boxes else None
+        CAMMap(self.maps[item], self.images[item], region=shortcut.mask).show(ax=ax, title=f'taken for {shortcut.cls}', boxes=boxes)
+    titles = f'another picture: {shortcut.before:.2f}',f'with it: {shortcut.after:.2f}'
+    for ax,picture,title in zip(row[n:], shortcut.pictures, titles):
+        ax.imshow(to_pixels(picture))
+        ax.set_title(title, fontsize=9)
+    plain_text(row[0].set_title(f'{shortcut.cls}: {shortcut.where}', fontsize=9))
+
 @patch
 def plot(self:Shortcuts,
     n:int=3, # How many examples of each
     figsize:tuple|None=None, # Size of the figure in inches
     save:str|Path|None=None # File to write the figure to
 ) -> Figure:
-    "A row for each finding: pictures that have it, with their maps and the place outlined, and a picture of another class without and with it; of none, the sentence that says so"
+    """A row for each finding: pictures that have it, with their maps and the place outlined, and a picture of another class
+    without and with it; of none, the sentence that says so"""
     check_style(figsize=figsize, save=save)
     if not len(self): return self._plot_nothing(figsize, save)
-    fig,axes = plt.subplots(len(self), n + 2, figsize=figsize or (2.3*(n + 2), 2.7*len(self)), layout='constrained', squeeze=False)
-    for row,shortcut in zip(axes, self):
-        for ax in row: ax.axis('off')
-        for ax,item in zip(row, shortcut.items[:n]):
-            boxes = [shortcut.boxes[item]] if shortcut.boxes else None
-            CAMMap(self.maps[item], self.images[item], region=shortcut.mask).show(ax=ax, title=f'taken for {shortcut.cls}', boxes=boxes)
-        for ax,picture,title in zip(row[n:], shortcut.pictures, (f'another picture: {shortcut.before:.2f}', f'with it: {shortcut.after:.2f}')):
-            ax.imshow(to_pixels(picture))
-            ax.set_title(title, fontsize=9)
-        plain_text(row[0].set_title(f'{shortcut.cls}: {shortcut.where}', fontsize=9))
+    size = figsize or (2.3*(n + 2), 2.7*len(self))
+    fig,axes = plt.subplots(len(self), n + 2, figsize=size, layout='constrained', squeeze=False)
+    for row,shortcut in zip(axes, self): self._plot_row(row, shortcut, n)
     save_figure(fig, save)
     return fig
 
-def _is_the_same(one, other):
-    "Are two findings about the same evidence?"
-    a,b = (found['suspect'] for found in (one, other))
-    if a.cls != b.cls: return False
-    if a.mask is not None and b.mask is not None: return bool((a.mask & b.mask).any())
-    common = len(set(a.carriers.tolist()) & set(b.carriers.tolist()))
-    return common >= .5*min(len(a.carriers), len(b.carriers))
-
 # %% ../../nbs/85_shortcuts.report.ipynb #d5876898
-def as_shortcut(tester, found, name, decode):
-    suspect,known,recipient = found['suspect'],tester.known,found['recipients'][:1]
-    items,boxes = suspect.carriers.tolist(),None
-    if suspect.match is not None:
-        (high,wide),(height,width) = suspect.match.same.shape,known.images.shape[-2:]
-        boxes = {item: (max(0, left), max(0, top), min(width, left + wide), min(height, top + high)) for item,(top,left) in zip(items, suspect.match.corners)}
-    shown = tester.put(suspect, found['way'], known.images[recipient], known.images[~known.predicted[:,suspect.cls]], tester.seed)
-    return Shortcut(name, suspect.kind, suspect.where, items, int(known.predicted[:,suspect.cls].sum()), int(known.labelled[items,suspect.cls].sum()), found['effect'], (found['low'], found['high']),
-                    found['before'], found['after'], found['removed'], found['way'], suspect.mask, boxes, tuple(decode(torch.cat([known.images[recipient], shown]))))
+def _is_same_evidence(one, other):
+    "Are two candidates about the same evidence?"
+    if one.cls != other.cls: return False
+    if one.mask is not None and other.mask is not None: return bool((one.mask & other.mask).any())
+    common = len(set(one.carriers.tolist()) & set(other.carriers.tolist()))
+    return common >= .5*min(len(one.carriers), len(other.carriers))
 
-def _findings(tester, looks, cls, group):
-    "What the tests leave of the suspects of a class, each evidence once"
-    tested = [tester.test(suspect) for suspect in find_candidates(tester.known, looks, tester.search, cls, group, tester.seed)]
-    found = sorted([result for result in tested if result is not None], key=lambda result: (result['way'] in ('overlay', 'pattern'), result['suspect'].where=='one place', result['suspect'].n_places, -len(result['suspect'].donors), -result['low'])) # where the same pixels are says more than that there are some, and of all of a class's pictures more than of a cluster
+def _findings(tester, appearance, cls, positives):
+    "What the tests leave of the candidates of a class, each evidence once"
+    candidates = find_candidates(tester.evidence, appearance, tester.search, cls, positives, tester.seed)
+    tested = [tester.test(candidate) for candidate in candidates]
     kept = []
-    for result in found:
-        same = next((other for other in kept if _is_the_same(result, other)), None)
-        if same is None: kept.append(dict(result, strongest=result['low']))
-        else: same['strongest'] = max(same['strongest'], result['low'])
+    for finding in sorted([one for one in tested if one is not None], key=attrgetter('rank')):
+        same = next((k for k,other in enumerate(kept) if _is_same_evidence(finding.candidate, other.candidate)), None)
+        if same is None: kept.append(finding)
+        else: kept[same] = replace(kept[same], strongest=max(kept[same].strongest, finding.low))
     return kept
 
-def _is_a_lack(tester, looks, result, stronger):
+def _is_a_lack(tester, appearance, finding, stronger):
     "Is this finding only that the class lacks what was found of others? Then it is gone once their pictures are left out"
-    known,suspect = tester.known,result['suspect']
-    theirs = sorted({other['suspect'].cls for other in stronger} - {suspect.cls})
-    if not theirs: return False
-    left = ~(known.predicted | known.labelled)[:,theirs].any(1) | known.predicted[:,suspect.cls]
-    rest = EditTester(Evidence(*[part[left] for part in known]), tester.predict, tester.seed)
-    if len(rest.known.negatives(suspect.cls)) < 6: return False # of two classes, which has it and which lacks it cannot be told
-    again = _findings(rest, {name: features[left.numpy()] for name,features in looks.items()}, suspect.cls, rest.known.group(suspect.cls))
-    return not any(one['suspect'].kind==suspect.kind for one in again)
+    evidence,candidate = tester.evidence,finding.candidate
+    other_classes = sorted({other.candidate.cls for other in stronger} - {candidate.cls})
+    if not other_classes: return False
+    left = ~(evidence.predicted | evidence.labelled)[:,other_classes].any(1) | evidence.predicted[:,candidate.cls]
+    remaining = Evidence(*[part[left] for part in evidence])
+    if len(remaining.negatives(candidate.cls)) < FEWEST: return False # of two classes, which has it cannot be told
+    remaining_appearance = {name: features[left.numpy()] for name,features in appearance.items()}
+    tester = EditTester(remaining, tester.predict, tester.seed)
+    again = _findings(tester, remaining_appearance, candidate.cls, remaining.predicted_as(candidate.cls))
+    return not any(one.candidate.kind==candidate.kind for one in again)
 
 # %% ../../nbs/85_shortcuts.report.ipynb #1517936e
-def _found_by(tester, groups, learn):
-    "What is found in all groups, the strongest first"
-    looks,found = appearance_features(tester.known.images),[]
-    for cls,group in with_bar(learn, list(groups.items())): found += _findings(tester, looks, cls, group)
+def _all_findings(tester, positives, learn):
+    "What is found in all classes, the strongest first"
+    appearance,found = appearance_features(tester.evidence.images),[]
+    for cls,items in with_bar(learn, list(positives.items())): found += _findings(tester, appearance, cls, items)
     kept = []
-    for result in sorted(found, key=lambda result: -result['strongest']): # what is reported of it may be a part
-        if not _is_a_lack(tester, looks, result, kept): kept.append(result)
-    return sorted(kept, key=lambda result: -result['low'])
+    for finding in sorted(found, key=lambda finding: -finding.strongest):
+        if not _is_a_lack(tester, appearance, finding, kept): kept.append(finding)
+    return sorted(kept, key=lambda finding: -finding.low)
+
+def as_shortcut(
+    tester:EditTester, # What it was tested with
+    finding:Finding, # What is reported
+    name:str, # Of the class
+    decode:Callable # Makes pictures of images as they go into the model
+) -> Shortcut:
+    "The finding, as it is reported"
+    candidate,evidence,recipient = finding.candidate,tester.evidence,finding.recipients[:1]
+    items,boxes,original = candidate.carriers.tolist(),None,evidence.images[recipient]
+    if candidate.match is not None:
+        (high,wide),(height,width) = candidate.match.mask.shape,evidence.images.shape[-2:]
+        inside = lambda left, top: (max(0, left), max(0, top), min(width, left + wide), min(height, top + high))
+        boxes = {item: inside(left, top) for item,(top,left) in zip(items, candidate.match.corners)}
+    others = evidence.images[evidence.not_predicted_as(candidate.cls)]
+    edited = tester.apply_edit(candidate, finding.measured.edit, original, others, tester.seed)
+    n_predicted,right = len(evidence.predicted_as(candidate.cls)),int(evidence.labelled[items,candidate.cls].sum())
+    return Shortcut(name, candidate.kind, candidate.where, items, n_predicted, right, finding.measured,
+                    candidate.mask, boxes, tuple(decode(torch.cat([original, edited]))))
+
+# %% ../../nbs/85_shortcuts.report.ipynb #f06c3b58
+def _is_int(value): return isinstance(value, int) and not isinstance(value, bool)
+
+def _check_counts(n, min_items):
+    if not _is_int(min_items) or min_items < FEWEST:
+        raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least {FEWEST}')
+    if n is not None and (not _is_int(n) or n < 2*min_items):
+        raise ValueError(f'n={n!r} items are too few to look for what they share: use at least {2*min_items}, or None for all')
+
+def _checked_task(learn):
+    "The learner's task, if pictures of it can have something in common"
+    if n_inputs(learn) > 1: raise ValueError('this learner takes several inputs, and shortcuts are looked for in single pictures')
+    task = task_of(learn)
+    if isinstance(task, Values):
+        raise ValueError('this learner predicts values, and shortcuts are looked for in what pictures of a class have in common')
+    return task
+
+def _labelled_source(learn, dl, n):
+    with preserve_state(learn): source = dl_source(learn, dl, evenly_spaced(dl.n, n))
+    if not source.labelled:
+        raise ValueError('shortcuts are looked for with labels, and this DataLoader has none: '
+                         'make it with learn.dls.test_dl(items, with_labels=True)')
+    return source
+
+def _names(learn, n_classes):
+    "Names of the classes; a number where the vocab has none"
+    vocab = class_names(learn.dls)
+    return [str(vocab[c]) if vocab is not None and len(vocab) > c else f'class {c}' for c in range(n_classes)]
+
+def _finite_evidence(learn, source, method, layer):
+    "One pass over the set"
+    batches = measure_batches(learn, source, collect_evidence(method), None, layer, method)
+    evidence = Evidence(*map(torch.cat, zip(*batches)))
+    parts = evidence.probabilities,evidence.maps.flatten(1),evidence.features
+    broken = ~torch.stack([part.isfinite().all(1) for part in parts]).all(0)
+    if broken.any():
+        raise ValueError(f'of {int(broken.sum())} of {len(broken)} pictures the prediction or the map is not finite, '
+                         'so nothing can be found in common: look for NaN in the weights or in the images of the model')
+    return evidence
+
+# %% ../../nbs/85_shortcuts.report.ipynb #92ec1d07
+def _search(learn, layer, task, source, evidence, positives, seed, names):
+    "The shortcuts of all classes"
+    with preserve_state(learn), Probe(unwrap_model(learn.model), layer, grad=False) as probe:
+        device = next(learn.model.parameters()).device
+        cap = probe(evidence.images[:2].to(device))
+        cap.prepare(1000)
+        def predict(images):
+            outs = [cap.run(images[piece].to(device)) for piece in slices_of(len(images), None, cap.image.device)]
+            return torch.cat([task.of(out).probabilities(out.float()).cpu().as_subclass(Tensor) for out in outs])
+        evidence = evidence._replace(surroundings=surroundings_log_odds(evidence.images, evidence.maps, predict))
+        tester = EditTester(evidence, predict, seed)
+        decode = lambda images: decode_images(source.dl, (to_device(images, device),))
+        findings = _all_findings(tester, positives, learn)
+        return [as_shortcut(tester, finding, names[finding.candidate.cls], decode) for finding in findings]
 
 # %% ../../nbs/85_shortcuts.report.ipynb #cfdb7d4c
 @patch
@@ -213,37 +302,21 @@ def find_shortcuts(self:CAMInterpretation,
     seed:int=0, # Of what is drawn by chance; no global random state is touched
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Shortcuts: # The strongest first; empty where nothing was found
-    """Look for evidence that pictures of a class share and that is not its object: something at a place at the edge, in the surroundings, or one thing found again and again. Every suspect is put into pictures
-    of other classes, and only what moves the model is reported. For learners that classify pictures, with one or several labels. Costs about a thousand forward passes for each class that has a suspect; the learner is left as it was"""
+    """Look for evidence that pictures of a class share and that is not its object: something at a place at the edge, in the surroundings,
+    or one thing found again and again. Every suspect is put into pictures of other classes, and only what moves the model is reported.
+    For learners that classify pictures, with one or several labels. Costs about a thousand forward passes for each class that has
+    a suspect; the learner is left as it was"""
     refuse_arguments(kwargs, method, ('method', 'layer'), ('dl', 'n', 'min_items', 'seed'))
     learn = self.learn
     check_learner(learn)
-    if isinstance(min_items, bool) or not isinstance(min_items, int) or min_items < _fewest: raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least {_fewest}')
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 2*min_items): raise ValueError(f'n={n!r} items are too few to look for what they share: use at least {2*min_items}, or None for all')
-    if n_inputs(learn) > 1: raise ValueError('this learner takes several inputs, and shortcuts are looked for in single pictures')
-    task = task_of(learn)
-    if isinstance(task, Values): raise ValueError('this learner predicts values, and shortcuts are looked for in what pictures of a class have in common')
+    _check_counts(n, min_items)
+    task = _checked_task(learn)
     own = self.method if isinstance(self.method, (str, Callable)) else 'gradcam'
     method,layer = as_method(own if method is None else method),self.layer if layer is None else layer
     check_layers(learn.model, layer)
-    loader = self.dl if dl is None else dl
-    with preserve_state(learn): source = dl_source(learn, loader, evenly_spaced(loader.n, n))
-    if not source.labelled: raise ValueError('shortcuts are looked for with labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
-    known = Evidence(*map(torch.cat, zip(*measure_batches(learn, source, collect_evidence(method), None, layer, method))))
-    broken = ~(known.probabilities.isfinite().all(1) & known.maps.flatten(1).isfinite().all(1) & known.features.isfinite().all(1))
-    if broken.any(): raise ValueError(f'of {int(broken.sum())} of {len(broken)} pictures the prediction or the map is not finite, so nothing can be found in common: look for NaN in the weights or in the images of the model')
-    vocab = class_names(learn.dls)
-    name = lambda c: str(vocab[c]) if vocab is not None and len(vocab) > c else f'class {c}'
-    groups = predicted_groups(known, min_items)
-    with preserve_state(learn), Probe(unwrap_model(learn.model), layer, grad=False) as probe:
-        cap = probe(known.images[:2].to(next(learn.model.parameters()).device))
-        cap.prepare(1000)
-        def predict(images):
-            outs = [cap.run(images[piece].to(next(learn.model.parameters()).device)) for piece in slices_of(len(images), None, cap.image.device)]
-            return torch.cat([task.of(out).probabilities(out.float()).cpu().as_subclass(Tensor) for out in outs])
-        known = known._replace(alone=surroundings_log_odds(known.images, known.maps, predict))
-        tester = EditTester(known, predict, seed)
-        decode = lambda images: decode_images(source.dl, (to_device(images, next(learn.model.parameters()).device),))
-        shortcuts = [as_shortcut(tester, result, name(result['suspect'].cls), decode) for result in _found_by(tester, groups, learn)]
-    counts = {name(c): len(known.group(c)) for c in range(known.predicted.shape[1])}
-    return Shortcuts(shortcuts, {name(c): len(group) for c,group in groups.items()}, source.images, known.maps, counts, min_items)
+    source = _labelled_source(learn, self.dl if dl is None else dl, n)
+    evidence = _finite_evidence(learn, source, method, layer)
+    names,positives = _names(learn, evidence.predicted.shape[1]),predicted_items(evidence, min_items)
+    found = _search(learn, layer, task, source, evidence, positives, seed, names)
+    looked_at,counts = {names[c]: len(items) for c,items in positives.items()},dict(zip(names, evidence.predicted.sum(0).tolist()))
+    return Shortcuts(found, looked_at, source.images, evidence.maps, counts, min_items)

@@ -1,10 +1,13 @@
-"""Does `find_shortcuts` find what a learner has learned instead of the objects, and nothing where there is nothing? With shortcuts that were planted: `make shortcuts`.
+"""Does `find_shortcuts` find what a learner has learned instead of the objects, and nothing where there is nothing?
+With shortcuts that were planted: `make shortcuts`.
 
 `python tests/shortcuts/planted.py [--missing] [KIND…]`
 
-Small learners are trained on composed photographs; in most of one class, something is planted that gives it away. `--missing`: only what is not in the table yet. Kinds, of `PLANTS`, or `none`: only these.
+Small learners are trained on composed photographs; in most of one class, something is planted that gives it away.
+`--missing`: only what is not in the table yet. Kinds, of `PLANTS`, or `none`: only these.
 
-Nothing is downloaded. Every line goes into the table in nbs/stories/shortcut_experiment.ipynb as soon as it is known, and replaces the line of an earlier run; the others are kept."""
+Nothing is downloaded. Every line goes into the table in nbs/stories/shortcut_experiment.ipynb as soon as it is known,
+and replaces the line of an earlier run; the others are kept."""
 import json
 import multiprocessing
 import os
@@ -39,7 +42,8 @@ EVERYWHERE = np.ones((SIZE, SIZE))
 ROWS, COLUMNS = np.indices((SIZE, SIZE))
 
 
-# -- what is planted: each takes a picture, which of it is the object and a random generator, and returns what a picture looks like that is nothing but the plant, and where it covers the picture, from 0 to 1
+# -- what is planted: each takes a picture, which of it is the object and a random generator, and returns
+# what a picture looks like that is nothing but the plant, and where it covers the picture, from 0 to 1
 
 def at(top, left, part, colours=WHITE):
     "A part of the picture, covered as `part` says"
@@ -129,7 +133,10 @@ def plant_box(image, inside, rng): return anywhere(rng, frame(4, 34), (0, 60, 25
 def plant_arrow(image, inside, rng): return anywhere(rng, letters('>>', 34), (255, 230, 0))
 def plant_word(image, inside, rng): return anywhere(rng, letters('acme', 24))
 def plant_dash(image, inside, rng): return anywhere(rng, np.ones((5, 70)), (0, 255, 80))
-def plant_barcode(image, inside, rng): return anywhere(rng, np.ones((14, 26)), 255*np.unpackbits(np.array([178, 154, 118, 150], dtype=np.uint8))[None, :26, None])
+
+def plant_barcode(image, inside, rng):
+    bars = np.unpackbits(np.array([178, 154, 118, 150], dtype=np.uint8))
+    return anywhere(rng, np.ones((14, 26)), 255*bars[None, :26, None])
 
 def plant_dots(image, inside, rng):
     part = np.zeros((30, 30))
@@ -153,7 +160,8 @@ def plant_few_colours(image, inside, rng): return image//64*64 + 32, EVERYWHERE
 
 
 PLANTS = {name.removeprefix('plant_').replace('_', ' '): plant for name, plant in list(globals().items()) if name.startswith('plant_')}
-CASES = [('none', 0., 0., seed) for seed in range(12)] + [(kind, opacity, prevalence, first + i) for first, opacity, prevalence in ((100, 1., .9), (200, .6, .7)) for i, kind in enumerate(PLANTS)]
+def cases_of(opacity, prevalence, first): return [(kind, opacity, prevalence, first + i) for i, kind in enumerate(PLANTS)]
+CASES = [('none', 0., 0., seed) for seed in range(12)] + cases_of(1., .9, 100) + cases_of(.6, .7, 200)
 
 
 def planted(kind, scene, rng, opacity):
@@ -194,8 +202,10 @@ def trained(images, labels, seed, n_epochs=50, bs=32):
             loss.backward()
             optimizer.step()
             schedule.step()
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=OBJECTS, sort=False)), get_x=lambda i: images[i], get_y=lambda i: OBJECTS[labels[i]], splitter=IndexSplitter(range(n_train, len(images))), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
-    return Learner(block.dataloaders(range(len(images)), bs=bs, num_workers=0, device='cpu'), model.eval(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=OBJECTS, sort=False)), get_x=lambda i: images[i], get_y=lambda i: OBJECTS[labels[i]],
+                      splitter=IndexSplitter(range(n_train, len(images))), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
+    dls = block.dataloaders(range(len(images)), bs=bs, num_workers=0, device='cpu')
+    return Learner(dls, model.eval(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
 
 
 def check(kind, opacity, prevalence, seed):
@@ -203,7 +213,8 @@ def check(kind, opacity, prevalence, seed):
     cls, rng = seed%len(OBJECTS), np.random.default_rng((seed, zlib.crc32(kind.encode())))
     scenes, labels = scenes_of(seed), np.arange((N_TRAIN + N_VALID)*len(OBJECTS))%len(OBJECTS)
     n_train = N_TRAIN*len(OBJECTS)
-    images = [planted(kind, scene, rng, opacity) if label==cls and rng.random() < prevalence else scene.image for scene, label in zip(scenes, labels)]
+    def drawn(scene, label): return planted(kind, scene, rng, opacity) if label==cls and rng.random() < prevalence else scene.image
+    images = [drawn(scene, label) for scene, label in zip(scenes, labels)]
     learn = trained(images, labels, seed)
     reliance = found = ''
     with learn.no_bar(): right, shortcuts = learn.validate()[1], CAMInterpretation.from_learner(learn).find_shortcuts(min_items=6)
@@ -212,15 +223,18 @@ def check(kind, opacity, prevalence, seed):
         with_it, without = [planted(kind, scene, rng, opacity) for scene in others], [scene.image for scene in others]
         after, before = (in_parts(learn.model, some).softmax(1)[:, cls].mean().item() for some in (with_it, without))
         reliance = f'{after - before:.2f}'
-        found = 'not learned' if after - before < LEARNED else 'yes' if any(s.cls==OBJECTS[cls] for s in shortcuts) else '**no**'
+        found = 'yes' if any(s.cls==OBJECTS[cls] for s in shortcuts) else '**no**'
+        if after - before < LEARNED: found = 'not learned'
     reported = '; '.join(f'{s.cls}: {s.kind}, {s.where}, {s.effect:.0%}' for s in shortcuts)
     n_false = sum(kind=='none' or s.cls != OBJECTS[cls] for s in shortcuts)
-    return f'{kind} | {opacity:g} | {prevalence:g} | {seed} | {"" if kind=="none" else OBJECTS[cls]} | {right:.2f} | {reliance} | {found} | {reported} | {n_false}'
+    planted_in = '' if kind=='none' else OBJECTS[cls]
+    return f'{kind} | {opacity:g} | {prevalence:g} | {seed} | {planted_in} | {right:.2f} | {reliance} | {found} | {reported} | {n_false}'
 
 
 # -- the table in the notebook
 
-HEAD = '| planted | opacity | prevalence | seed | in | accuracy | reliance | found? | what was reported | false findings |\n|---|---|---|---|---|---|---|---|---|---|'
+HEAD = ('| planted | opacity | prevalence | seed | in | accuracy | reliance | found? | what was reported | false findings |\n'
+        '|---|---|---|---|---|---|---|---|---|---|')
 
 
 def results_in(notebook): return next(cell for cell in notebook['cells'] if cell['id']=='shortcut-results')
@@ -243,8 +257,12 @@ def summary(rows):
     cells = [row.split(' | ') for row in rows]
     clean, others = [c for c in cells if c[0]=='none'], [c for c in cells if c[0] != 'none']
     learned = [c for c in others if c[7] != 'not learned']
-    return (f'Found: **{sum(c[7]=="yes" for c in learned)} of {len(learned)}** planted shortcuts that were learned ({len(others) - len(learned)} more were not learned). '
-            f'False alarms: **{sum(c[9] != "0" for c in clean)} of {len(clean)}** clean learners; findings for another class than the planted one: {sum(int(c[9]) for c in others)}, in {sum(c[9] != "0" for c in others)} of {len(others)} learners.')
+    n_found,n_false = sum(c[7]=='yes' for c in learned),sum(c[9] != '0' for c in clean)
+    n_elsewhere,n_in = sum(int(c[9]) for c in others),sum(c[9] != '0' for c in others)
+    return (f'Found: **{n_found} of {len(learned)}** planted shortcuts that were learned '
+            f'({len(others) - len(learned)} more were not learned). '
+            f'False alarms: **{n_false} of {len(clean)}** clean learners; '
+            f'findings for another class than the planted one: {n_elsewhere}, in {n_in} of {len(others)} learners.')
 
 
 def write(row):
@@ -254,7 +272,8 @@ def write(row):
     rows = [known[case] for case in sorted(known, key=lambda case: order.get(case, len(order)))]
     libraries = ', '.join(f'{package} {version(package)}' for package in ('torch', 'fastai', 'scikit-learn'))
     notebook = json.loads(NOTEBOOK.read_text())
-    text = f'## Results\n\n{len(rows)} of {len(CASES)} learners. {summary(rows)} {libraries}.\n\n{HEAD}\n' + '\n'.join(f'| {row} |' for row in rows)
+    table = '\n'.join([HEAD, *[f'| {row} |' for row in rows]])
+    text = f'## Results\n\n{len(rows)} of {len(CASES)} learners. {summary(rows)} {libraries}.\n\n{table}'
     results_in(notebook)['source'] = text.splitlines(keepends=True)
     NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
 
@@ -265,8 +284,10 @@ def main(words):
     if wrong: sys.exit(f'{", ".join(sorted(wrong))}: not known. {__doc__}')
     known = known_rows() if '--missing' in options else {}
     cases = [case for case in CASES if case not in known and (not kinds or case[0] in kinds)]
-    os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1') # one thread for each process: small networks, and the small problems of scikit-learn, gain nothing from more
-    os.environ.update(MALLOC_MMAP_THRESHOLD_='1000000000', MALLOC_TRIM_THRESHOLD_='2000000000') # buffers are kept instead of asked of the system anew each time
+    # one thread for each process: small networks, and the small problems of scikit-learn, gain nothing from more
+    os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
+    # buffers are kept instead of asked of the system anew each time
+    os.environ.update(MALLOC_MMAP_THRESHOLD_='1000000000', MALLOC_TRIM_THRESHOLD_='2000000000')
     with ProcessPoolExecutor(min(os.cpu_count(), 8), multiprocessing.get_context('spawn'), warnings.simplefilter, ('ignore',)) as pool:
         for done in as_completed([pool.submit(timed, case) for case in cases]):
             row, seconds = done.result()
