@@ -21,9 +21,10 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..files import as_path, write_file
+from ..tasks import task_named
 from .pixels import to_pixels, to_slices
 from .draw import check_classes, check_computable, check_regions, is_size, sizes_in, sizes_of
-from .cams import CAMs, TASKS
+from .cams import CAMs
 
 # %% ../../nbs/46_maps.store.ipynb #0dc26d2a
 _format = 1 # raised when a file can no longer be read by an earlier version
@@ -42,7 +43,8 @@ def _as_json(value):
 
 def _as_array(name, values):
     "A tensor as an array; numpy knows no bfloat16, whose bits are kept as whole numbers"
-    if not isinstance(values, Tensor): raise TypeError(f'{name} is a {type(values).__name__}, and only tensors can be saved: set cams.{name} = None first')
+    if not isinstance(values, Tensor):
+        raise TypeError(f'{name} is a {type(values).__name__}, and only tensors can be saved: set cams.{name} = None first')
     values = values.detach().cpu().contiguous()
     try: return values.numpy()
     except TypeError: return values.view({1: torch.uint8, 2: torch.int16}[values.element_size()]).numpy()
@@ -56,7 +58,7 @@ def _header_of(cams, tensors, n_images):
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
     words = {name: getattr(cams, name) for name in _saved_words}
     words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None})
-    words['signed'] = bool(words['signed'])
+    words.update(task=cams.task.name, signed=bool(cams.signed))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
     return header
@@ -102,7 +104,7 @@ _is_right = dict( # what a word of the header can be
     vocab=lambda value: _is_list(value, object),
     texts=lambda value: _is_list(value, str, type(None)),
     n_space=lambda value: _is_number(value) and value in (2,3),
-    task=lambda value: isinstance(value, str) and value in TASKS,
+    task=lambda value: isinstance(value, str),
     signed=lambda value: isinstance(value, bool),
     thresh=lambda value: _is_number(value) and 0 <= value <= 1)
 
@@ -218,7 +220,7 @@ def load(cls:CAMs,
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
-        words = {name: header[name] for name in _saved_words} if known else {}
+        words = {name: header[name] for name in _saved_words} | dict(task=task_named(header['task'])) if known else {}
         loaded = cls(images=stored or None, sizes=sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way
