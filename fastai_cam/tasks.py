@@ -222,7 +222,8 @@ class BinaryLabel(Task):
     def probabilities(self, out:Any) -> Tensor: return _no_and_yes(out.reshape(-1, 1)).sigmoid()
     def scores(self, out:Any, classes:Tensor, regions:Tensor|None=None) -> Tensor:
         return super().scores(_no_and_yes(out.reshape(-1, 1)), classes)
-    def class_names(self, vocab:Sequence|None) -> Sequence: return vocab if vocab is not None and len(vocab)==2 else ('negative', 'positive')
+    def class_names(self, vocab:Sequence|None) -> Sequence:
+        return vocab if vocab is not None and len(vocab)==2 else ('negative', 'positive')
     def row_probabilities(self, row:Row) -> Tensor|None:
         return torch.cat([1 - row.pred.reshape(1), row.pred.reshape(1)]) if row.pred.numel()==1 else None
     def row_class(self, row:Row) -> int|None:

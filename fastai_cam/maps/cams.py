@@ -116,7 +116,7 @@ class CAMs:
     def __init__(self,
         maps:Tensor, # `[n, h, w]`, or `[n, K, h, w]` for K questions; signed and raw
         images:'Images|Sequence|None'=None, # Decoded images
-        classes:Tensor|None=None, # `[n]` or `[n, K]` class of each map, -1 where it is no class's score, `NOT_ASKED` where there is no question
+        classes:Tensor|None=None, # `[n]` or `[n, K]` class of each map, -1: it is no class's score, `NOT_ASKED`: there is no question
         labels:Sequence[str]|None=None, # What each of the K questions was, e.g. 'predicted' or 'gradcam: cat'
         preds:Tensor|None=None, # `[n, n_classes]` probabilities (the loss function's activation of the output)
         targs:Tensor|None=None, # `[n]` labels
