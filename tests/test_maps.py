@@ -26,13 +26,12 @@ from PIL import Image
 from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Resize, get_image_files, resnet18, vision_learner
 
 import fastai_cam.learner
-import fastai_cam.maps as maps_module
 from fastai_cam.trust.sanity import SanityCheck
 from fastai_cam.trust.compare import CAMTable
 from fastai_cam.trust.verdict import CAMTrust
 from fastai_cam.tasks import NOT_ASKED, Task, TASKS, Values
 from fastai_cam.maps.boxes import Box, Peak
-from fastai_cam.maps.draw import CAMMap, check_style
+from fastai_cam.maps.draw import CAMMap, check_style, wrapped_title
 from fastai_cam.maps.cams import CAMs, Images, ItemMaps
 from fastai_cam.maps.pixels import normalize, to_pixels, to_slices
 from fastai_cam.maps.words import plain_html, plain_legend, plain_text
@@ -1475,7 +1474,7 @@ def test_titles_of_questions_do_not_overlap(name):
 
 
 def test_words_are_wrapped_where_they_can_be():
-    def lines(text): return maps_module._wrapped(text, 12, 12)
+    def lines(text): return wrapped_title(text, 12, 12)
     assert lines('short')==['short'] and lines('')==[] and lines('one two three four')==['one two', 'three four'] and lines('gradcam+tta+pca: x')==['gradcam+tta+', 'pca: x']
     assert lines('a'*30)==['a'*12, 'a'*12, 'a'*6] and ''.join(lines('ab:cd+ef'*5))=='ab:cd+ef'*5
 
