@@ -484,13 +484,16 @@ def test_the_task_says_what_the_maps_do_not():
     assert not some.signed and own.signed and type(some.task) is Values
     some.signed, some.thresh = True, .25
     assert some.task.signed and some.task.thresh==.25 and own.thresh==.5 # other maps may be of the same task
+    some.task = 'multi'
+    assert type(some.task) is TASKS['multi'] and type(some[:1].task) is TASKS['multi']
+    with pytest.raises(ValueError, match="task 'x' is not known"): some.task = 'x'
     with pytest.raises(ValueError, match="task 'x' is not known: use one of '', 'single', 'binary', 'multi', 'segmentation', 'values', 'points'"): CAMs(torch.zeros(1, 2, 2), task='x')
     with pytest.raises(ValueError, match='is not known'): CAMs(torch.zeros(1, 2, 2), task=Values)
 
 
 def test_maps_that_were_pickled_with_the_name_of_their_task():
     cams = CAMs(torch.zeros(1, 2, 2), task='multi', thresh=.3)
-    state = {**vars(cams), 'task': 'multi', 'signed': True, 'thresh': .3}
+    state = {name: value for name, value in vars(cams).items() if name != '_task'} | dict(task='multi', signed=True, thresh=.3)
     old = CAMs.__new__(CAMs)
     old.__setstate__(state)
     assert (old.task.name, old.signed, old.thresh, type(old.task))==('multi', True, .3, TASKS['multi'])

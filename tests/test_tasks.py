@@ -668,6 +668,7 @@ def test_a_task_of_a_user_is_shown(grades):
 
 def test_a_prediction_that_is_not_finite_is_not_read():
     row = Row(torch.tensor([.9, float('nan'), .1, 0.]), torch.tensor(1))
+    assert NoAnswer('embedding').caption(Row(torch.tensor([.5, .5])), .5)=='' # which are no probabilities, whatever they add up to
     assert Grade().caption(row, .5)=='output not finite' and Grade().legend(row)=='' and Grade().asked(row, 1)=='class 1'
 
 

@@ -105,13 +105,14 @@ def _check(maps, n_space, regions, thresh, texts):
     if texts is not None and (isinstance(texts, str) or len(texts) != n):
         raise ValueError(f'texts are one for each of the {n} items: give None for an item without one')
 
-# %% ../../nbs/44_maps.cams.ipynb #dde23f36
 def _of_task(name):
     "What the task says, unless it is said of these maps"
     return property(lambda self: getattr(self.task, name), lambda self,value: setattr(self, 'task', as_task(self.task, **{name: value})))
 
+# %% ../../nbs/44_maps.cams.ipynb #dde23f36
 class CAMs:
     "Maps of several items and what is known about them; can be indexed, sliced, iterated and shown"
+    task = property(lambda self: self._task, lambda self,task: setattr(self, '_task', as_task(task))) # of a name: the task of that name
     signed,thresh = _of_task('signed'),_of_task('thresh')
     def __init__(self,
         maps:Tensor, # `[n, h, w]`, or `[n, K, h, w]` for K questions; signed and raw
@@ -151,7 +152,7 @@ class CAMs:
 def __setstate__(self:CAMs, state:dict):
     "Of images that were not pickled it stays known that there were some"
     self.__dict__.update(state)
-    self.task = as_task(self.task, state.get('signed'), state.get('thresh')) # earlier versions pickled its name
+    if 'task' in state: self.task = as_task(*(state[name] for name in ('task', 'signed', 'thresh'))) # as earlier versions pickled it
     is_lost = self._images is None and self._had_images and self.sizes is None and self.n_space==2
     if is_lost: self.sizes = torch.zeros(len(self.maps), 2, dtype=torch.int32)
 

@@ -10,7 +10,7 @@ __all__ = ['plain_text', 'plain_legend', 'plain_html']
 # %% ../../nbs/40_maps.words.ipynb #a4cb1a94
 import html
 from functools import lru_cache
-from typing import Any, Sequence
+from typing import Sequence
 
 from matplotlib import font_manager, rcParams
 from matplotlib.artist import Artist
