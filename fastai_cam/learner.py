@@ -35,7 +35,7 @@ from .core import map_tensors
 from .probe.guard import released, unwrap_model
 from .probe.layers import check_layers
 from .probe.watch import Probe
-from .tasks import MultiLabel, NoAnswer, NOT_ASKED, Points, SingleLabel, Task, Values
+from .tasks import check_task, MultiLabel, NoAnswer, NOT_ASKED, Points, SingleLabel, Task, Values
 from .targets.kinds import AllClasses, Several
 from .targets.lookup import as_target
 from .methods.combine import enlarge
@@ -71,7 +71,9 @@ _embedding_words = 'triplet', 'contrastive', 'embedding', 'ntxent', 'infonce', '
 def task_of(
     learn:Learner # Learner whose output is to be understood
 ) -> Task:
-    "What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points, or no answer"
+    """What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points,
+    or no answer; or what it was told with `learn.cam_task = MyTask()`, a task of your own"""
+    if getattr(learn, 'cam_task', None) is not None: return check_task(learn.cam_task)
     loss,vocab = getattr(learn.loss_func, 'func', learn.loss_func),class_names(learn.dls) # fastai wraps torch's
     found,types = _task_of_loss(loss, getattr(learn.loss_func, 'thresh', .5), vocab),_label_types(learn)
     drawn = [_drawn(kind) for kind in types]
@@ -219,8 +221,8 @@ def _put_together(self:CAMCallback):
     several = isinstance(self.target, (Several, AllClasses)) or is_listy(self.method) or maps.shape[1] > 1
     if not several: maps,classes,regions = maps[:,0],classes[:,0],None if regions is None else regions[:,0]
     if isinstance(self.task, Values): classes = torch.full_like(classes, -1) # a value is no class
-    self.cams = CAMs(maps, classes=classes, labels=labels, vocab=class_names(self.dls), n_space=maps.dim() - 1 - several, task=self.task.name,
-                     regions=regions, signed=self.task.signed, thresh=getattr(self.task, 'thresh', .5))
+    self.cams = CAMs(maps, classes=classes, labels=labels, vocab=class_names(self.dls), n_space=maps.dim() - 1 - several, task=self.task,
+                     regions=regions)
     self.found_maps,self.found_classes,self.found_regions = [],[],[]
 
 @patch

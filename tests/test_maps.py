@@ -26,13 +26,12 @@ from PIL import Image
 from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Resize, get_image_files, resnet18, vision_learner
 
 import fastai_cam.learner
-import fastai_cam.maps as maps_module
 from fastai_cam.trust.sanity import SanityCheck
 from fastai_cam.trust.compare import CAMTable
 from fastai_cam.trust.verdict import CAMTrust
-from fastai_cam.tasks import NOT_ASKED
+from fastai_cam.tasks import NOT_ASKED, Task, TASKS, Values
 from fastai_cam.maps.boxes import Box, Peak
-from fastai_cam.maps.draw import CAMMap, check_style
+from fastai_cam.maps.draw import CAMMap, check_style, wrapped_title
 from fastai_cam.maps.cams import CAMs, Images, ItemMaps
 from fastai_cam.maps.pixels import normalize, to_pixels, to_slices
 from fastai_cam.maps.words import plain_html, plain_legend, plain_text
@@ -340,9 +339,9 @@ def test_every_attribute_survives_indexing():
     some = cams[order]
     for name in ('maps', 'classes', 'preds', 'targs', 'losses', 'regions'): assert torch.equal(getattr(some, name), getattr(cams, name)[order]), name
     assert (some.items, some.texts)==(['2.png', '0.png'], ['c', 'a']) and torch.equal(some.images[0], cams.images[2])
-    assert (some.labels, some.vocab, some.n_space, some.task, some.signed, some.thresh)==(cams.labels, VOCAB, 2, 'multi', True, .3)
+    assert (some.labels, some.vocab, some.n_space, some.task.name, some.signed, some.thresh)==(cams.labels, VOCAB, 2, 'multi', True, .3)
     second = cams[:, 1]
-    assert torch.equal(second.regions, cams.regions[:, 1]) and torch.equal(second.maps, cams.maps[:, 1]) and second.labels==['two'] and second.task=='multi' and second.texts==cams.texts
+    assert torch.equal(second.regions, cams.regions[:, 1]) and torch.equal(second.maps, cams.maps[:, 1]) and second.labels==['two'] and second.task.name=='multi' and second.texts==cams.texts
     assert torch.equal(cams[3, 1].region, cams.regions[3, 1]) and torch.equal(cams[3][0].region, cams.regions[3, 0])
 
 
@@ -429,6 +428,90 @@ def question(task, pred, c, **kwargs): return CAMs(torch.zeros(1, 2, 2), preds=t
     ('multi', [.5, .49, .9], 1, dict(labels=['gradcam: dog'], vocab=VOCAB), 'gradcam: dog 0.49'),
 ])
 def test_questions(task, pred, c, kwargs, expected): assert question(task, pred, c, **kwargs)==expected
+
+
+OF_TASKS = {'': ([.2, .7, .1], 2), 'single': ([.2, .7, .1], 2), 'binary': ([.4], 1), 'multi': ([.7, .2, .9], [0, 1, 1]), 'segmentation': ([[[.1, .9]]], [[[0, 1]]]),
+            'values': ([1234.5, .5], [1200., .25]), 'points': ([.1, .2], [[.1, .3]])}
+
+
+@pytest.mark.parametrize('task, vocab, has_label, item, item_and_loss, legend, legend_and_loss, asked, drawn', [
+    ('', '', False, 'class 1 / 0.70', 'class 1 / 0.12 / 0.70', 'Prediction/Probability', 'Prediction/Loss/Probability', 'gradcam: class 0 0.20', None),
+    ('', '', True, 'class 1/class 2 / 0.70', 'class 1/class 2 / 0.12 / 0.70', 'Prediction/Actual/Probability', 'Prediction/Actual/Loss/Probability', 'gradcam: class 0 0.20', None),
+    ('', 'names', False, 'dog / 0.70', 'dog / 0.12 / 0.70', 'Prediction/Probability', 'Prediction/Loss/Probability', 'gradcam: cat 0.20', None),
+    ('', 'names', True, 'dog/car / 0.70', 'dog/car / 0.12 / 0.70', 'Prediction/Actual/Probability', 'Prediction/Actual/Loss/Probability', 'gradcam: cat 0.20', None),
+    ('single', '', False, 'class 1 / 0.70', 'class 1 / 0.12 / 0.70', 'Prediction/Probability', 'Prediction/Loss/Probability', 'gradcam: class 0 0.20', None),
+    ('single', '', True, 'class 1/class 2 / 0.70', 'class 1/class 2 / 0.12 / 0.70', 'Prediction/Actual/Probability', 'Prediction/Actual/Loss/Probability', 'gradcam: class 0 0.20', None),
+    ('single', 'names', False, 'dog / 0.70', 'dog / 0.12 / 0.70', 'Prediction/Probability', 'Prediction/Loss/Probability', 'gradcam: cat 0.20', None),
+    ('single', 'names', True, 'dog/car / 0.70', 'dog/car / 0.12 / 0.70', 'Prediction/Actual/Probability', 'Prediction/Actual/Loss/Probability', 'gradcam: cat 0.20', None),
+    ('binary', '', False, 'negative / 0.60', 'negative / 0.12 / 0.60', 'Prediction/Probability', 'Prediction/Loss/Probability', 'gradcam: negative 0.60', None),
+    ('binary', '', True, 'negative/positive / 0.60', 'negative/positive / 0.12 / 0.60', 'Prediction/Actual/Probability', 'Prediction/Actual/Loss/Probability', 'gradcam: negative 0.60', None),
+    ('binary', 'names', False, 'cat / 0.60', 'cat / 0.12 / 0.60', 'Prediction/Probability', 'Prediction/Loss/Probability', 'gradcam: cat 0.60', None),
+    ('binary', 'names', True, 'cat/dog / 0.60', 'cat/dog / 0.12 / 0.60', 'Prediction/Actual/Probability', 'Prediction/Actual/Loss/Probability', 'gradcam: cat 0.60', None),
+    ('multi', '', False, 'class 0;class 2', 'class 0;class 2 / 0.12', 'Prediction', 'Prediction/Loss', 'gradcam: class 0 0.70', None),
+    ('multi', '', True, 'class 0;class 2/class 1;class 2', 'class 0;class 2/class 1;class 2 / 0.12', 'Prediction/Actual', 'Prediction/Actual/Loss', 'gradcam: class 0 0.70', None),
+    ('multi', 'names', False, 'cat;car', 'cat;car / 0.12', 'Prediction', 'Prediction/Loss', 'gradcam: cat 0.70', None),
+    ('multi', 'names', True, 'cat;car/dog;car', 'cat;car/dog;car / 0.12', 'Prediction/Actual', 'Prediction/Actual/Loss', 'gradcam: cat 0.70', None),
+    ('segmentation', '', False, '', '0.12', '', 'Loss', 'gradcam: class 0', None),
+    ('segmentation', '', True, '', '0.12', '', 'Loss', 'gradcam: class 0', None),
+    ('segmentation', 'names', False, '', '0.12', '', 'Loss', 'gradcam: cat', None),
+    ('segmentation', 'names', True, '', '0.12', '', 'Loss', 'gradcam: cat', None),
+    ('values', '', False, '1230;0.5', '1230;0.5 / 0.123', 'Prediction', 'Prediction/Loss', 'gradcam: asked', None),
+    ('values', '', True, '1230;0.5/1200;0.25', '1230;0.5/1200;0.25 / 0.123', 'Prediction/Actual', 'Prediction/Actual/Loss', 'gradcam: asked', None),
+    ('values', 'names', False, '1230;0.5', '1230;0.5 / 0.123', 'Prediction', 'Prediction/Loss', 'gradcam: asked', None),
+    ('values', 'names', True, '1230;0.5/1200;0.25', '1230;0.5/1200;0.25 / 0.123', 'Prediction/Actual', 'Prediction/Actual/Loss', 'gradcam: asked', None),
+    ('points', '', False, '', '0.12', '● Predicted', '● Predicted / Loss', 'gradcam: asked', ['predicted']),
+    ('points', '', True, '', '0.12', '● Predicted / ✚ Actual', '● Predicted / ✚ Actual / Loss', 'gradcam: asked', ['predicted', 'actual']),
+    ('points', 'names', False, '', '0.12', '● Predicted', '● Predicted / Loss', 'gradcam: asked', ['predicted']),
+    ('points', 'names', True, '', '0.12', '● Predicted / ✚ Actual', '● Predicted / ✚ Actual / Loss', 'gradcam: asked', ['predicted', 'actual']),
+])
+def test_what_each_task_says(task, vocab, has_label, item, item_and_loss, legend, legend_and_loss, asked, drawn):
+    "Item, legend, question and points; by the name of the task, and by the task itself"
+    pred, targ = OF_TASKS[task]
+    vocab = (VOCAB[:2] if task=='binary' else VOCAB) if vocab else None
+    for what in (task, TASKS[task]()):
+        cams = CAMs(torch.ones(1, 2, 2), preds=torch.tensor([pred]), targs=torch.tensor([targ]) if has_label else None, losses=torch.tensor([.1234]), classes=torch.tensor([0]),
+                    labels=['gradcam: asked'], vocab=vocab, task=what)
+        assert (cams.item_title(0), cams.item_title(0, loss=True), cams.legend(), cams.legend(loss=True), cams.question(0))==(item, item_and_loss, legend, legend_and_loss, asked)
+        assert cams.title(0)==(item if task=='binary' else f'{item} · map: {asked}' if item else asked) # 'negative' is what was predicted
+        points = cams[0].points
+        assert (points if points is None else list(points))==drawn and (not drawn or torch.equal(points['predicted'], torch.tensor([[.1, .2]])))
+
+
+def test_the_task_says_what_the_maps_do_not():
+    own = Values()
+    assert CAMs(torch.zeros(1, 2, 2), task=own).task is own and CAMs(torch.zeros(1, 2, 2), task=own).signed
+    some = CAMs(torch.zeros(2, 2, 2), task=own, signed=False)[1:]
+    assert not some.signed and own.signed and type(some.task) is Values
+    some.signed, some.thresh = True, .25
+    assert some.task.signed and some.task.thresh==.25 and own.thresh==.5 # other maps may be of the same task
+    some.task = 'multi'
+    assert type(some.task) is TASKS['multi'] and type(some[:1].task) is TASKS['multi']
+    with pytest.raises(ValueError, match="task 'x' is not known"): some.task = 'x'
+    with pytest.raises(ValueError, match="task 'x' is not known: use one of '', 'single', 'binary', 'multi', 'segmentation', 'values', 'points'"): CAMs(torch.zeros(1, 2, 2), task='x')
+    with pytest.raises(ValueError, match='is not known'): CAMs(torch.zeros(1, 2, 2), task=Values)
+
+
+def test_maps_that_were_pickled_with_the_name_of_their_task():
+    cams = CAMs(torch.zeros(1, 2, 2), task='multi', thresh=.3)
+    state = {name: value for name, value in vars(cams).items() if name != '_task'} | dict(task='multi', signed=True, thresh=.3)
+    old = CAMs.__new__(CAMs)
+    old.__setstate__(state)
+    assert (old.task.name, old.signed, old.thresh, type(old.task))==('multi', True, .3, TASKS['multi'])
+
+
+def test_a_task_that_is_not_known_where_its_file_is_read(tmp_path):
+    class Rank(Task):
+        "A rank"
+        name = 'rank'
+        def answers(self, row): return [f'rank {int(row.pred.argmax())}']
+    cams = CAMs(torch.ones(1, 2, 2), preds=torch.tensor([[.2, .7, .1]]), targs=torch.tensor([2]), vocab=VOCAB, task=Rank(), thresh=.25)
+    file = cams.save(tmp_path/'cams.npz')
+    assert cams.item_title(0)==CAMs.load(file).item_title(0)=='rank 1 / 0.70' and type(CAMs.load(file).task) is Rank
+    del TASKS['rank']
+    back = CAMs.load(file)
+    assert (type(back.task), back.task.name, back.thresh, back.signed)==(Task, 'rank', .25, False)
+    assert back.item_title(0)==CAMs(cams.maps, preds=cams.preds, targs=cams.targs, vocab=VOCAB).item_title(0)=='dog/car / 0.70'
+    assert CAMs.load(back.save(tmp_path/'again.npz')).task.name=='rank'
 
 
 def test_binary_map_of_the_predicted_class_needs_no_second_title():
@@ -746,7 +829,8 @@ def same(a, b):
         left, right = getattr(a, name), getattr(b, name)
         assert (left is None)==(right is None), name
         if left is not None: assert left.dtype==right.dtype and left.shape==right.shape and torch.equal(left, right), name
-    for name in ('labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh'): assert getattr(a, name)==getattr(b, name), name
+    for name in ('labels', 'items', 'vocab', 'texts', 'n_space', 'signed', 'thresh'): assert getattr(a, name)==getattr(b, name), name
+    assert (type(a.task), a.task.name)==(type(b.task), b.task.name)
 
 
 def test_round_trip_of_everything(tmp_path):
@@ -1124,7 +1208,7 @@ def rewritten(file, header=None, **arrays):
     *[({word: None}, {}, f"header lacks '{word}'") for word in ('n_images', 'dtypes', 'labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')],
     ({'format': None}, {}, 'names no format'), ({'format': 'x'}, {}, 'names no format'), ({'format': 0}, {}, 'names no format'),
     ({'format': True}, {}, 'names no format'),
-    ({'task': 'x'}, {}, "'x' is no 'task'"), ({'n_space': 4}, {}, "4 is no 'n_space'"), ({'n_space': [2]}, {}, 'n_space'),
+    ({'task': 3}, {}, "3 is no 'task'"), ({'n_space': 4}, {}, "4 is no 'n_space'"), ({'n_space': [2]}, {}, 'n_space'),
     ({'signed': 1}, {}, 'signed'), ({'thresh': 2}, {}, 'thresh'),
     ({'thresh': float('nan')}, {}, 'thresh'), ({'items': 'abcd'}, {}, 'items'), ({'items': ['a']}, {}, '1 items for 4 items'),
     ({'items': [1, 2, 3, 4]}, {}, 'items'), ({'texts': ['a']*5}, {}, '5 texts for 4'),
@@ -1394,7 +1478,7 @@ def test_titles_of_questions_do_not_overlap(name):
 
 
 def test_words_are_wrapped_where_they_can_be():
-    def lines(text): return maps_module._wrapped(text, 12, 12)
+    def lines(text): return wrapped_title(text, 12, 12)
     assert lines('short')==['short'] and lines('')==[] and lines('one two three four')==['one two', 'three four'] and lines('gradcam+tta+pca: x')==['gradcam+tta+', 'pca: x']
     assert lines('a'*30)==['a'*12, 'a'*12, 'a'*6] and ''.join(lines('ab:cd+ef'*5))=='ab:cd+ef'*5
 

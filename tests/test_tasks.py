@@ -1,4 +1,5 @@
 "What a learner of each task is asked when nothing is said, through the whole pipeline: against gradients computed by hand."
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -9,13 +10,15 @@ from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, C
                                TitledStr, Transform, TransformBlock, imagenet_stats, load_learner, resnet18, unet_learner, vision_learner)
 from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 
+from fastai_cam.captions import Row
 from fastai_cam.interpret import CAMInterpretation
 from fastai_cam.learner import task_of
+from fastai_cam.maps.cams import CAMs
 from fastai_cam.maps.pixels import to_pixels
 from fastai_cam.probe.watch import Probe
 from fastai_cam.targets.kinds import ClassIndex, Predicted, Several, Similarity
 from fastai_cam.targets.lookup import Output, Region, Versus, WhyNot
-from fastai_cam.tasks import BinaryLabel, MultiLabel, NoAnswer, NOT_ASKED, Points, SingleLabel, Task, Values
+from fastai_cam.tasks import BinaryLabel, MultiLabel, NoAnswer, NOT_ASKED, Points, SingleLabel, Task, TASKS, Values
 
 
 def square_of(i):
@@ -96,7 +99,7 @@ def test_multi_label_asks_about_each_predicted_label(multi):
     with torch.no_grad(): multi.model[1][2].bias.copy_(torch.tensor([.05, -.05, .3]))
     cams = multi.get_cams(multi.dls.valid)
     logits = cams.preds.logit()
-    assert cams.task=='multi' and cams.maps.dim()==4
+    assert cams.task.name=='multi' and cams.maps.dim()==4
     for i in range(len(cams)):
         expected = [c for c in logits[i].argsort(descending=True).tolist() if logits[i, c] >= 0] or [int(logits[i].argmax())]
         asked = [c for c in cams.classes[i].tolist() if c != NOT_ASKED]
@@ -125,7 +128,7 @@ def test_one_logit_asks_why_yes_or_why_no(bias, answer):
     learn = learner(dls_of(ImageBlock, RegressionBlock, get_y=is_red), net(1), loss_func=BCEWithLogitsLossFlat())
     with torch.no_grad(): learn.model[1][2].bias.fill_(bias)
     cams = learn.get_cams([0, 1])
-    assert cams.task=='binary' and cams.classes.tolist()==[answer]*2
+    assert cams.task.name=='binary' and cams.classes.tolist()==[answer]*2
     x = learn.dls.valid.one_batch()[0]
     sign = 1 if answer else -1
     for i in range(2): assert close(cams.maps[i], by_hand(learn, [x[i:i+1]], lambda out: sign*out[0, 0]))
@@ -138,7 +141,7 @@ def test_regression_is_signed_and_names_no_class():
     learn = learner(dls_of(ImageBlock, RegressionBlock, get_y=left_of), net(1), loss_func=MSELossFlat())
     cams = learn.get_cams([0, 1])
     x = learn.dls.valid.one_batch()[0]
-    assert cams.task=='values' and cams.signed and cams.classes.tolist()==[-1, -1] and cams.targs.flatten().tolist()==[left_of(12), left_of(13)]
+    assert cams.task.name=='values' and cams.signed and cams.classes.tolist()==[-1, -1] and cams.targs.flatten().tolist()==[left_of(12), left_of(13)]
     for i in range(2): assert close(cams.maps[i], by_hand(learn, [x[i:i+1]], lambda out: out[0, 0]))
     with pytest.raises(ValueError, match='predicts values, not classes'): learn.get_cams(0, cls='predicted')
     interp = CAMInterpretation.from_learner(learn)
@@ -150,7 +153,7 @@ def test_points_ask_about_each_coordinate():
     learn = learner(dls_of(ImageBlock, PointBlock, get_y=corner_of), net(2))
     cams = learn.get_cams([0, 1])
     x = learn.dls.valid.one_batch()[0]
-    assert cams.task=='points' and cams.signed and cams.labels==['x', 'y'] and cams.maps.shape[:2]==(2, 2)
+    assert cams.task.name=='points' and cams.signed and cams.labels==['x', 'y'] and cams.maps.shape[:2]==(2, 2)
     for i in range(2):
         for k in range(2): assert close(cams.maps[i, k], by_hand(learn, [x[i:i+1]], lambda out: out.flatten(1)[0, k]))
     CAMInterpretation.from_learner(learn).plot_top_losses_cam(2)
@@ -174,7 +177,7 @@ def test_segmentation_asks_about_the_largest_class_over_its_region(segmenter):
     cams = segmenter.get_cams([0, 1])
     x, y = segmenter.dls.valid.one_batch()
     out = segmenter.model.eval()(x).detach()
-    assert cams.task=='segmentation' and cams.preds is None and cams.maps.shape==(2, 16, 16)
+    assert cams.task.name=='segmentation' and cams.preds is None and cams.maps.shape==(2, 16, 16)
     for i in range(2):
         shown = out[i].argmax(0)
         counts = [int((shown==c).sum()) for c in range(3)]
@@ -556,7 +559,7 @@ def test_what_has_an_answer_still_gives_it(segmenter):
     regression = learner(dls_of(ImageBlock, RegressionBlock(n_out=3), get_y=lambda i: [1., 2., 3.]), net(3), loss_func=own_loss)
     assert regression.get_cams([0]).labels==['value 0', 'value 1', 'value 2']
     masks = learner(dls_of(ImageBlock, TransformBlock, get_y=halves), draws(1), loss_func=own_loss) # zeros and ones are a mask
-    assert masks.get_cams([0]).task=='segmentation'
+    assert masks.get_cams([0]).task.name=='segmentation'
     for out, what in ((torch.rand(2, 3), Values), (torch.rand(2, 17, 2), Values), (torch.rand(2, 5, 1, 1), Values), (torch.rand(2, 2, 40), Values), (torch.rand(2, 1, 8, 8), NoAnswer), (torch.rand(2, 8, 8), NoAnswer), (torch.rand(2, 3, 4, 4, 4), NoAnswer)):
         assert type(Values().of(out)) is what, out.shape
     for points in (torch.rand(2, 5, 2), torch.rand(2, 10)): assert type(Points().of(points)) is Points
@@ -601,3 +604,78 @@ def test_the_task_is_known_whatever_the_loaders_are():
     with pytest.raises(ValueError, match='has a single DataLoader.*make it DataLoaders'): learner(DataLoaders(loader), net(2), loss_func=CrossEntropyLossFlat()).get_cams([0])
     learn = learner(DataLoaders(batches, batches), net(2), loss_func=CrossEntropyLossFlat())
     assert torch.allclose(learn.get_cams(loader, cls=1).maps, learner(DataLoaders(loader, loader), learn.model, loss_func=CrossEntropyLossFlat()).get_cams(loader, cls=1).maps)
+
+
+# -- a task of a user
+
+class Grade(Task):
+    "A grade, from 0 to the number of columns: column k says whether it is above k"
+    name = 'grade'
+    def n_classes(self, out): return out.shape[1] + 1
+    def predicted(self, out): return (out.detach() > 0).sum(1, keepdim=True)
+    def actual(self, out, y): return y[:, None]
+    def scores(self, out, classes, regions=None): return (torch.where(torch.arange(out.shape[1]) < classes[..., None], 1, -1)*out[:, None]).sum(-1)
+    def class_names(self, vocab): return [f'grade {k}' for k in range(5)]
+    def row_probabilities(self, row): return -torch.diff(row.pred, prepend=torch.ones(1), append=torch.zeros(1))
+    def row_class(self, row): return int((row.pred > .5).sum())
+    def answers(self, row): return [f'grade {self.row_class(row)} of {len(row.pred)}', *([] if row.targ is None else [f'{int(row.targ)}'])]
+
+
+class AboveLoss(nn.Module):
+    "Whether the grade is above k, for every k"
+    def __init__(self):
+        super().__init__()
+        self.reduction = 'mean'
+    def forward(self, out, y): return F.binary_cross_entropy_with_logits(out, (torch.arange(4) < y[:, None]).float(), reduction=self.reduction)
+    def activation(self, out): return out.sigmoid()
+
+
+def grade_of(i): return square_of(i)[0]//8
+
+
+@pytest.fixture
+def grades():
+    learn = learner(dls_of(ImageBlock, CategoryBlock(vocab=[0, 1, 2, 3, 4]), get_y=grade_of), net(4), loss_func=AboveLoss())
+    with torch.no_grad(): learn.model[1][2].bias.copy_(torch.tensor([3., 2., 0., -2.]))
+    learn.cam_task = Grade()
+    return learn
+
+
+def test_a_task_of_a_user(grades, tmp_path):
+    cams = grades.get_cams([0, 1, 2])
+    logits = cams.preds.logit()
+    predicted = (logits > 0).sum(1).tolist()
+    assert type(cams.task) is Grade and cams.classes.tolist()==predicted and set(predicted) <= {2, 3}
+    assert grades.get_cams([0, 1, 2], cls='actual').classes.tolist()==[grade_of(12 + i) for i in range(3)]
+    x = grades.dls.valid.one_batch()[0]
+    for i in range(3): assert close(cams.maps[i], by_hand(grades, [x[i:i+1]], lambda out: out[0, :predicted[i]].sum() - out[0, predicted[i]:].sum()))
+    steps = torch.cat([torch.ones(3, 1), cams.preds, torch.zeros(3, 1)], dim=1)
+    shares = [(steps[i, k] - steps[i, k+1]).item() for i, k in enumerate(predicted)]
+    titles = [f'grade {k} of 4/{grade_of(12 + i)} / {shares[i]:.2f}' for i, k in enumerate(predicted)]
+    assert [m.title for m in cams]==titles and cams.legend(loss=True)=='Prediction/Actual/Loss/Probability'
+    assert grades.get_cams(0, cls=4)[0].title==f'{titles[0]} · map: grade 4 {cams.preds[0, 3].item():.2f}'
+    back = CAMs.load(cams.save(tmp_path/'grades.npz'))
+    assert [m.title for m in back]==titles and type(back.task) is Grade
+
+
+def test_a_task_of_a_user_is_shown(grades):
+    grades.show_cam([0, 1])
+    titles = [ax.get_title() for ax in plt.gcf().axes]
+    assert titles==[m.title for m in grades.get_cams([0, 1])] and all(title.startswith('grade ') for title in titles)
+    assert plt.gcf().get_suptitle()=='Prediction/Actual/Probability'
+    CAMInterpretation.from_learner(grades).plot_top_losses_cam(2)
+
+
+def test_a_prediction_that_is_not_finite_is_not_read():
+    row = Row(torch.tensor([.9, float('nan'), .1, 0.]), torch.tensor(1))
+    assert NoAnswer('embedding').caption(Row(torch.tensor([.5, .5])), .5)=='' # which are no probabilities, whatever they add up to
+    assert Grade().caption(row, .5)=='output not finite' and Grade().legend(row)=='' and Grade().asked(row, 1)=='class 1'
+
+
+def test_what_is_no_task_is_refused(grades):
+    for wrong, got in ((Grade, 'not the class Grade itself'), ('multi', 'not a str')):
+        grades.cam_task = wrong
+        with pytest.raises(TypeError, match=f'cam_task is a task, an instance of a class that is derived from Task, {got}'): grades.get_cams(0)
+
+
+def test_the_name_of_a_task_leads_to_it(): assert TASKS['grade'] is Grade and TASKS['multi'] is MultiLabel and 'single' in TASKS

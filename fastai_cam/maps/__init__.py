@@ -13,7 +13,8 @@ from .words import plain_html, plain_legend, plain_text
 from .pixels import fading, normalize, to_pixels, to_slices, upsample
 from .draw import CAMMap, check_style
 from .boxes import Box, Peak
-from .cams import CAMs, Images, ItemMaps, TASKS
+from .cams import CAMs, Images, ItemMaps
+from ..tasks import TASKS
 import fastai_cam.maps.titles
 import fastai_cam.maps.store
 

@@ -51,10 +51,13 @@ _touching = np.ones((3,3), dtype=int) # pixels that meet at a corner are neighbo
 
 def check_finding(size, max_n, **shares):
     for name,share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1: raise ValueError(f'{name} is a share from 0 to 1, not {share!r}')
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f'{name} is a share from 0 to 1, not {share!r}')
     if shares.get('threshold')==0: raise ValueError('threshold=0 finds the whole picture: give a share of the peak above 0')
-    if max_n is not None and (not isinstance(max_n, int) or max_n < 1): raise ValueError(f'max_n={max_n!r} leaves nothing to find: give at least 1')
-    if size is not None and not (is_listy(size) and len(size)==2 and min(size) >= 1): raise ValueError(f'size is (height, width) in pixels, not {size!r}')
+    if max_n is not None and (not isinstance(max_n, int) or max_n < 1):
+        raise ValueError(f'max_n={max_n!r} leaves nothing to find: give at least 1')
+    if size is not None and not (is_listy(size) and len(size)==2 and min(size) >= 1):
+        raise ValueError(f'size is (height, width) in pixels, not {size!r}')
 
 # %% ../../nbs/43_maps.boxes.ipynb #4fe442f4
 def _peak_numbers(values, threshold):
@@ -102,7 +105,8 @@ def _object_numbers(values, threshold, split, n_levels=100):
 @patch
 def _strength(self:CAMMap, size):
     "The positive evidence in pixels of `size`, as shares of its peak; all zero where there is none"
-    if self.map.dim()==3: raise ValueError('boxes and peaks lie in a picture, and this map is a volume: take one plane of it, CAMMap(cam_map.map[i])')
+    if self.map.dim()==3:
+        raise ValueError('boxes and peaks lie in a picture, and this map is a volume: take one plane of it, CAMMap(cam_map.map[i])')
     self._announce()
     if size is None:
         size = self._picture_size()

@@ -90,7 +90,9 @@ def as_volume(
     if isinstance(volume, (list, tuple)): volume = _stacked(volume)
     channels_last = not isinstance(volume, Tensor) and np.ndim(volume)==4 and np.shape(volume)[-1] in (1,3,4)
     volume = torch.as_tensor(volume).as_subclass(Tensor)
-    if volume.dim() not in (3,4): raise ValueError(f'a map of a volume is shown over an image [C, D, H, W] or [D, H, W], not {list(volume.shape)}: give the volume itself')
+    if volume.dim() not in (3,4):
+        got = list(volume.shape)
+        raise ValueError(f'a map of a volume is shown over an image [C, D, H, W] or [D, H, W], not {got}: give the volume itself')
     if channels_last: return volume.movedim(-1, 0)
     return volume.movedim(1, 0) if volume.dim()==4 and _is_frames(volume.shape, depth) else volume
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..files import as_path, write_file
+from ..tasks import BinaryLabel, NOT_ASKED, task_named
 from .pixels import to_pixels, to_slices
-from .draw import check_classes, check_computable, check_regions, is_size, sizes_in, sizes_of
-from .cams import CAMs, TASKS
+from .cams import CAMs
 
 # %% ../../nbs/46_maps.store.ipynb #0dc26d2a
 _format = 1 # raised when a file can no longer be read by an earlier version
@@ -42,7 +42,8 @@ def _as_json(value):
 
 def _as_array(name, values):
     "A tensor as an array; numpy knows no bfloat16, whose bits are kept as whole numbers"
-    if not isinstance(values, Tensor): raise TypeError(f'{name} is a {type(values).__name__}, and only tensors can be saved: set cams.{name} = None first')
+    if not isinstance(values, Tensor):
+        raise TypeError(f'{name} is a {type(values).__name__}, and only tensors can be saved: set cams.{name} = None first')
     values = values.detach().cpu().contiguous()
     try: return values.numpy()
     except TypeError: return values.view({1: torch.uint8, 2: torch.int16}[values.element_size()]).numpy()
@@ -56,10 +57,37 @@ def _header_of(cams, tensors, n_images):
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
     words = {name: getattr(cams, name) for name in _saved_words}
     words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None})
-    words['signed'] = bool(words['signed'])
+    words.update(task=cams.task.name, signed=bool(cams.signed))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
     return header
+
+# %% ../../nbs/46_maps.store.ipynb #46c0de01
+def _check_computable(name, dtype):
+    "`TypeError` for values that can be stored, but neither drawn nor compared"
+    is_plain = not dtype.is_complex and (not dtype.is_floating_point or torch.finfo(dtype).bits >= 16)
+    advice = f'convert them first, cams.{name} = cams.{name}.float()'
+    if not is_plain: raise TypeError(f'{name} are {dtype}, and maps are neither drawn nor kept in that: {advice}')
+
+def _sizes_of(cams):
+    "Height and width of each picture, 0 where it cannot be read; `None` where there are no pictures"
+    if cams.n_space==3 or cams.images is None: return None if cams.sizes is None else cams.sizes.tolist()
+    found = []
+    for start in range(0, len(cams), 64):
+        idxs = list(range(start, min(start + 64, len(cams))))
+        try: found += [list(to_pixels(image).shape[:2]) for image in cams._loaded(idxs)]
+        except Exception: found += [[0,0]]*len(idxs) # maps of pictures that are gone can be kept
+    return found
+
+def _is_size(value):
+    is_pair = isinstance(value, list) and len(value)==2 and all(isinstance(side, int) and side >= 0 for side in value)
+    return is_pair and math.prod(value) <= 1 << 28 # more would take gigabytes
+
+def _sizes_in(header, n):
+    "Sizes of the pictures of `n` items as a header has them; 0 where it does not say whether there were any"
+    if header['n_images'] or header['n_space']==3: return None
+    sizes = header.get('sizes', [[0,0]]*n)
+    return torch.tensor(sizes, dtype=torch.int32) if sizes else None
 
 # %% ../../nbs/46_maps.store.ipynb #2a5d992e
 @patch
@@ -73,7 +101,7 @@ def save(self:CAMs,
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')
     tensors = {name: getattr(self, name) for name in _saved_tensors if getattr(self, name) is not None}
-    for name,values in tensors.items(): check_computable(name, getattr(values, 'dtype', torch.float))
+    for name,values in tensors.items(): _check_computable(name, getattr(values, 'dtype', torch.float))
     arrays = {name: _as_array(name, values) for name,values in tensors.items()}
     header = _header_of(self, tensors, len(self) if images else 0)
     _check_header(header)
@@ -83,7 +111,7 @@ def save(self:CAMs,
         for start in range(0, header['n_images'], 64):
             idxs = list(range(start, min(start + 64, len(self))))
             arrays.update({f'image_{i}': _as_bytes(image, self.n_space, self.maps.shape[-3]) for i,image in zip(idxs, self._loaded(idxs))})
-        header['sizes'] = None if images else sizes_of(self)
+        header['sizes'] = None if images else _sizes_of(self)
         np.savez_compressed(out, header=np.array(json.dumps(header)), **arrays)
     return path
 
@@ -102,7 +130,7 @@ _is_right = dict( # what a word of the header can be
     vocab=lambda value: _is_list(value, object),
     texts=lambda value: _is_list(value, str, type(None)),
     n_space=lambda value: _is_number(value) and value in (2,3),
-    task=lambda value: isinstance(value, str) and value in TASKS,
+    task=lambda value: isinstance(value, str),
     signed=lambda value: isinstance(value, bool),
     thresh=lambda value: _is_number(value) and 0 <= value <= 1)
 
@@ -119,8 +147,25 @@ def _check_header(header):
         if name not in header: raise ValueError(f'its header lacks {name!r}')
         if not is_right(header[name]): raise ValueError(f'{textwrap.shorten(repr(header[name]), 60)} is no {name!r}')
     sizes = header.get('sizes') # earlier versions did not write them
-    if sizes is not None and not (isinstance(sizes, list) and all(map(is_size, sizes))):
+    if sizes is not None and not (isinstance(sizes, list) and all(map(_is_size, sizes))):
         raise ValueError(f'{textwrap.shorten(repr(sizes), 60)} are no sizes of pictures')
+
+# %% ../../nbs/46_maps.store.ipynb #46c0de02
+def _check_regions(shape, n_questions, n_space):
+    "`ValueError` where regions have a shape that belongs to no maps"
+    space,n_before = ('H, W', 'D, H, W')[n_space - 2],len(shape) - n_space
+    if n_before==1 or n_before==2 and shape[1]==n_questions:
+        if 0 not in shape[1:]: return
+    raise ValueError(f'regions are a bool tensor [n, {space}] or [n, {n_questions}, {space}], not {list(shape)}')
+
+def _check_classes(header, tensors):
+    "`ValueError` where a number stands for no class; one that the vocab lacks can be of another output, and is called by its number"
+    classes = tensors.get('classes')
+    if classes is None or classes.numel()==0: return
+    vocab,low,high = header['vocab'],int(classes.min()),int(classes.max())
+    is_binary = isinstance(task_named(header['task']), BinaryLabel) and (vocab is None or len(vocab) != 2)
+    if low < min(-1, NOT_ASKED): raise ValueError(f'class {low} is none')
+    if is_binary and high > 1: raise ValueError(f'class {high} is none of the two of a binary model')
 
 # %% ../../nbs/46_maps.store.ipynb #2a55cdcc
 def _check_lengths(header, shapes):
@@ -137,7 +182,7 @@ def _check_lengths(header, shapes):
     classes = shapes.get('classes')
     if 0 in maps[1:]: raise ValueError(f'maps of the shape {list(maps)} have no places')
     regions = shapes.get('regions')
-    if regions is not None: check_regions(regions, n_questions, n_space)
+    if regions is not None: _check_regions(regions, n_questions, n_space)
     if classes not in (None, (n,), maps[:-n_space]): raise ValueError(f'classes have the shape {list(classes)} for maps {list(maps)}')
     if header['n_images'] not in (0, n): raise ValueError(f'there are {header["n_images"]} images for {n} items')
 
@@ -178,7 +223,7 @@ def _check_arrays(archive, header, allowed):
         expected = _as_array(name, torch.empty(0, dtype=_dtypes[header['dtypes'][name]])).dtype
         if dtype.newbyteorder('=') != expected: raise ValueError(f'{name} are {dtype}, and its header says {header["dtypes"][name]}')
     if 'classes' in heads and heads['classes'][1].kind not in 'iu': raise ValueError('classes are no whole numbers')
-    for name in heads: check_computable(name, _dtypes[header['dtypes'][name]])
+    for name in heads: _check_computable(name, _dtypes[header['dtypes'][name]])
     images = [_array_head(archive, f'image_{i}') for i in range(header['n_images'])]
     for shape,dtype,_ in images:
         space,colours = shape[:header['n_space']],shape[header['n_space']:]
@@ -200,7 +245,7 @@ def _parts(file, max_bytes):
         _check_arrays(archive, header, allowed)
         tensors = {name: torch.from_numpy(_unpacked(archive, name, allowed)) for name in header['dtypes']}
         tensors = {name: values.view(_dtypes[header['dtypes'][name]]) for name,values in tensors.items()}
-        check_classes(header, tensors)
+        _check_classes(header, tensors)
         return header,tensors,[_unpacked(archive, f'image_{i}', allowed) for i in range(header['n_images'])]
 
 # %% ../../nbs/46_maps.store.ipynb #6fcc1950
@@ -218,8 +263,8 @@ def load(cls:CAMs,
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
-        words = {name: header[name] for name in _saved_words} if known else {}
-        loaded = cls(images=stored or None, sizes=sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
+        words = {name: header[name] for name in _saved_words} | dict(task=task_named(header['task'])) if known else {}
+        loaded = cls(images=stored or None, sizes=_sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way
         raise ValueError(f'{str(file)!r} is not a file that CAMs.save wrote, or it is damaged: {" ".join(str(e).split())}') from None

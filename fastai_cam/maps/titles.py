@@ -10,71 +10,33 @@ __all__ = []
 # %% ../../nbs/45_maps.titles.ipynb #eae9932b
 import textwrap
 
-import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..captions import as_text, printable, Row
 from ..tasks import NOT_ASKED
-from .words import as_text, printable
 from .draw import wrapped_title
 from .cams import CAMs
 
 # %% ../../nbs/45_maps.titles.ipynb #dc0a655e
-def _several(texts, width=1000):
-    "As many of `texts` as fit in `width` letters, at least one and at most five, and how many more there are"
-    n = min(len(texts), 5)
-    while n > 1 and len(';'.join(texts[:n])) > width: n -= 1
-    return ';'.join(texts[:n] + [f'+{len(texts) - n}']*(n < len(texts)))
-
-def _rounded(value):
-    "A number to three significant digits"
-    text = f'{value:.3g}'
-    return f'{float(text):.0f}' if 'e+' in text and abs(float(text)) < 1e6 else text
+def _of_item(values, i):
+    "What belongs to item `i`: of a tensor, or of several"
+    if isinstance(values, tuple): return tuple(_of_item(part, i) for part in values)
+    return values[i] if isinstance(values, Tensor) and values.dim() and i < len(values) else None
 
 @patch
-def _name(self:CAMs, c, width=1000):
-    if self.task=='binary' and (self.vocab is None or len(self.vocab) != 2): name = ('negative', 'positive')[int(c)]
-    else: name = as_text(self.vocab[int(c)]) if self.vocab is not None and int(c) < len(self.vocab) else f'class {int(c)}'
-    width = min(width, 200)
-    return name if len(name) <= width else name[:width-1] + '…'
+def _row(self:CAMs, i, width=1000): return Row(_of_item(self.preds, i), _of_item(self.targs, i), self.task.class_names(self.vocab), width)
 
 @patch
 def _class(self:CAMs, i, k): # -1 where map `k` of item `i` is no class's
     return -1 if self.classes is None else int(self.classes[i] if self.classes.dim()==1 else self.classes[i,k])
 
 @patch
-def _is_output_finite(self:CAMs, i):
-    parts = self.preds if isinstance(self.preds, tuple) else (self.preds,)
-    return all(bool(torch.isfinite(part[i]).all()) for part in parts if isinstance(part, Tensor))
-
-# %% ../../nbs/45_maps.titles.ipynb #881e1586
-@patch
-def _probabilities(self:CAMs, i):
-    "Probability of each class for item `i`; `None` where the outputs are something else"
-    if not isinstance(self.preds, Tensor) or not self._is_output_finite(i): return None
-    if self.task=='binary' and self.preds[i].numel()==1:
-        positive = self.preds[i].reshape(1)
-        return torch.cat([1 - positive, positive])
-    if self.preds.dim() != 2 or self.task not in ('', 'single', 'multi'): return None
-    if self.vocab is not None and len(self.vocab) != self.preds.shape[1]: return None # an embedding
-    return self.preds[i] if self.task=='multi' or abs(self.preds[i].sum().item() - 1) <= 1e-2 else None
+def _predicted(self:CAMs, i): # where one class is meant
+    row = self._row(i)
+    return self.task.row_class(row) if self.task.reads(row) else None
 
 @patch
-def _predicted(self:CAMs, i): # where the outputs are probabilities of which one class is meant
-    probabilities = self._probabilities(i)
-    if probabilities is None or self.task=='multi': return None
-    return int(probabilities[1] >= self.thresh) if self.task=='binary' else int(probabilities.argmax())
-
-@patch
-def _actual(self:CAMs, i): # the one class that the label names
-    if not isinstance(self.targs, Tensor): return None
-    if self.task=='binary' and self.targs[i].numel()==1: return int(self.targs[i].item() >= .5)
-    return int(self.targs[i]) if self.targs.dim()==1 and not self.targs.is_floating_point() else None
-
-@patch
-def _points(self:CAMs, i):
-    if self.task!='points': return None
-    found = dict(predicted=self.preds, actual=self.targs)
-    return {name: values[i].reshape(-1, 2) for name,values in found.items() if isinstance(values, Tensor)}
+def _points(self:CAMs, i): return self.task.points(self._row(i))
 
 @patch
 def _text(self:CAMs, i, width=120):
@@ -83,28 +45,10 @@ def _text(self:CAMs, i, width=120):
 
 # %% ../../nbs/45_maps.titles.ipynb #3124b99a
 @patch
-def _answers(self:CAMs, i, width):
-    "What was predicted for item `i` and what it should have been, as far as they can be written in a line"
-    pred,actual = self._predicted(i),self._actual(i)
-    if pred is not None: return [self._name(c, width) for c in (pred, actual) if c is not None]
-    sides = [values[i] for values in (self.preds, self.targs) if isinstance(values, Tensor)]
-    if not isinstance(self.preds, Tensor): return []
-    if self.task=='values': return [_several([_rounded(value) for value in side.flatten().tolist()], width) for side in sides]
-    if self._probabilities(i) is None or self.task!='multi' or any(side.dim() != 1 for side in sides): return []
-    named = [(side >= cut).nonzero().flatten() for side,cut in zip(sides, (self.thresh, .5))]
-    return [_several([self._name(c, width) for c in labels], width) or '–' for labels in named]
-
-@patch
 def _known(self:CAMs, i, loss, width=1000):
     "The answers of item `i`, its loss and its probability, as far as they are known"
-    answers,pred = self._answers(i, width),self._predicted(i)
-    known = ['/'.join(answers)] if answers else []
-    if not self._is_output_finite(i) and self.task!='values': known = ['output not finite'] # where values are written, so is nan
-    if loss and self.losses is not None and (answers or self.task in ('segmentation', 'points')):
-        value = self.losses[i].float().mean().item()
-        known.append(_rounded(value) if self.task=='values' else f'{value:.2f}')
-    if pred is not None: known.append(f'{self._probabilities(i)[pred].item():.2f}')
-    return ' / '.join(known)
+    value = self.losses[i].float().mean().item() if loss and self.losses is not None else None
+    return self.task.caption(self._row(i, width), value)
 
 @patch
 def item_title(self:CAMs,
@@ -119,12 +63,8 @@ def item_title(self:CAMs,
 @patch
 def legend(self:CAMs, loss:bool=False) -> str:
     "What the parts of an item's title are, and of the marks in its picture"
-    has_loss = ['Loss'] if loss and self.losses is not None else []
-    if self.task=='points': return ' / '.join([f'{mark} {name.title()}' for mark,name in zip('●✚', self._points(0))] + has_loss)
-    if self.task=='segmentation': return ''.join(has_loss)
-    i = next((i for i in range(len(self)) if self._is_output_finite(i)), 0) # one of whose parts something can be said
-    answers = ['Prediction', 'Actual'][:len(self._answers(i, 1000))]
-    return '/'.join(answers + (has_loss if answers else []) + ['Probability']*(self._predicted(i) is not None))
+    i = next((i for i in range(len(self)) if self._row(i).is_finite), 0) # one of whose parts something can be said
+    return self.task.legend(self._row(i), bool(loss) and self.losses is not None)
 
 @patch
 def question(self:CAMs,
@@ -134,13 +74,12 @@ def question(self:CAMs,
 ) -> str:
     "What map `k` of item `i` explains: the class and its probability"
     label = as_text(self.labels[k]) if self.labels else ''
-    c = self._class(i, k)
-    method,_,asked = label.rpartition(': ')
-    if c >= 0 and label.endswith(self._name(c)): method = label.removesuffix(self._name(c)).removesuffix(': ') # names can have colons
+    c,(method,_,asked) = self._class(i, k),label.rpartition(': ')
     if c==NOT_ASKED: return ''
-    if c >= 0 and self.task not in ('values', 'points'):
-        asked,probabilities = self._name(c, width),self._probabilities(i)
-        if probabilities is not None and c < len(probabilities): asked += f' {probabilities[c].item():.2f}'
+    if c >= 0:
+        name = self._row(i).name(c)
+        if label.endswith(name): method = label.removesuffix(name).removesuffix(': ') # names can have colons
+        asked = self.task.asked(self._row(i, width), c) or asked
     return f'{method}: {asked}' if method else asked
 
 @patch
@@ -159,5 +98,5 @@ def _panel_title(self:CAMs, i, j, loss, is_first):
         item = self.item_title(i, loss, 11*self.n_questions) if is_first else ''
         return '\n'.join([item, *spare, *asked[j]])
     explains = self.title(i)==self.item_title(i)
-    lines = textwrap.wrap(self._text(i), 34) + textwrap.wrap(self._known(i, loss), 34) + ([] if explains else textwrap.wrap('▸ ' + self.question(i, j), 34))
-    return '\n'.join(lines)
+    parts = [self._text(i), self._known(i, loss), '' if explains else '▸ ' + self.question(i, j)]
+    return '\n'.join(line for part in parts for line in textwrap.wrap(part, 34))
