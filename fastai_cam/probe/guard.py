@@ -6,7 +6,7 @@ Docs: https://fastai-cam.example/docs/probe.guard.html.md"""
 
 # %% auto #0
 __all__ = ['HOOK_KINDS', 'released', 'model_lock', 'eval_mode', 'in_this_thread', 'register_hook', 'remove_hooks', 'weak_hook',
-           'hooked', 'returning', 'unwrap_model', 'foreign_hooks', 'copy_model', 'paused']
+           'hooked', 'returning', 'unwrap_model', 'foreign_hooks', 'copy_model', 'ProbeHooks', 'paused']
 
 # %% ../../nbs/11_probe.guard.ipynb #417f17dd
 import os
@@ -230,11 +230,22 @@ def copy_model(
     return twin
 
 # %% ../../nbs/11_probe.guard.ipynb #0f47018e
+class ProbeHooks:
+    "Where a probe listens: its hooks on the model and on layers, for passes of one thread, and whether it looks away"
+    def __init__(self): self.on_model,self.on_layers,self.thread,self.is_paused = [],[],None,False
+    def begin(self) -> None: self.thread = threading.get_ident() # passes of other threads are not ours
+    def remove(self) -> None: remove_hooks(self.on_layers, self.on_model)
+    @property
+    def is_own_thread(self) -> bool: return threading.get_ident()==self.thread
+
 @contextmanager
-def paused(probes):
-    watching = [probe for probe in probes if not probe._paused]
+def paused(
+    probes:Iterable # Whatever has `hooks`
+) -> Iterator[None]:
+    "While the block runs, the probes look away; those that did already are left alone"
+    watching = [probe.hooks for probe in probes if not probe.hooks.is_paused]
     def restore():
-        for probe in watching: probe._paused = False
+        for hooks in watching: hooks.is_paused = False
     with released(restore):
-        for probe in watching: probe._paused = True
+        for hooks in watching: hooks.is_paused = True
         yield
