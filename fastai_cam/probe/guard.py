@@ -69,11 +69,13 @@ def eval_mode(
     "Run `model` in eval mode and outside `torch.inference_mode`; afterwards every submodule's mode and the grad mode are as they were"
     is_compiled = any(_is_compiled(module) for module in model.modules()) # compiled code calls no hooks
     stance = torch.compiler.set_stance('force_eager') if is_compiled else nullcontext()
-    with model_lock(model), stance, torch.inference_mode(False), _in_eval_mode(model): yield model # `inference_mode` puts the grad mode back, too
+    # `inference_mode` puts the grad mode back, too
+    with model_lock(model), stance, torch.inference_mode(False), _in_eval_mode(model): yield model
 
 @contextmanager
 def _in_eval_mode(model):
-    training = [module for module in model.modules() if getattr(module, 'training', False)] # a frozen one has no modes; the others are left alone: another block may have to put them back
+    # a frozen one has no modes; the others are left alone: another block may have to put them back
+    training = [module for module in model.modules() if getattr(module, 'training', False)]
     def restore():
         for module in training: module.training = True
     with released(restore): model.eval(); yield
@@ -133,7 +135,7 @@ def hooked(
 
 @contextmanager
 def returning(
-    replacements:dict[nn.Module,Sequence[Callable|None]] # What the next calls of a module return instead of running: functions; `None`: it runs
+    replacements:dict[nn.Module,Sequence[Callable|None]] # Functions whose results the next calls of a module return; `None`: it runs
 ) -> Iterator[None]:
     "Modules return something else in their next calls; after the last of these they run"
     found = {module: module.__dict__.get('forward') for module in replacements}
@@ -199,12 +201,15 @@ def _own_function(func, memo):
 
 # %% ../../nbs/11_probe.guard.ipynb #4e5a8f42
 def _own(value, memo):
-    "What a copy of the model has in the place of `value`, a hook or what it refers to: its modules are the copy's, and what it writes to is its own"
+    """What a copy of the model has in the place of `value`, a hook or what it refers to: its modules are the copy's,
+    and what it writes to is its own"""
     if id(value) in memo: return memo[id(value)]
     if type(value) is MethodType: return MethodType(value.__func__, _own(value.__self__, memo))
     if type(value) is FunctionType: return _own_function(value, memo)
-    if type(value) is partial: return partial(_own(value.func, memo), *[_own_part(arg, memo) for arg in value.args], **_own_part(value.keywords, memo))
-    if not hasattr(value, '__dict__') or isinstance(value, (type, ModuleType, nn.Module, Tensor, list, dict, set)): return _own_part(value, memo)
+    if type(value) is partial:
+        return partial(_own(value.func, memo), *[_own_part(arg, memo) for arg in value.args], **_own_part(value.keywords, memo))
+    is_whole = isinstance(value, (type, ModuleType, nn.Module, Tensor, list, dict, set))
+    if is_whole or not hasattr(value, '__dict__'): return _own_part(value, memo)
     try: memo[id(value)] = new = copy(value)
     except Exception: return value # what cannot be copied is shared
     vars(new).update({name: _own_part(part, memo) for name,part in vars(value).items()})

@@ -63,7 +63,7 @@ class LayerFinder:
     ):
         store_attr('model,image,asks')
         self.wanted,self.is_named = layers,not (layers is None or is_found_by_pass(layers))
-        self.layers:list[tuple[str,nn.Module]] = resolve_layers(model, layers) if self.is_named else [] # names and modules, as far as they are known
+        self.layers = resolve_layers(model, layers) if self.is_named else [] # names and modules, as far as they are known
         self.scans:dict[tuple|None,LayerScan] = {} # by the size of the images
         scripted = next((name for name,module in self.layers if is_scripted(module)), None)
         if scripted is not None:
@@ -133,8 +133,9 @@ def check_layout(self:LayerFinder, state:PassState, i:int, layout:Layout|None) -
     "`ValueError` where it is not known which item, and which place of the image, each number of a layer's output belongs to"
     name,out,size = self.layers[i][0],state.acts[i][-1],state.image_size or ()
     if len(out) != state.n_items:
-        raise ValueError(f'layer {name!r} returns {len(out)} rows for {state.n_items} items (windows of an image, several images in one batch, '
-                         'or time before the batch?), so it is not known which belong to which item: name another layer')
+        raise ValueError(f'layer {name!r} returns {len(out)} rows for {state.n_items} items (windows of an image, '
+                         'several images in one batch, or time before the batch?), so it is not known which belong to which item: '
+                         'name another layer')
     if out.dim()==3 and layout is None and self.scan(state).is_sequence(name):
         raise ValueError(f'layer {name!r} returns a sequence, {describe_output(out)}, and which places of the image its steps are '
                          'could not be told: name a layer before it')
@@ -385,9 +386,10 @@ def recapture(self:Pass,
     return found
 
 # %% ../../nbs/19_probe.watch.ipynb #b66b4ee8
-_UPPER,_LEFT = (torch.tensor([0,0,1,1]),torch.tensor([0,1,0,1]))
+_UPPER,_LEFT = torch.tensor([0,0,1,1]),torch.tensor([0,1,0,1])
 
-_SIDES = [F.one_hot(_UPPER, 2)[:,:,None].float(), F.one_hot(_LEFT, 2)[:,None,:].float()] # in which row and column of quadrants each disturbance is
+# in which row and column of quadrants each disturbance is
+_SIDES = [F.one_hot(_UPPER, 2)[:,:,None].float(), F.one_hot(_LEFT, 2)[:,None,:].float()]
 
 def alignment(
     model:nn.Module, # Model to look into
@@ -407,8 +409,8 @@ def alignment(
         return change.sum(tuple(range(change.dim() - 2))) # of items, channels and depth
     def disturb(probe):
         before = at_least_float(probe(*args, **kwargs).acts[0])
-        def a_round(): return torch.stack([change(probe, before, disturbed) for disturbed in disturbed_quadrants(image, generator, strength)])
-        return sum(a_round() for _ in range(n_times))
+        def changes(): return [change(probe, before, disturbed) for disturbed in disturbed_quadrants(image, generator, strength)]
+        return sum(torch.stack(changes()) for _ in range(n_times))
     with Probe(model, layer, grad=False) as probe: moved = disturb(probe)
     quadrants = moved_quadrants(moved)
     for side in (1,2): # of a single row or column, the side that it does not know is that of the disturbance
