@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -135,6 +136,29 @@ def test_an_interrupt_between_a_hook_and_its_handle_leaves_nothing(work, kind, m
         except KeyboardInterrupt: assert state(model)==before, n
         else: break
     assert n > 1
+
+
+def test_a_probe_keeps_what_it_was_told_and_each_pass_has_a_state_of_its_own():
+    model, told = net(), set(vars(Probe(net(), 'side')))
+    assert len(told - set(vars(ExitStack()))) <= 10
+    with Probe(model, 'side') as p:
+        states = [p._pass]
+        for n in (2, 3):
+            model(image(n))
+            states.append(p._pass)
+            assert (states[-1].n_items, len(states[-1].acts[0]), states[-1].is_running)==(n, 1, False)
+            first = p.take()
+            assert len(first)==n and (p._pass.acts, p._pass.out)==({}, None)
+        assert len({id(state) for state in [*states, p._pass]})==4 and set(vars(p))==told
+
+
+def test_a_pass_that_is_run_again_from_a_second_capture_is_not_watched_either():
+    model = net()
+    with Probe(model, 'side') as p:
+        other = p(image(2)).recapture(layers='body')
+        other.run(image(2))
+        other.recapture().run(image(2))
+        with pytest.raises(RuntimeError, match='has not run since'): p.take()
 
 
 def test_a_hook_whose_probe_goes_while_it_is_called(monkeypatch):

@@ -53,8 +53,8 @@ def without_extra(
     moved:Tensor, # How much each place changed
     lengths:set # Lengths that were seen
 ):
-    """`line`, a sequence of places, without the tokens before them that are none: so that it has one of `lengths`, which were seen before;
-    or else those change no more with the edge where it starts than with the other. `None`: too many"""
+    """`line`, a sequence of places, without the tokens before them that are none: so that it has one of `lengths`, which were seen
+    before; or else those change no more with the edge where it starts than with the other. `None`: too many"""
     n_tokens,is_row = math.prod(line.grid) + line.n_extra,line.grid[0]==1
     made = lambda n_extra: Layout(line.kind, (1,n_tokens - n_extra) if is_row else (n_tokens - n_extra,1), n_extra)
     known = next((n for n in range(5) if n_tokens - n in lengths), None)
@@ -77,7 +77,8 @@ def moved_quadrants(
     return _shares(pooled.expand(4, 2, 2), (1,2))
 
 def _apart(quadrants):
-    "How far apart the changes are when the left or the right of the image is disturbed, and when its upper or its lower half is: 0 (not) to 1"
+    """How far apart the changes are when the left or the right of the image is disturbed,
+    and when its upper or its lower half is: 0 (not) to 1"""
     left,upper = quadrants[:,:,0].sum(1),quadrants[:,0].sum(1)
     return min(left[0] - left[1], left[2] - left[3]).item(), min(upper[0] - upper[2], upper[1] - upper[3]).item()
 
@@ -104,6 +105,7 @@ def is_turned(
     turned = evidence_for(by_columns, Layout(layout.kind, layout.grid[::-1], layout.n_extra).spatial(moved).mT)
     return turned > max(.1, evidence_for(layout, moved))
 
+# %% ../../nbs/13_probe.evidence.ipynb #7c3e90d2
 def best_reading(
     readings:Sequence, # Layouts
     moved:Tensor, # How much the output changed
@@ -113,8 +115,9 @@ def best_reading(
     enough = lambda layout: least if math.prod(layout.grid) > 4 else 3*least # of few places, chance looks like order
     return next((layout for layout in readings if evidence_for(layout, moved) > enough(layout)), None)
 
-CHANNELS_FIRST_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
-                   nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd) # what these return is `[B, C, H, W]`
+CHANNELS_FIRST_LAYERS = ( # what these return is `[B, C, H, W]`
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 
 def convolves(module): return any(isinstance(part, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) for part in module.modules())
 

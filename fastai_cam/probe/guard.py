@@ -6,7 +6,7 @@ Docs: https://fastai-cam.example/docs/probe.guard.html.md"""
 
 # %% auto #0
 __all__ = ['HOOK_KINDS', 'released', 'model_lock', 'eval_mode', 'in_this_thread', 'register_hook', 'remove_hooks', 'weak_hook',
-           'hooked', 'returning', 'unwrap_model', 'foreign_hooks', 'copy_model', 'paused']
+           'hooked', 'returning', 'unwrap_model', 'foreign_hooks', 'copy_model', 'ProbeHooks', 'paused']
 
 # %% ../../nbs/11_probe.guard.ipynb #417f17dd
 import os
@@ -69,11 +69,13 @@ def eval_mode(
     "Run `model` in eval mode and outside `torch.inference_mode`; afterwards every submodule's mode and the grad mode are as they were"
     is_compiled = any(_is_compiled(module) for module in model.modules()) # compiled code calls no hooks
     stance = torch.compiler.set_stance('force_eager') if is_compiled else nullcontext()
-    with model_lock(model), stance, torch.inference_mode(False), _in_eval_mode(model): yield model # `inference_mode` puts the grad mode back, too
+    # `inference_mode` puts the grad mode back, too
+    with model_lock(model), stance, torch.inference_mode(False), _in_eval_mode(model): yield model
 
 @contextmanager
 def _in_eval_mode(model):
-    training = [module for module in model.modules() if getattr(module, 'training', False)] # a frozen one has no modes; the others are left alone: another block may have to put them back
+    # a frozen one has no modes; the others are left alone: another block may have to put them back
+    training = [module for module in model.modules() if getattr(module, 'training', False)]
     def restore():
         for module in training: module.training = True
     with released(restore): model.eval(); yield
@@ -133,7 +135,7 @@ def hooked(
 
 @contextmanager
 def returning(
-    replacements:dict[nn.Module,Sequence[Callable|None]] # What the next calls of a module return instead of running: functions; `None`: it runs
+    replacements:dict[nn.Module,Sequence[Callable|None]] # Functions whose results the next calls of a module return; `None`: it runs
 ) -> Iterator[None]:
     "Modules return something else in their next calls; after the last of these they run"
     found = {module: module.__dict__.get('forward') for module in replacements}
@@ -199,12 +201,15 @@ def _own_function(func, memo):
 
 # %% ../../nbs/11_probe.guard.ipynb #4e5a8f42
 def _own(value, memo):
-    "What a copy of the model has in the place of `value`, a hook or what it refers to: its modules are the copy's, and what it writes to is its own"
+    """What a copy of the model has in the place of `value`, a hook or what it refers to: its modules are the copy's,
+    and what it writes to is its own"""
     if id(value) in memo: return memo[id(value)]
     if type(value) is MethodType: return MethodType(value.__func__, _own(value.__self__, memo))
     if type(value) is FunctionType: return _own_function(value, memo)
-    if type(value) is partial: return partial(_own(value.func, memo), *[_own_part(arg, memo) for arg in value.args], **_own_part(value.keywords, memo))
-    if not hasattr(value, '__dict__') or isinstance(value, (type, ModuleType, nn.Module, Tensor, list, dict, set)): return _own_part(value, memo)
+    if type(value) is partial:
+        return partial(_own(value.func, memo), *[_own_part(arg, memo) for arg in value.args], **_own_part(value.keywords, memo))
+    is_whole = isinstance(value, (type, ModuleType, nn.Module, Tensor, list, dict, set))
+    if is_whole or not hasattr(value, '__dict__'): return _own_part(value, memo)
     try: memo[id(value)] = new = copy(value)
     except Exception: return value # what cannot be copied is shared
     vars(new).update({name: _own_part(part, memo) for name,part in vars(value).items()})
@@ -230,11 +235,22 @@ def copy_model(
     return twin
 
 # %% ../../nbs/11_probe.guard.ipynb #0f47018e
+class ProbeHooks:
+    "Where a probe listens: its hooks on the model and on layers, for passes of one thread, and whether it looks away"
+    def __init__(self): self.on_model,self.on_layers,self.thread,self.is_paused = [],[],None,False
+    def begin(self) -> None: self.thread = threading.get_ident() # passes of other threads are not ours
+    def remove(self) -> None: remove_hooks(self.on_layers, self.on_model)
+    @property
+    def is_own_thread(self) -> bool: return threading.get_ident()==self.thread
+
 @contextmanager
-def paused(probes):
-    watching = [probe for probe in probes if not probe._paused]
+def paused(
+    probes:Iterable # Whatever has `hooks`
+) -> Iterator[None]:
+    "While the block runs, the probes look away; those that did already are left alone"
+    watching = [probe.hooks for probe in probes if not probe.hooks.is_paused]
     def restore():
-        for probe in watching: probe._paused = False
+        for hooks in watching: hooks.is_paused = False
     with released(restore):
-        for probe in watching: probe._paused = True
+        for hooks in watching: hooks.is_paused = True
         yield

@@ -49,7 +49,8 @@ def resolve_layer(
     if isinstance(layer, nn.Module):
         found = next(((name,module) for name,module in modules.items() if module is layer), None)
         if found is None:
-            raise ValueError(f'the layer given, a {type(layer).__name__}, is not part of this model; its layers are {describe_layers(model)}')
+            raise ValueError(f'the layer given, a {type(layer).__name__}, is not part of this model; '
+                             f'its layers are {describe_layers(model)}')
         return found
     if isinstance(layer, str):
         plain = layer
@@ -61,7 +62,8 @@ def resolve_layer(
     if isinstance(layer, int) and not isinstance(layer, bool):
         body = body_of(model)
         if body is None:
-            raise ValueError(f'layer={layer} is an index into model[0], but this {type(model).__name__} is not nn.Sequential(body, head) with layers in its body: give a name instead, one of {describe_layers(model)}')
+            raise ValueError(f'layer={layer} is an index into model[0], but this {type(model).__name__} is not nn.Sequential(body, head) '
+                             f'with layers in its body: give a name instead, one of {describe_layers(model)}')
         children = list(body.named_children())
         if not -len(children) <= layer < len(children):
             raise ValueError(f'layer={layer} is out of range: model[0] has {len(children)} layers, 0 to {len(children)-1}')
@@ -76,7 +78,8 @@ def resolve_layers(
 ) -> list[tuple[str,nn.Module]]: # Names and modules, in the order given
     "Find one or several layers of `model`"
     layers = list(layers) if is_listy(layers) else [layers]
-    if not layers: raise ValueError('the list of layers is empty: name at least one, or leave layer=None for the last one that still has space')
+    if not layers:
+        raise ValueError('the list of layers is empty: name at least one, or leave layer=None for the last one that still has space')
     return [resolve_layer(model, layer) for layer in layers]
 
 EVERY_STAGE,LAST_TWO_STAGES = 'stages','last_stages' # names of layers that a pass finds
@@ -96,6 +99,7 @@ def check_layers(
     model:nn.Module, # Model the layers belong to
     layers:Any=None # As `Probe` takes them
 ) -> None:
-    "`ValueError` or `TypeError` if `layers` names none of the model's; what is found by a pass (`None`, `'stages'`, `'last_stages'`) is not looked for"
+    """`ValueError` or `TypeError` if `layers` names none of the model's;
+    what is found by a pass (`None`, `'stages'`, `'last_stages'`) is not looked for"""
     check_watchable(unwrap_model(model))
     if not (layers is None or is_found_by_pass(layers)): resolve_layers(model, layers)

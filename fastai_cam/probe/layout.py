@@ -8,6 +8,7 @@ Docs: https://fastai-cam.example/docs/probe.layout.html.md"""
 __all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout']
 
 # %% ../../nbs/10_probe.layout.ipynb #7604a8f5
+import itertools
 import math
 from functools import lru_cache
 from typing import Sequence
@@ -81,7 +82,7 @@ MAX_EXTRA = 16 # more class and register tokens than any network has
 _MAX_EXTRA_OF_LINES = 4 # a sequence of columns has a class token, at most a few
 
 def _distortion(grid, image_size):
-    "By how much the proportions of `grid` differ from the image's, at best, if each side may be off by one place (0: they need not differ)"
+    "By how much the proportions of `grid` differ from the image's at best, if each side may be off by one place (0: they need not)"
     worst = 0.
     for places,pixels in zip(grid[1:], image_size[1:]):
         wanted = math.log(image_size[0]/pixels)
@@ -90,7 +91,8 @@ def _distortion(grid, image_size):
     return worst
 
 def _off(grid, image_size): # by how much they differ as they stand
-    return max((abs(math.log(grid[0]/places) - math.log(image_size[0]/pixels)) for places,pixels in zip(grid[1:], image_size[1:])), default=0.)
+    sides = zip(grid[1:], image_size[1:])
+    return max((abs(math.log(grid[0]/places) - math.log(image_size[0]/pixels)) for places,pixels in sides), default=0.)
 
 @lru_cache
 def _patch_grids(n_places, image_size):
@@ -109,7 +111,8 @@ def _halved(grids):
     for grid in grids:
         todo = {tuple(grid)}
         while todo:
-            todo = {halved for one in todo for halved in _products([sorted({max(1, side//2), -(-side//2)}) for side in one]) if math.prod(halved) > 1} - found
+            halved = itertools.chain.from_iterable(_products([sorted({max(1, side//2), -(-side//2)}) for side in one]) for one in todo)
+            todo = {grid for grid in halved if math.prod(grid) > 1} - found
             found |= todo
     return frozenset(found - set(grids))
 
@@ -117,7 +120,8 @@ def _token_grid(n_tokens, image_size, grids, tolerance):
     "Grid and number of extra tokens; `None` if the tokens fill none"
     in_proportion = lambda grids: [grid for grid in grids if min(grid) > 1 and _distortion(grid, image_size) <= math.log(tolerance)]
     for known,most_extra in ((grids, MAX_EXTRA), (_halved(grids), 2)):
-        fitting = [(n_tokens - math.prod(grid), _off(grid, image_size), grid) for grid in in_proportion(known) if 0 <= n_tokens - math.prod(grid) <= most_extra]
+        over = [(n_tokens - math.prod(grid), _off(grid, image_size), grid) for grid in in_proportion(known)]
+        fitting = [one for one in over if 0 <= one[0] <= most_extra]
         if fitting:
             n_extra,_,grid = min(fitting)
             return grid, n_extra
@@ -154,11 +158,13 @@ def find_layouts(
     kinds:Sequence[str]=('tokens', 'tokens last'), # Which layouts to think of
     tolerance:float=1.3 # How far from the image's the proportions of a grid that was not seen may be
 ) -> list[Layout]: # The likelier first: of a sequence, the grid that it fills
-    "What an output may be. A sequence: the places of a grid, row by row, or the columns of the image from left to right, or its rows from top to bottom"
+    """What an output may be. A sequence: the places of a grid, row by row, or the columns of the image from left to right,
+    or its rows from top to bottom"""
     image_size,grids = tuple(image_size),tuple(map(tuple, grids))
     if len(shape)==len(image_size) + 2: return _grid_readings(tuple(shape), image_size, grids, tolerance)
     if len(shape) != 3: return []
-    if 'tokens' in kinds: kinds = [kind for kind in kinds if kind=='tokens' or shape[1] > MAX_EXTRA or shape[2] in lines] # a class token has as many channels as there are places, by chance
+    # a class token has as many channels as there are places, by chance
+    if 'tokens' in kinds: kinds = [kind for kind in kinds if kind=='tokens' or shape[1] > MAX_EXTRA or shape[2] in lines]
     filled,of_lines = [],[]
     for kind in kinds:
         n_tokens = shape[1 if kind=='tokens' else 2]
@@ -166,7 +172,8 @@ def find_layouts(
         if found is not None: filled.append(Layout(kind, *found))
         if len(image_size) != 2: continue
         of_lines += _line_readings(kind, n_tokens, _sides(grids, image_size), lines)
-    if filled and filled[0].grid in grids: of_lines = [line for line in of_lines if line.kind==filled[0].kind or math.prod(line.grid) in lines]
+    if filled and filled[0].grid in grids:
+        of_lines = [line for line in of_lines if line.kind==filled[0].kind or math.prod(line.grid) in lines]
     return filled[:1] + of_lines
 
 # %% ../../nbs/10_probe.layout.ipynb #972dffbc
@@ -186,6 +193,11 @@ def find_layout(
 def _grid_readings(shape, image_size, grids, tolerance):
     "Channels first and channels last, as far as they are possible, the likelier first"
     first,last,halved = shape[2:],shape[1:-1],_halved(grids)
-    def fits(grid): return grid in grids or (grid in halved or not grids) and (len(image_size)==3 or _distortion(grid, image_size) <= math.log(tolerance))
-    readings = [(grid in grids, -round(_off(grid, image_size), 6), kind, grid) for kind,grid in (('channels first', first), ('channels last', last)) if math.prod(grid) > 1 and fits(grid)]
-    return [Layout(kind, grid) for *_,kind,grid in sorted(readings, key=lambda reading: reading[:2], reverse=True)] # of equals, channels first
+    def fits(grid):
+        if math.prod(grid) <= 1: return False
+        if grid in grids: return True
+        in_proportion = len(image_size)==3 or _distortion(grid, image_size) <= math.log(tolerance)
+        return in_proportion and (grid in halved or not grids)
+    def likeliness(reading): return reading.grid in grids, -round(_off(reading.grid, image_size), 6)
+    readings = [Layout(kind, grid) for kind,grid in (('channels first', first), ('channels last', last)) if fits(grid)]
+    return sorted(readings, key=likeliness, reverse=True) # of equals, channels first

@@ -25,7 +25,8 @@ def differentiable_rnns(
     model:nn.Module, # Model that is going to run
     inputs:Sequence[Tensor] # What goes in
 ) -> Iterator[None]:
-    "On CUDA, cuDNN gives a recurrent layer gradients only in training mode: it gets that mode, but no dropout, which is all that the mode changes"
+    """On CUDA, cuDNN gives a recurrent layer gradients only in training mode:
+    it gets that mode, but no dropout, which is all that the mode changes"""
     plain = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
     rnns = [module for module in model.modules() if getattr(type(module), 'forward', None) in plain and not module.training]
     found = [(module, module.dropout) for module in rnns] if any(map(_is_cuda, inputs)) else []
@@ -72,7 +73,8 @@ class AttentionMaps(TorchFunctionMode):
         if func is F.multi_head_attention_forward: # `nn.MultiheadAttention`
             out,attention = func(*args, **{**kwargs, 'need_weights':True, 'average_attn_weights':False})
             self._keep(attention if attention._base is None else attention._base) # the output was made from what this is a view of
-            return (out, attention.mean(1) if kwargs.get('average_attn_weights', True) else attention) if kwargs.get('need_weights', True) else (out, None)
+            if not kwargs.get('need_weights', True): return out, None
+            return out, attention.mean(1) if kwargs.get('average_attn_weights', True) else attention
         out = func(*args, **kwargs)
         if func in self.softmaxes: self._keep(out)
         return out
@@ -85,7 +87,8 @@ class AttentionMaps(TorchFunctionMode):
         if enable_gqa: key,value = (each.repeat_interleave(query.shape[-3]//each.shape[-3], -3) for each in (key, value))
         scores = query @ key.transpose(-2, -1)*(query.shape[-1]**-.5 if scale is None else scale)
         if is_causal: scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-        if attn_mask is not None: scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
         attention = scores.softmax(-1)
         self._keep(attention)
         return attention @ value

@@ -21,8 +21,9 @@ def is_saturated(
     "Are these probabilities of 0 and 1 to the last digit, which do not change with anything?"
     return isinstance(out, Tensor) and out.is_floating_point() and bool(((out==0) | (out==1)).all()) and bool((out==1).any())
 
-SATURATED = ('the probabilities that this model returns are 0 and 1 to the last digit, so that their gradients are zero: '
-              'explain what goes into its last softmax or sigmoid (leave it out of the model, or give it larger precision with model.double())')
+SATURATED = (
+    'the probabilities that this model returns are 0 and 1 to the last digit, so that their gradients are zero: '
+    'explain what goes into its last softmax or sigmoid (leave it out of the model, or give it larger precision with model.double())')
 
 def why_no_gradient(
     model:nn.Module, # Model to look into
@@ -37,16 +38,19 @@ def why_no_gradient(
                     'and what comes from there has no gradients: name a layer behind it, or use use_reentrant=False')
     return None
 
-NO_GRADIENTS_OUT = ('what this model returns has no gradients, since the model itself cuts them behind the layer (detach(), torch.no_grad(), or an operation '
-                     'that has none, such as argmax): change the model, or use a method that needs no gradients, such as eigencam or ablationcam')
+NO_GRADIENTS_OUT = (
+    'what this model returns has no gradients, since the model itself cuts them behind the layer (detach(), torch.no_grad(), '
+    'or an operation that has none, such as argmax): change the model, '
+    'or use a method that needs no gradients, such as eigencam or ablationcam')
 
 def gradients_of(*args, **kwargs):
     "`torch.autograd.grad`, with a sentence where it cannot be"
     try: return torch.autograd.grad(*args, **kwargs)
     except RuntimeError as e:
         if 'use_reentrant=True' not in str(e): raise
-        raise ValueError('a part of this model behind the layer runs in a checkpoint with use_reentrant=True, through which the gradients at a layer '
-                         'cannot be computed: use use_reentrant=False, or a method that needs no gradients, such as eigencam or ablationcam') from e
+        raise ValueError('a part of this model behind the layer runs in a checkpoint with use_reentrant=True, '
+                         'through which the gradients at a layer cannot be computed: use use_reentrant=False, '
+                         'or a method that needs no gradients, such as eigencam or ablationcam') from e
 
 _STEPS = 'Round', 'Floor', 'Ceil', 'Trunc', 'Sign'
 
@@ -62,11 +66,13 @@ def check_steps(
         seen.add(node)
         step = next((step for step in _STEPS if node.name().startswith(f'{step}Backward')), None)
         if step is not None:
-            raise ValueError(f'all gradients are zero, since the model rounds what it computes (torch.{step.lower()}), and a step has no slope: '
+            raise ValueError('all gradients are zero, since the model rounds what it computes '
+                             f'(torch.{step.lower()}), and a step has no slope: '
                              'explain what it rounds, or use a method that needs no gradients, such as eigencam or ablationcam')
         todo += [following for following,_ in node.next_functions if following is not None]
 
 def words_of_one_frame(name, out, image_size):
-    return (f'layer {name!r} returns {describe_output(out)}, the places of one frame or plane, but the images are [batch, …, {", ".join(map(str, image_size[-2:]))}] '
+    size = ', '.join(map(str, image_size[-2:]))
+    return (f'layer {name!r} returns {describe_output(out)}, the places of one frame or plane, but the images are [batch, …, {size}] '
             'with several of them (frames, [batch, frames, channels, height, width]?), which this model runs one by one: '
             'explain the part of it that takes one image, or give it one frame an item')

@@ -39,7 +39,8 @@ def activation_in(
     out:Any, # Output of a layer or of a model
     n_items:int # How many items the batch has
 ):
-    "The activation in what a layer returned: the tensor, or of several in a container the first that has a row an item and more than one place; `None`: there is none"
+    """The activation in what a layer returned: the tensor, or of several in a container the first that has a row an item
+    and more than one place; `None`: there is none"""
     found = [t for t in tensors_in(out) if t.dim() > 2 and t.is_floating_point()]
     if isinstance(out, Tensor): return next(iter(found), None)
     return next((t for t in found if len(t)==n_items and t.shape[1:].numel() > max(t.shape[1:])), next(iter(found), None))
@@ -167,11 +168,13 @@ def _doubt_about(self:LayerScan, layout):
 # %% ../../nbs/16_probe.scan.ipynb #5f663fe0
 @patch
 def _check_orders(self:LayerScan):
-    "Are tokens in the order of their grid, row by row? The first of all have to show it; the first and last of each layout, and what is named, must not show another"
+    """Are tokens in the order of their grid, row by row? The first of all have to show it;
+    the first and last of each layout, and what is named, must not show another"""
     layouts = {number: str(readings[0]) for number,readings in self._grids_of_tokens.items()}
     first,last = ({layouts[number]: number for number in numbers}.values() for numbers in (reversed(layouts), layouts))
     named = [number for number in layouts if self.seen[number].module in self.named]
-    known,keys = _ORDERS.setdefault(self.model, set()),{number: (self.image_size, self.seen[number].name, layouts[number]) for number in layouts}
+    known = _ORDERS.setdefault(self.model, set())
+    keys = {number: (self.image_size, self.seen[number].name, layout) for number,layout in layouts.items()}
     asked = [number for number in {*first, *last, *named} if keys[number] not in known]
     if not asked: return # of this model, all is known
     moved,_ = self._disturb(asked, 1)
@@ -202,9 +205,10 @@ def _disturb(self:LayerScan, numbers, n_times, disturbances=disturbed_quadrants)
         self._run(args, kwargs, note)
         return {number: outs[number] for number in numbers}
     before,moved = ran(image),{number: 0 for number in numbers}
+    def change(number, one): return (at_least_float(one[number]) - at_least_float(before[number])).abs()
     for _ in range(n_times):
         found = [ran(disturbed) for disturbed in disturbances(image, generator)]
-        moved = {number: moved[number] + torch.cat([(at_least_float(one[number]) - at_least_float(before[number])).abs() for one in found]) for number in numbers}
+        for number in numbers: moved[number] = moved[number] + torch.cat([change(number, one) for one in found])
     return moved,before
 
 @patch
@@ -239,7 +243,8 @@ def _is_of_heads(self:LayerScan, seen, layout):
 @patch
 def _settled(self:LayerScan, number, readings, likely, moved):
     "The reading that what moved bears out, or the likely one, if not much speaks for it either; or windows of the image, of any number"
-    if any(reading.is_tokens and not reading.is_line and is_turned(reading, moved) for reading in (*readings, *self._grids_of_tokens.get(number, []))): return None
+    grids = [reading for reading in (*readings, *self._grids_of_tokens.get(number, [])) if reading.is_tokens and not reading.is_line]
+    if any(is_turned(reading, moved) for reading in grids): return None
     layout,shape = best_reading(readings, moved),self.seen[number].shape
     if layout is None and likely is not None and (not likely.is_tokens or best_reading([likely], moved, .03)): layout = likely
     if layout is not None or len(shape) > 3 or len(self.image_size) != 2 or shape[1] < 4 or number in self._grids_of_tokens: return layout
@@ -291,21 +296,30 @@ def spatial(self:LayerScan) -> list[LayerCall]:
     if not hasattr(self, '_spatial'): self._spatial = self._find_spatial()
     return self._spatial
 
+# %% ../../nbs/16_probe.scan.ipynb #7c3e90d1
+@patch
+def _why_no_space(self:LayerScan):
+    "Why no layer has an output with space, in a sentence"
+    kind,scripted = type(self.model).__name__,scripted_part(self.model)
+    if scripted is not None:
+        return (f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched, and no other layer of this {kind} '
+                'has an output with space: explain the model as it was before')
+    if self._stacked:
+        name,n_rows = self._stacked
+        return (f'this {kind} runs several images of an item in one batch (layer {name!r} returns {n_rows} rows for one item), '
+                'so it is not known which row belongs to which image: '
+                'explain the part of it that takes one image, or give it one image an item')
+    grids = [seen for seen in self.seen if seen.shape and len(seen.shape)==4 and math.prod(seen.shape[2:]) > 1]
+    if grids and len(self.image_size or ())==3:
+        return words_of_one_frame(grids[0].name, torch.empty(grids[0].shape, device='meta'), self.image_size)
+    return (f'no layer of this {kind} has an output with space ([batch, channels, height, width] and more than one position): '
+            'pass the layer to look at, or larger images')
+
 # %% ../../nbs/16_probe.scan.ipynb #ad32a85c
 @patch
 def _find_spatial(self:LayerScan):
     chosen = [i for i,seen in enumerate(self.seen) if seen.layout is not None and _has_parameters(seen.module)]
-    if not chosen:
-        scripted = scripted_part(self.model)
-        if scripted is not None:
-            raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched, and no other layer of this {type(self.model).__name__} '
-                             'has an output with space: explain the model as it was before')
-        if self._stacked:
-            raise ValueError('this {} runs several images of an item in one batch (layer {!r} returns {} rows for one item), '
-                             'so it is not known which row belongs to which image: explain the part of it that takes one image, or give it one image an item'.format(type(self.model).__name__, *self._stacked))
-        frame = next((seen for seen in self.seen if len(self.image_size or ())==3 and seen.shape and len(seen.shape)==4 and math.prod(seen.shape[2:]) > 1), None)
-        if frame is not None: raise ValueError(words_of_one_frame(frame.name, torch.empty(frame.shape, device='meta'), self.image_size))
-        raise ValueError(f'no layer of this {type(self.model).__name__} has an output with space ([batch, channels, height, width] and more than one position): pass the layer to look at, or larger images')
+    if not chosen: raise ValueError(self._why_no_space())
     chosen = [i for i in chosen if min(self.seen[i].layout.grid) > 1] or chosen # a single row knows only half of where
     if self._several: chosen = self._of_the_image(chosen)
     if self._several or self.seen[chosen[-1]].layout.is_tokens or not isinstance(self.out, Tensor): chosen = self._that_matter(chosen)
@@ -324,7 +338,9 @@ def _of_the_image(self:LayerScan, chosen):
         changed.append(before is not None and not torch.equal(before, self._act(module, out)))
     self._run(*swap_tensor(self._own_image, other, self.args, self.kwargs), note)
     found = [i for i in chosen if changed[i]]
-    if not found: raise ValueError(f'no layer with space depends on image {self.image} of the inputs of this {type(self.model).__name__}: pass another image, or the layer to look at')
+    if not found:
+        raise ValueError(f'no layer with space depends on image {self.image} of the inputs of this {type(self.model).__name__}: '
+                         'pass another image, or the layer to look at')
     return found
 
 # %% ../../nbs/16_probe.scan.ipynb #5270f3ae
@@ -338,12 +354,15 @@ def _that_matter(self:LayerScan, chosen):
         out = self._run(args, kwargs, lambda name, module, out: outs.append(self._act(module, out)), grad=True)
         score = next(t for t in tensors_in(out) if t.is_floating_point()) if self.asks is None else self.asks(out)
         if not (isinstance(score, Tensor) and score.requires_grad): return chosen # who asks that will be told
-        weights = torch.linspace(1, 2, score.numel(), dtype=score.dtype, device=score.device).view(score.shape) # probabilities add up to 1, and 1 has no gradient
+        # probabilities add up to 1, and 1 has no gradient
+        weights = torch.linspace(1, 2, score.numel(), dtype=score.dtype, device=score.device).view(score.shape)
         tracked = [i for i in chosen if outs[i].requires_grad]
         grads = gradients_of((score*weights).sum(), [outs[i] for i in tracked], allow_unused=True)
     found = [i for i,grad in zip(tracked, grads) if grad is not None and bool((self.seen[i].layout.spatial(grad) != 0).any())]
     if not found and is_saturated(out): raise ValueError(SATURATED)
-    if not found: raise ValueError(f'the output of this {type(self.model).__name__} does not change with any layer that has space (is its last layer all zeros, as some are before training?): train it first, or pass the layer to look at')
+    if not found:
+        raise ValueError(f'the output of this {type(self.model).__name__} does not change with any layer that has space '
+                         '(is its last layer all zeros, as some are before training?): train it first, or pass the layer to look at')
     return found
 
 @patch(as_prop=True)
@@ -353,7 +372,8 @@ def _n_out(self:LayerScan): return self.out.shape[-1] if isinstance(self.out, Te
 def draws(self:LayerScan) -> bool:
     "Does the model return something with more places than its coarsest layer, as in segmentation?"
     out = next((t for t in tensors_in(self.out) if t.is_floating_point()), None)
-    layout = None if out is None or self.image_size is None or out.dim() != len(self.image_size) + 2 else find_layout(out.shape, self.image_size)
+    may_draw = out is not None and self.image_size is not None and out.dim()==len(self.image_size) + 2
+    layout = find_layout(out.shape, self.image_size) if may_draw else None
     return layout is not None and math.prod(layout.grid) > min(math.prod(seen.layout.grid) for seen in self.spatial)
 
 # %% ../../nbs/16_probe.scan.ipynb #663a1488
@@ -364,7 +384,8 @@ def last(self:LayerScan) -> LayerCall:
     if self.draws:
         fewest,drawn = min(math.prod(seen.layout.grid) for seen in spatial),next(t for t in tensors_in(self.out) if t.is_floating_point())
         coarsest = [seen for seen in spatial if math.prod(seen.layout.grid)==fewest]
-        coarsest = [seen for seen in coarsest if seen.n_channels != drawn.shape[1]] or coarsest # not the drawing itself, before it is enlarged
+        # not the drawing itself, before it is enlarged
+        coarsest = [seen for seen in coarsest if seen.n_channels != drawn.shape[1]] or coarsest
         depth = min(seen.name.count('.') for seen in coarsest)
         return max((seen for seen in reversed(coarsest) if seen.name.count('.')==depth), key=lambda seen: seen.n_channels)
     last = spatial[-1]
@@ -373,12 +394,14 @@ def last(self:LayerScan) -> LayerCall:
         after = spatial[blocks[-1]+1:] if blocks else spatial
         if blocks and spatial[blocks[-1]].n_channels != self._n_out: # a head that speaks at every place is the answer itself
             after = [seen for seen in after if seen.n_channels != self._n_out] or [spatial[blocks[-1]]]
-        if blocks: after = [seen for seen in after if seen.n_channels==spatial[blocks[-1]].n_channels] or after # no keys and values beside each other
+        # no keys and values beside each other
+        if blocks: after = [seen for seen in after if seen.n_channels==spatial[blocks[-1]].n_channels] or after
         depth = min(seen.name.count('.') for seen in after)
         last = [seen for seen in after if seen.name.count('.')==depth][-1]
     n_after = self.n_ran - last.n_before
     if n_after > max(8, 4*last.n_before):
-        raise ValueError(f'the last layer with space is {last.name!r}, and {n_after} of the {self.n_ran} layers come after it: a map from there would say little, so name the layer if you want it all the same')
+        raise ValueError(f'the last layer with space is {last.name!r}, and {n_after} of the {self.n_ran} layers come after it: '
+                         'a map from there would say little, so name the layer if you want it all the same')
     return last
 
 # %% ../../nbs/16_probe.scan.ipynb #ed680a82
@@ -390,14 +413,16 @@ def stages(self:LayerScan,
     last,ends,coarsest = self.last,{},None
     for seen in self.spatial:
         size = seen.layout.grid
-        if coarsest is None or math.prod(size) <= coarsest: ends[size],coarsest = seen,math.prod(size) # a decoder's growing maps are no stages
+        # a decoder's growing maps are no stages
+        if coarsest is None or math.prod(size) <= coarsest: ends[size],coarsest = seen,math.prod(size)
         if seen is last: break
     ends[last.layout.grid] = last
     return list(ends.values())[-n:]
 
 @patch
 def last_two(self:LayerScan) -> list[LayerCall]: # The finer one first; one only where the network has a single resolution
-    "The last layer, and the last block at the next finer resolution: within a block that makes its input coarser, layers are still at work at the finer one"
+    """The last layer, and the last block at the next finer resolution: within a block that makes its input coarser,
+    layers are still at work at the finer one"""
     *finer,last = self.stages(2)
     before = self.spatial[:self.spatial.index(last)]
     def block_of(end): return next((seen for seen in reversed(before) if seen.is_block and seen.layout.grid==end.layout.grid), end)
@@ -427,11 +452,14 @@ def bias_layers(
     *args:Any, # Inputs of a real batch: only their first item is used
     **kwargs:Any
 ) -> list[tuple[str,nn.Module]]: # Names and modules, as they ran
-    "The convolutions with a bias and the batch norms that ran on something with space, found by one pass of one item; `ValueError` if one ran several times"
+    """The convolutions with a bias and the batch norms that ran on something with space, found by one pass of one item;
+    `ValueError` if one ran several times"""
     size,found = image_size_of(args, kwargs),{}
     def note(name, module, out):
         if to_spatial(out, size) is None: return
-        if name in found: raise ValueError(f'layer {name!r} runs more than once in a pass, and only the last of its calls is captured, so the biases would not add up: use another method')
+        if name in found:
+            raise ValueError(f'layer {name!r} runs more than once in a pass, and only the last of its calls is captured, '
+                             'so the biases would not add up: use another method')
         found[name] = module
     _watched_pass(model, args, kwargs, lambda module: effective_bias(module) is not None, note)
     return list(found.items())
