@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, Normalize, Resize, get_image_files, imagenet_stats, parent_label
 
+pytest.register_assert_rewrite('helpers') # their assertions say what was compared, as those of tests do
+
 
 # -- what sweeps is marked `slow`: `make test` leaves it out and says so, `make test-slow` runs it alone
 

@@ -6,7 +6,6 @@ from torch import nn
 
 from fastai_cam.probe.layout import find_layout, find_layouts
 from fastai_cam.probe.watch import alignment, Probe
-from fastai_cam.probe.scan import LayerScan
 
 
 def conv(i, o): return [nn.Conv2d(i, o, 3, 1, 1), nn.ReLU()]

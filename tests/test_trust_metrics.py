@@ -1,53 +1,26 @@
 "Measures of maps against naive loops, other libraries and values by hand; nothing here needs a real model."
 import math
-import pickle
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 import torch.nn.functional as F
 
 import fastai_cam.trust.rescore as trust_rescore_room
-from fastai_cam.methods.registry import as_method, METHODS
-from fastai_cam.methods.combine import enlarge
-from fastai_cam.all import *
-from fastai_cam.methods.baselines import BASELINES
-from fastai_cam.trust.impute import impute, road, road_lerf, road_morf
-from fastai_cam.trust.masks import (
-    average_precision, best_iou, boxes_to_masks, energy_in_mask, iou, pointing_game, points_to_masks, relevance_rank)
+from fastai_cam.methods.registry import as_method
+from fastai_cam.all import METRICS
+from fastai_cam.trust.impute import road
+from fastai_cam.trust.masks import iou
 from fastai_cam.trust.metrics import (
-    adcc, arcc, average_drop, coherency, complexity, curve_area, curve_shares, deletion, deletion_curve, drop_in_deletion, entropy, gini,
-    increase_in_confidence, insertion, insertion_curve, insertion_deletion, max_sensitivity, pixel_flipping)
-from fastai_cam.trust.rescore import as_metrics, baseline_images, Explainer, Rescorer
+    adcc, arcc, average_drop, coherency, complexity, curve_area, curve_shares, deletion, deletion_curve, drop_in_deletion, entropy,
+    gini, increase_in_confidence, insertion, insertion_curve, insertion_deletion, max_sensitivity, pixel_flipping)
+from fastai_cam.trust.rescore import Explainer, Rescorer
 from fastai_cam.probe.watch import Probe
-from fastai_cam.targets.kinds import ClassIndex, Predicted
+from fastai_cam.targets.kinds import ClassIndex
+
+from helpers.metrics import images, maps, masks, net
 
 pytestmark = pytest.mark.filterwarnings('ignore:__array_wrap__') # pytorch-grad-cam hands tensors to numpy
-
-
-@pytest.fixture
-def net(seeded):
-    body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU())
-    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))).train()
-    model[0][1].running_mean.uniform_(-.5, .5); model[0][1].running_var.uniform_(.5, 2)
-    return model
-
-
-@pytest.fixture
-def images(seeded): return torch.randn(5, 3, 24, 32)
-
-
-@pytest.fixture
-def maps(seeded): return torch.randn(5, 6, 8)
-
-
-@pytest.fixture
-def masks(seeded):
-    found = torch.zeros(5, 24, 32, dtype=torch.bool)
-    for i, (top, left, height, width) in enumerate([(2, 3, 10, 12), (0, 0, 24, 32), (20, 1, 3, 3), (5, 5, 1, 1)]): found[i, top:top+height, left:left+width] = True
-    return found # the last is empty, the second full
 
 
 def linear(images, items):
@@ -150,116 +123,6 @@ def test_wrong_shapes_are_told_before_any_work(maps, images, masks):
         with pytest.raises(ValueError, match=said): call()
     with pytest.raises(TypeError, match='masks > 0'): iou(maps, masks.float())
     with pytest.raises(TypeError, match='rescore'): insertion(maps, images)
-
-
-def test_names_and_partials_of_measures():
-    assert as_metrics('insertion')==[insertion] and as_metrics(['gini', iou])==[gini, iou]
-    strict, = as_metrics(partial(iou, threshold=.8))
-    assert (strict.__name__, strict.kind, strict.higher, strict.needs)==('iou(threshold=0.8)', 'localisation', True, ('masks',))
-    one = torch.tensor([[[1., .7], [0, 0]]]), torch.tensor([[[True, True], [False, False]]])
-    assert strict(*one)==.5 and iou(*one)==1
-    assert pickle.loads(pickle.dumps(insertion)) is insertion
-    with pytest.raises(ValueError, match="did you mean 'insertion'"): as_metrics(['gini', 'insertoin'])
-    with pytest.raises(ValueError, match='empty'): as_metrics([])
-    with pytest.raises(TypeError, match='@cam_metric'): as_metrics(lambda maps: maps.mean((1, 2)))
-    with pytest.raises(ValueError, match='localisation'): cam_metric('pretty', higher=True)
-
-
-# -- asking the model
-
-def test_rescore_asks_each_item_its_own_question_and_leaves_the_model_as_it_was(net, images):
-    modes = [module.training for module in net.modules()]
-    images = images + torch.linspace(-6, 6, 5)[:, None, None, None] # of which the model says different things
-    with Probe(net) as p:
-        cap = p(images)
-        score = cap.score(Predicted())
-        rescore = Rescorer(cap, score, partial(torch.softmax, dim=1), bs=4, n_images=1000)
-        items = torch.tensor([4, 0, 0, 2, 3, 1, 4, 2, 2])
-        others = torch.randn(9, 3, 24, 32)
-        found = rescore(others, items)
-    assert [module.training for module in net.modules()]==modes and not any(p.grad is not None for p in net.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-    net.eval()
-    with torch.no_grad(): asked, expected = net(images).argmax(1), net(others).softmax(1)
-    assert asked.unique().numel() > 1
-    assert torch.allclose(found, expected[torch.arange(9), asked[items]], atol=1e-5) and not found.requires_grad
-
-
-def test_rescore_runs_bs_images_at_a_time(net, images, monkeypatch):
-    with Probe(net) as p:
-        cap = p(images)
-        sizes, run = [], cap.run
-        monkeypatch.setattr(cap, 'run', lambda images, items: (sizes.append(len(images)), run(images, items))[1])
-        Rescorer(cap, cap.score(ClassIndex(1)), bs=4)(torch.randn(9, 3, 24, 32), torch.zeros(9, dtype=torch.long))
-    assert sizes==[4, 4, 1]
-
-
-def test_as_many_images_at_once_as_run_fast():
-    assert [(piece.start, piece.stop) for piece in trust_rescore_room.slices_of(19, None, torch.device('cpu'))]==[(0, 8), (8, 16), (16, 19)]
-    assert [(piece.start, piece.stop) for piece in trust_rescore_room.slices_of(65, None, torch.device('cuda'))]==[(0, 64), (64, 65)]
-    assert [(piece.start, piece.stop) for piece in trust_rescore_room.slices_of(5, 2, torch.device('cuda'))]==[(0, 2), (2, 4), (4, 5)]
-
-
-class Opaque(nn.Module):
-    "Cannot be traced: what it does depends on its input"
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-    def forward(self, x): return self.net(x) if x.sum() > -1e9 else x
-
-
-@pytest.mark.parametrize('traced', [True, False])
-def test_rescore_in_lower_precision_is_close_and_comes_back_wide(net, images, traced):
-    model, others, whose = net if traced else nn.Sequential(Opaque(net[0]), net[1]), torch.randn(9, 3, 24, 32), torch.arange(9)%5
-    with Probe(model, '0') as p:
-        cap = p(images)
-        exact, low = (Rescorer(cap, cap.score(ClassIndex(1)), n_images=n, dtype=dtype)(others, whose) for n, dtype in ((0, None), (64, torch.bfloat16)))
-        assert cap.run(others, whose).dtype==torch.float32 # softmax is not taken in bfloat16
-    assert 0 < (low - exact).abs().max() < .03*exact.abs().max()
-    with Probe(model, '0') as p:
-        cap = p(images)
-        assert torch.equal(Rescorer(cap, cap.score(ClassIndex(1)), n_images=63, dtype=torch.bfloat16)(others, whose), exact) # a few images are run as they are
-
-
-def test_a_model_that_lower_precision_breaks_runs_as_it_is(images):
-    body, head = nn.Conv2d(3, 2, 1, bias=False), nn.Linear(2, 2, bias=False)
-    with torch.no_grad():
-        body.weight.copy_(torch.tensor([[1., 0, 0], [1., .001, 0]])[..., None, None])
-        head.weight.copy_(torch.tensor([[-1000., 1000.], [0., 1.]])) # of two nearly equal channels the difference: the mean of the second colour
-    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
-    with Probe(model) as p:
-        cap = p(images)
-        found = Rescorer(cap, cap.score(ClassIndex(0)), n_images=100, dtype=torch.bfloat16)(images, torch.arange(5))
-    assert torch.allclose(found, images[:, 1].mean((1, 2)), atol=1e-3)
-
-
-def test_rescore_of_two_questions_or_of_a_score_by_hand_is_refused(net, images):
-    with Probe(net) as p:
-        cap = p(images)
-        with pytest.raises(ValueError, match='Rescorer for each'): Rescorer(cap, cap.score(lambda out: out[:, :2]))
-        with pytest.raises(ValueError, match='by hand'): Rescorer(cap, cap.out[:, 0])
-
-
-def test_explain_gives_the_maps_that_the_method_gives(net, images):
-    images = images + torch.linspace(-6, 6, 5)[:, None, None, None]
-    with Probe(net) as p:
-        cap = p(images)
-        found = Explainer(cap, cap.score(Predicted()), 'gradcam', bs=2)(images.flip(0), torch.arange(4, -1, -1))
-        expected = as_method('gradcam')(cap, cap.score(Predicted()))[:, 0]
-    assert torch.allclose(found.flip(0), expected, atol=1e-6) and expected.abs().max() > 1e-3
-
-
-def test_measures_of_a_learner_model_leave_nothing_behind(net, images):
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with Probe(net) as p:
-        cap = p(images)
-        score = cap.score(Predicted())
-        maps = as_method('gradcam')(cap, score)[:, 0]
-        values = arcc(maps, images, Rescorer(cap, score, partial(torch.softmax, dim=1)), Explainer(cap, score))
-        max_sensitivity(maps, images, Explainer(cap, score), n=2)
-    assert values.isfinite().all()
-    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules())
 
 
 # -- faithfulness by naive loops
@@ -407,83 +270,6 @@ def test_uniform_maps_favour_no_place(images):
     assert abs(blocks.std().item() - .5/16) < .01 # as independent pixels have it
 
 
-def test_the_order_of_ties_is_the_seed_s():
-    ranks = [trust_rescore_room.ranks_of(torch.zeros(2, 1000), seed) for seed in (0, 0, 1)]
-    assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
-    assert torch.equal(ranks[0][0], ranks[0][1]) and torch.equal(ranks[0][0].sort().values, torch.arange(1000))
-
-
-# -- ROAD
-
-def smooth(seed, size, n=1, grid=(5, 7)): return F.interpolate(torch.randn(n, 3, *grid, generator=torch.Generator().manual_seed(seed)), size=size, mode='bicubic')
-
-
-@pytest.mark.parametrize('size', [(40, 56), (33, 47), (7, 9), (3, 4), (1, 12)])
-@pytest.mark.parametrize('share', [.1, .5, .9])
-@pytest.mark.parametrize('grid', [(3, 4), (40, 56)])
-def test_imputation_is_that_of_pytorch_grad_cam(size, share, grid):
-    road_peer = pytest.importorskip('pytorch_grad_cam.metrics.road')
-    image = smooth(0, size, 2) + .1*torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
-    values = enlarge(torch.randn(2, *grid, generator=torch.Generator().manual_seed(1)), size)
-    removed = trust_rescore_room.ranks_of(values.flatten(1)).view(2, *size) < max(1, round(share*size[0]*size[1]))
-    found = impute(image, removed, noise=0)
-    for i in range(2):
-        expected = road_peer.NoisyLinearImputer(noise=0)(image[i], 1 - removed[i].float())
-        assert (found[i] - expected).abs().max() <= 1e-4*(image[i].max() - image[i].min())
-    assert torch.equal(found[~removed[:, None].expand_as(found)], image[~removed[:, None].expand_as(found)])
-
-
-def test_an_image_is_imputed_alike_alone_and_beside_a_harder_one():
-    image, removed = smooth(0, (64, 64), 2), torch.zeros(2, 64, 64, dtype=torch.bool)
-    removed[0, 5:9, 5:9] = True
-    removed[1, 2:62, 2:62] = True
-    together, alone = impute(image, removed, noise=0), impute(image[:1], removed[:1], noise=0)
-    assert (together[0] - alone[0]).abs().max() < 1e-7*(image[0].max() - image[0].min())
-
-
-def test_the_equations_hold_in_double_precision_as_exactly_as_asked():
-    image, removed = smooth(0, (64, 64)).double(), torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(2)) < .7
-    removed[0, 10:50, 10:50] = True
-    found = impute(image, removed, noise=0, tol=1e-12)
-    weights = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.double)[None, None]/12
-    ones = torch.ones(1, 1, 64, 64, dtype=torch.double)
-    mean = F.conv2d(found.view(3, 1, 64, 64), weights, padding=1)/F.conv2d(ones, weights, padding=1)
-    assert ((mean - found.view(3, 1, 64, 64))*removed).abs().max() < 1e-10
-
-
-def test_noise_is_the_seed_s_and_only_on_what_was_removed():
-    image, removed = smooth(0, (32, 32), 2), torch.zeros(2, 32, 32, dtype=torch.bool)
-    removed[:, 8:24, 8:24] = True
-    plain, noisy = impute(image, removed, noise=0), impute(image, removed, noise=.2)
-    inside = (noisy - plain)[:, :, 8:24, 8:24]
-    assert torch.equal(noisy, impute(image, removed, noise=.2)) and not torch.equal(noisy, impute(image, removed, noise=.2, seed=1))
-    assert torch.equal(noisy*~removed[:, None], image*~removed[:, None])
-    assert .18 < inside.std() < .22 and torch.allclose(inside[0], inside[1], atol=1e-5)
-    assert not torch.allclose(inside[0, 0], inside[0, 1])
-
-
-def test_road_is_that_of_pytorch_grad_cam(images, net, monkeypatch):
-    peer = pytest.importorskip('pytorch_grad_cam.metrics.road')
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    monkeypatch.setattr(peer.NoisyLinearImputer.__init__, '__defaults__', (0, peer.neighbors_weights))
-    net.eval()
-    maps = torch.randn(5, 24, 32)
-    for ours, theirs in [(road, peer.ROADCombined), (road_morf, peer.ROADMostRelevantFirstAverage), (road_lerf, peer.ROADLeastRelevantFirstAverage)]:
-        expected = theirs(percentiles=[25, 50, 75])(images, maps.numpy(), [ClassifierOutputTarget(2)]*5, net) # 768 pixels in quarters: no rounding
-        with Probe(net) as p:
-            cap = p(images)
-            found = ours(maps, images, Rescorer(cap, cap.score(ClassIndex(2))), percentiles=[25, 50, 75], noise=0)
-            assert torch.allclose(found, torch.as_tensor(expected), atol=2e-4*found.abs().max() + 1e-4), ours.__name__
-            assert found.abs().max() > 1e-3
-
-
-def test_road_prefers_the_pixels_that_count(images):
-    weights = torch.rand(1, 24, 32, generator=torch.Generator().manual_seed(5))
-    def score(images, items): return (images[:, 0]*(weights > .8)).abs().sum((1, 2))
-    right = (weights > .8).float().expand(5, -1, -1)
-    assert (road(right, images, score, percentiles=[20]) > 0).all() and (road(-right, images, score, percentiles=[20]) < 0).all()
-
-
 # -- composites
 
 def test_composites_by_scipy_and_by_the_formula(maps, images):
@@ -533,91 +319,6 @@ def test_maps_that_are_the_same_everywhere_gain_nothing(images):
     assert (complexity(-ones)==0).all()
 
 
-# -- localisation
-
-def test_localisation_by_loops_and_libraries(masks):
-    from scipy import ndimage
-    from sklearn.metrics import average_precision_score, jaccard_score
-    maps = torch.randn(5, 24, 32)
-    large = maps.numpy()
-    for i in range(4):
-        values, mask = large[i], masks[i].numpy()
-        y, x = np.unravel_index(values.argmax(), values.shape)
-        evidence = values.clip(0)
-        n = mask.sum()
-        strongest = np.argsort(-values.ravel())[:n]
-        expected = dict(pointing_game=float(mask[y, x]), energy_in_mask=evidence[mask].sum()/evidence.sum(), iou=jaccard_score(mask.ravel(), values.ravel() >= values.max()/2),
-                        relevance_rank=mask.ravel()[strongest].mean(), average_precision=average_precision_score(mask.ravel(), values.ravel()))
-        for name, value in expected.items(): assert METRICS[name](maps, masks)[i].item()==pytest.approx(value, abs=1e-4), name
-        ious = [jaccard_score(mask.ravel(), values.ravel() >= level) for level in np.unique(values[values > 0])]
-        assert best_iou(maps, masks)[i].item()==pytest.approx(max(ious), abs=1e-5)
-        near = ndimage.binary_dilation(mask, np.hypot(*np.mgrid[-4:5, -4:5]) <= 4) # a disc
-        assert pointing_game(maps, masks, tolerance=4)[i]==near[y, x]
-        assert iou(maps, masks, threshold='mean')[i].item()==pytest.approx(jaccard_score(mask.ravel(), evidence.ravel() >= evidence.mean()), abs=1e-6)
-    assert all(METRICS[name](maps, masks)[4].isnan() for name in METRICS if METRICS[name].kind=='localisation')
-    assert energy_in_mask(maps, masks)[1]==pytest.approx(1) and relevance_rank(maps, masks)[1]==1
-
-
-def test_ties_by_sklearn_and_by_shuffling(masks):
-    from sklearn.metrics import average_precision_score
-    stepped = torch.randint(0, 4, (5, 24, 32), generator=torch.Generator().manual_seed(4)).float()
-    found, rng, masks = average_precision(stepped, masks), np.random.default_rng(0), masks
-    for i in range(4): assert found[i].item()==pytest.approx(average_precision_score(masks[i].numpy().ravel(), stepped[i].numpy().ravel()), abs=1e-6)
-    for i in (0, 2):
-        values, mask, shares = stepped[i].numpy().ravel(), masks[i].numpy().ravel(), []
-        for _ in range(3000):
-            order = np.lexsort((rng.random(768), -values))
-            shares.append(mask[order[:mask.sum()]].mean())
-        assert relevance_rank(stepped, masks)[i].item()==pytest.approx(np.mean(shares), abs=4*np.std(shares)/3000**.5)
-    peaks = (stepped[0]==3)
-    assert pointing_game(stepped, masks)[0].item()==pytest.approx((masks[0] & peaks).sum().item()/peaks.sum().item())
-
-
-@pytest.mark.parametrize('name', [name for name in METRICS if METRICS[name].kind=='localisation'])
-def test_the_uniform_map_scores_the_area(name, masks):
-    area = masks.float().mean((1, 2))
-    for value in (1., 1/3, 7e-5): assert torch.allclose(METRICS[name](torch.full((5, 7, 7), value), masks)[:4], area[:4], atol=1e-6), value
-
-
-@pytest.mark.parametrize('name', [name for name in METRICS if METRICS[name].kind=='localisation'])
-def test_the_mask_itself_is_a_perfect_map(name, masks):
-    assert torch.allclose(METRICS[name](masks.float(), masks)[:4], torch.ones(4))
-
-
-def test_a_map_without_positive_evidence_has_failed(maps, masks):
-    for empty in (torch.zeros(5, 6, 8), -maps.abs() - .1):
-        for name in ('pointing_game', 'energy_in_mask', 'iou', 'best_iou'): assert (METRICS[name](empty, masks)[:4]==0).all(), name
-    assert torch.allclose(relevance_rank(torch.zeros(5, 6, 8), masks)[:4], masks.float().mean((1, 2))[:4])
-    assert relevance_rank(masks.float() - 2, masks)[0]==1 # the order counts, not the sign
-
-
-def test_levels_and_distances_by_hand():
-    "A pixel at the threshold counts, also at the mean of equal values; the tolerance is a disc"
-    one_map, upper = torch.tensor([[[4., 1.], [2., 0.]]]), torch.tensor([[[True, True], [False, False]]])
-    assert iou(one_map, upper).item()==pytest.approx(1/3) and iou(one_map, upper, threshold=.51)==.5
-    thirds = torch.full((1, 7, 7), 1/3)
-    assert iou(thirds, torch.ones(1, 30, 30, dtype=torch.bool), threshold='mean')==1
-    place = torch.zeros(1, 20, 20, dtype=torch.bool); place[0, 10, 10] = True
-    for y, x, hit in [(10, 14, 1), (10, 15, 0), (13, 13, 0), (12, 13, 1)]:
-        peak = torch.zeros(1, 20, 20); peak[0, y, x] = 1
-        assert pointing_game(peak, place, tolerance=4)==hit and pointing_game(peak, place)==0
-
-
-def test_boxes_and_points():
-    boxes = [[(2, 1, 5, 3), (0, 0, 1, 1)], (1.5, .5, 3.5, 2.4), [], [[0, 0, 99, 99]]]
-    found = boxes_to_masks(boxes, (4, 6))
-    expected = torch.zeros(4, 4, 6, dtype=torch.bool)
-    expected[0, 1:3, 2:5] = expected[0, 0, 0] = True
-    expected[1, 0:2, 1:3] = True # middles at 1.5 and 2.5, and at .5 and 1.5
-    expected[3] = True
-    assert torch.equal(found, expected)
-    assert torch.equal(boxes_to_masks(torch.tensor([[2, 1, 5, 3], [0, 0, 1, 1]]), (4, 6)).sum((1, 2)), torch.tensor([6, 1]))
-    discs = points_to_masks([(3, 2), [(0, 0), (5, 3)]], (4, 6), radius=1.5)
-    for i, points in enumerate([[(3, 2)], [(0, 0), (5, 3)]]):
-        for y in range(4):
-            for x in range(6): assert discs[i, y, x].item()==any(math.hypot(x - px, y - py) <= 1.5 for px, py in points)
-
-
 # -- the map by itself
 
 def test_gini_and_entropy_by_loops(maps):
@@ -641,38 +342,3 @@ def test_sensitivity_by_a_loop(maps, images):
             worst[i] = max(worst[i], (moved[0] - maps[i]).norm()/maps[i].norm())
     assert torch.allclose(max_sensitivity(maps, images, explain, radius=.1, n=4, seed=3), worst, atol=1e-6) and (worst > .01).all()
     assert max_sensitivity(torch.zeros(5, 6, 8), images, explain, n=1).isnan().all()
-
-
-# -- baselines
-
-def test_blur_is_a_truncated_gaussian():
-    from scipy import ndimage
-    image = torch.randn(1, 2, 224, 260, generator=torch.Generator().manual_seed(0))
-    expected = ndimage.gaussian_filter(image.double().numpy(), 5, mode='mirror', radius=5, axes=(2, 3))
-    assert np.allclose(baseline_images(image, 'blur').numpy(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize('name', BASELINES)
-def test_baseline_maps_depend_on_nothing_but_the_image(name, net, images):
-    def made(x, model, target):
-        with Probe(model, grad=False) as p:
-            cap = p(x)
-            return METHODS[name](cap, cap.score(target))
-    found = made(images, net, Predicted())
-    assert found.shape[:2]==(5, 1) and found.isfinite().all() and (found >= 0).all()
-    other = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, stride=4)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
-    assert torch.allclose(made(images, other, ClassIndex(1)), found)
-    assert made(images, net, lambda out: out[:, :3]).shape[:2]==(5, 3)
-    assert (name in ('edge_map', 'random_map'))==(not torch.allclose(found[0], found[1]))
-
-
-def test_edges_by_skimage(net, images):
-    filters = pytest.importorskip('skimage.filters')
-    with Probe(net, grad=False) as p:
-        cap = p(images)
-        found = METHODS['edge_map'](cap, cap.score(ClassIndex(0)))[:, 0]
-    assert found.shape==(5, 6, 8)
-    for i in range(5):
-        grey = images[i].mean(0).numpy()
-        expected = np.hypot(filters.sobel_h(grey), filters.sobel_v(grey))[4:20, 4:28].reshape(4, 4, 6, 4).mean((1, 3)) # theirs leaves the border out
-        assert np.allclose(found[i, 1:5, 1:7].numpy()/expected, found[i, 1, 1].item()/expected[0, 0], rtol=1e-4)
