@@ -20,6 +20,7 @@ from .targets.lookup import Versus
 from .targets.lookup import WhyNot
 from .tasks import Task
 from .methods.registry import cam_method
+from .methods.registry import cam_weights
 from .methods.registry import cam_wrapper
 from .methods.registry import METHODS
 from .methods.registry import WRAPPERS
@@ -27,4 +28,4 @@ from .trust.rescore import cam_metric
 from .trust.rescore import METRICS
 from .probe.watch import alignment
 from .probe.watch import Probe
-__all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+__all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']

@@ -35,6 +35,7 @@ from .probe.guard import released
 from .probe.guard import unwrap_model
 from .probe.layers import check_layers
 from .probe.watch import Probe
+from .tasks import check_task
 from .tasks import MultiLabel
 from .tasks import NoAnswer
 from .tasks import NOT_ASKED

@@ -15,7 +15,7 @@ from .boxes import Peak
 from .cams import CAMs
 from .cams import Images
 from .cams import ItemMaps
-from .cams import TASKS
+from ..tasks import TASKS
 import fastai_cam.maps.titles
 import fastai_cam.maps.store
 __all__ = ['TASKS', 'normalize', 'upsample', 'plain_text', 'plain_legend', 'plain_html', 'fading', 'to_pixels', 'to_slices', 'check_style', 'CAMMap', 'Box', 'Peak', 'Images', 'ItemMaps', 'CAMs']

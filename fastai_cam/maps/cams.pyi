@@ -19,7 +19,9 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
+from ..tasks import as_task
 from ..tasks import NOT_ASKED
+from ..tasks import Task
 from .words import as_text
 from .words import plain_text
 from .pixels import as_volume
@@ -30,8 +32,7 @@ from .draw import save_figure
 from .draw import warn_not_finite
 from .draw import warn_of_cells
 from .boxes import check_finding
-__all__ = ['TASKS', 'Images', 'ItemMaps', 'plain_values', 'CAMs']
-TASKS: Any
+__all__ = ['Images', 'ItemMaps', 'plain_values', 'CAMs']
 class Images():
     def __init__(self, fetch: Callable, idxs: Sequence[int]) -> None: ...
     def __len__(self) -> int: ...
@@ -46,7 +47,7 @@ class ItemMaps(L):
     def show(self, figsize: tuple | None=..., save: str | Path | None=..., **kwargs: Any) -> list[Axes]: ...
 def plain_values(values: Any) -> Any: ...
 class CAMs():
-    def __init__(self, maps: Tensor, images: 'Images|Sequence|None'=..., classes: Tensor | None=..., labels: Sequence[str] | None=..., preds: Tensor | None=..., targs: Tensor | None=..., losses: Tensor | None=..., items: Sequence | None=..., vocab: Sequence | None=..., n_space: int=..., task: str=..., regions: Tensor | None=..., signed: bool=..., thresh: float=..., texts: Sequence | None=..., sizes: Tensor | None=...) -> None: ...
+    def __init__(self, maps: Tensor, images: 'Images|Sequence|None'=..., classes: Tensor | None=..., labels: Sequence[str] | None=..., preds: Tensor | None=..., targs: Tensor | None=..., losses: Tensor | None=..., items: Sequence | None=..., vocab: Sequence | None=..., n_space: int=..., task: str | Task=..., regions: Tensor | None=..., signed: bool | None=..., thresh: float | None=..., texts: Sequence | None=..., sizes: Tensor | None=...) -> None: ...
     def images(*args: Any, **kwargs: Any) -> Any: ...
     def __setstate__(self, state: dict) -> Any: ...
     @property
@@ -67,6 +68,9 @@ class CAMs():
     def legend(self, loss: bool=...) -> str: ...
     def question(self, i: int, k: int=..., width: int=...) -> str: ...
     def title(self, i: int, k: int=...) -> str: ...
+    task: Any = ...
+    signed: Any = ...
+    thresh: Any = ...
     classes: Any
     items: Any
     labels: Any
@@ -75,10 +79,7 @@ class CAMs():
     n_space: Any
     preds: Any
     regions: Any
-    signed: Any
     sizes: Any
     targs: Any
-    task: Any
     texts: Any
-    thresh: Any
     vocab: Any

@@ -3,7 +3,6 @@ from typing import Any
 from fastai_cam.maps.boxes import Box
 from fastai_cam.maps.boxes import Peak
 import inspect
-import math
 import os
 import re
 import textwrap
@@ -19,6 +18,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
 from matplotlib.image import interpolations_names
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -29,7 +29,6 @@ from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
 from ..files import as_path
 from ..files import write_file
-from ..tasks import NOT_ASKED
 from ..methods.combine import enlarge
 from .words import plain_text
 from .pixels import as_drawn
@@ -38,8 +37,7 @@ from .pixels import normalize
 from .pixels import saturated
 from .pixels import to_pixels
 from .pixels import to_slices
-from matplotlib.figure import Figure
-__all__ = ['check_style', 'as_axes', 'save_figure', 'CAMMap', 'warn_not_finite', 'warn_of_cells', 'wrapped_title', 'check_computable', 'sizes_of', 'is_size', 'check_regions', 'sizes_in', 'check_classes']
+__all__ = ['check_style', 'as_axes', 'save_figure', 'CAMMap', 'warn_not_finite', 'warn_of_cells', 'wrapped_title']
 def check_style(**kwargs: Any) -> None: ...
 def as_axes(ax: Any) -> Any: ...
 def save_figure(fig: Figure, save: Any) -> Any: ...
@@ -63,10 +61,4 @@ class CAMMap():
     title: Any
 def warn_not_finite(names: Sequence, doing: str=...) -> Any: ...
 def warn_of_cells() -> Any: ...
-def wrapped_title(text: Any, width: int=..., most: Any=...) -> Any: ...
-def check_computable(name: Any, dtype: Any) -> Any: ...
-def sizes_of(cams: Any) -> Any: ...
-def is_size(value: Any) -> Any: ...
-def check_regions(regions: Any, n_questions: Any, n_space: Any) -> Any: ...
-def sizes_in(header: Any, n: int | None) -> Any: ...
-def check_classes(header: Any, tensors: Any) -> Any: ...
+def wrapped_title(text: str, width: int=..., most: int=...) -> list[str]: ...

@@ -15,16 +15,12 @@ from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..files import as_path
 from ..files import write_file
+from ..tasks import BinaryLabel
+from ..tasks import NOT_ASKED
+from ..tasks import task_named
 from .pixels import to_pixels
 from .pixels import to_slices
-from .draw import check_classes
-from .draw import check_computable
-from .draw import check_regions
-from .draw import is_size
-from .draw import sizes_in
-from .draw import sizes_of
 from .cams import CAMs
-from .cams import TASKS
 __all__ = []
 class _TooLarge(ValueError):
     ...

@@ -8,8 +8,11 @@ from .combine import weighted_sum
 from .registry import as_method
 from .registry import as_methods
 from .registry import cam_method
+from .registry import cam_weights
 from .registry import cam_wrapper
+from .registry import facts_of
 from .registry import method_name
+from .registry import MethodFacts
 from .registry import METHODS
 from .registry import per_layer
 from .registry import WRAPPERS
@@ -48,4 +51,4 @@ from .baselines import edge_map
 from .baselines import gaussian_map
 from .baselines import random_map
 from .baselines import uniform_map
-__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_wrapper', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

@@ -7,6 +7,7 @@ from scipy import ndimage
 from torch import Tensor
 from ..core import at_least_float
 from ..probe.capture import Capture
+from ..probe.capture import Scores
 from .registry import cam_method
 from .registry import for_all_scores
 __all__ = ['BASELINES', 'uniform_map', 'random_map', 'gaussian_map', 'edge_map']

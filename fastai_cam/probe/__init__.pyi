@@ -29,9 +29,9 @@ from .scan import LayerScan
 from .scan import stage_layers
 from .scan import to_spatial
 from .rerun import Pass
-from .rerun import Question
 from .capture import Capture
 from .capture import describe_head
+from .capture import Scores
 from .watch import alignment
 from .watch import Probe
-__all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Question', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
+__all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']

@@ -12,7 +12,6 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from fastcore.basics import patch
 from fastcore.basics import store_attr
 from ..core import at_least_float
-from ..core import batch_size
 from ..core import images_in
 from ..core import map_tensors
 from ..core import n_items_of
@@ -27,15 +26,7 @@ from .guard import paused
 from .guard import returning
 from .scan import activation_in
 from .scan import bias_layers
-__all__ = ['Question', 'of_rows', 'Pass', 'modules_after']
-class Question():
-    def __init__(self, func: Callable, items: Tensor | None=...) -> None: ...
-    def __call__(self, out: Any) -> Tensor: ...
-    def of(self, items: Tensor) -> 'Question': ...
-    def part(self, columns: slice) -> 'Question': ...
-    func: Any
-    items: Any
-def of_rows(func: Callable, args: Sequence) -> Any: ...
+__all__ = ['Pass', 'modules_after']
 class _Recording():
     def __init__(self, model: Any, name: Any, call: Any, run: Any, batch: Any) -> None: ...
     def returned(self, act: Tensor, items: Tensor) -> Any: ...

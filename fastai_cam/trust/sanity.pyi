@@ -20,6 +20,7 @@ from ..core import map_tensors
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
 from ..probe.capture import Capture
+from ..probe.capture import Scores
 from ..probe.watch import Probe
 from ..tasks import Values
 from ..targets.kinds import Predicted
@@ -79,4 +80,4 @@ class RandomClass(Target):
     labels: Any = ...
     seed: Any
 def similarity_of_learners(learn: Learner, other: Learner, item: Any=..., method: str | Callable | Sequence=..., layer: Any=..., cls: Any=..., n: int=...) -> pd.DataFrame: ...
-def randomization_similarity(cap: Capture, score: Tensor, method: str | Callable=..., seed: int=..., share: float=...) -> Tensor: ...
+def randomization_similarity(cap: Capture, scores: Scores, method: str | Callable=..., seed: int=..., share: float=...) -> Tensor: ...
