@@ -12,7 +12,7 @@ __all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 
 # %% ../nbs/all.ipynb #b42b5bdb
 import fastai_cam.shortcuts, fastai_cam.trust # which give learners and interpretations their checks
 from .interpret import CAMInterpretation
-from .learner import cam_head, cam_learner, CAMCallback
+from .learner.cams import cam_head, cam_learner, CAMCallback
 from .maps.cams import CAMs
 from .maps.draw import CAMMap
 from .targets.kinds import Actual, ClassIndex, Predicted, Score, Similarity, Target

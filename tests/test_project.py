@@ -27,7 +27,7 @@ ROOMS = ['core', 'files', 'probe.layout', 'probe.guard', 'probe.layers', 'probe.
          'probe.rerun', 'probe.capture', 'probe.watch', 'captions', 'tasks', 'targets.kinds', 'targets.lookup', 'methods.combine',
          'methods.registry', 'methods.catalogue', 'methods.baselines', 'maps.words', 'maps.pixels', 'maps.draw', 'maps.boxes',
          'maps.cams', 'maps.titles', 'maps.store', 'state', 'source.passes', 'source.loaders', 'source.images', 'source.items',
-         'learner', 'interpret', 'trust.rescore', 'trust.impute', 'trust.metrics', 'trust.masks', 'trust.similarity', 'trust.randomize',
+         'learner.task', 'learner.arguments', 'learner.query', 'learner.cams', 'interpret', 'trust.rescore', 'trust.impute', 'trust.metrics', 'trust.masks', 'trust.similarity', 'trust.randomize',
          'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence', 'shortcuts.matching',
          'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report']
 

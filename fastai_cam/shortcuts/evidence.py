@@ -109,16 +109,16 @@ def collect_evidence(
 ) -> Callable: # To be called with every batch
     "Collects the fields of `Evidence`, but for the last"
     def look(cap, scores, callback):
-        task = callback.target.parts[0].task.of(cap.out)
+        task = callback.query.target.parts[0].task.of(cap.out)
         if isinstance(task, (Values, Segmentation)) or not isinstance(cap.out, Tensor):
             raise ValueError('shortcuts are looked for in what classes of pictures have in common, '
                              'and this learner does not classify pictures')
         probabilities = task.probabilities(cap.out.detach().float())
-        maps = method(cap, scores)[:,0].detach()
+        maps = method(cap, scores[:,0])[:,0].detach()
         weights = normalize(F.adaptive_avg_pool2d(maps[:,None], cap.acts[-1].shape[2:]))
         features = (cap.acts[-1].float()*weights).mean((2,3))
         images = cap.image.detach().as_subclass(Tensor)
-        return [part.cpu() for part in (images, probabilities, *_class_rows(task, probabilities, callback._y), maps, features)]
+        return [part.cpu() for part in (images, probabilities, *_class_rows(task, probabilities, callback.y), maps, features)]
     return look
 
 # %% ../../nbs/81_shortcuts.evidence.ipynb #9d3dcc22

@@ -33,10 +33,11 @@ from ..maps.draw import CAMMap, check_style, save_figure
 from ..state import check_learner, preserve_state, with_bar
 from ..source.passes import decode_images, n_inputs
 from ..source.loaders import dl_source
-from ..learner import class_names, refuse_arguments, task_of
+from ..learner.task import class_names, task_of
+from ..learner.arguments import refuse_arguments
+from ..learner.query import query_of, run_query
 from ..interpret import CAMInterpretation
 from ..trust.rescore import slices_of
-from ..trust.compare import measure_batches
 from .evidence import appearance_features, collect_evidence, Evidence, FEWEST, surroundings_log_odds
 from .candidates import find_candidates, predicted_items
 from .testing import EditTester, Finding, Measurement
@@ -266,7 +267,8 @@ def _names(learn, n_classes):
 
 def _finite_evidence(learn, source, method, layer):
     "One pass over the set"
-    batches = measure_batches(learn, source, collect_evidence(method), None, layer, method)
+    query = query_of(learn, None, method, layer)
+    with preserve_state(learn) as quiet: batches,_ = run_query(quiet, source, query, collect_evidence(method))
     evidence = Evidence(*map(torch.cat, zip(*batches)))
     parts = evidence.probabilities,evidence.maps.flatten(1),evidence.features
     broken = ~torch.stack([part.isfinite().all(1) for part in parts]).all(0)

@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from ..core import evenly_spaced, map_tensors
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
@@ -33,10 +32,11 @@ from ..maps.words import plain_html, plain_legend, plain_text
 from ..maps.draw import CAMMap, check_style, save_figure
 from ..maps.cams import Images
 from ..state import check_learner, preserve_state, with_bar
-from ..source.passes import n_inputs
 from ..source.loaders import dl_source
 from ..source.items import as_source
-from ..learner import refuse_arguments, target_of, task_of
+from ..learner.task import target_of, task_of
+from ..learner.arguments import refuse_arguments
+from ..learner.query import Query, run_query
 from ..interpret import CAMInterpretation
 from .similarity import all_similarities, chance_similarities, MapComparison, MEASURES, spearman, structural_similarity_of
 from .randomize import (
@@ -178,10 +178,9 @@ def _check_asked(learn, method, layer, n, how='cascading', n_steps=8):
     structural_similarity_of()
     return methods
 
-def _batches(learn, source):
-    "The inputs of each batch, as plain tensors"
-    n_inp = getattr(source.dl, 'n_inp', n_inputs(learn))
-    return [map_tensors(lambda inp: inp.as_subclass(Tensor), tuple(to_device(batch, next(learn.model.parameters()).device))[:n_inp]) for batch in source.dl]
+def _asked_of_batch(cap, scores, callback):
+    "What went into the model, as plain tensors; what is asked; and at which layers"
+    return map_tensors(lambda inp: inp.detach().as_subclass(Tensor), tuple(cap.args)),scores.detach(),cap.names
 
 def _together(batches, most=64):
     "Inputs of all batches as one batch, of at most so many items: the statistics of batch norms are not to depend on the batch size"
@@ -199,26 +198,24 @@ def _joined(maps_of_batches):
     return [torch.cat(maps) for maps in zip(*maps_of_batches)]
 
 # %% ../../nbs/77_trust.sanity.ipynb #f07017c5
-def _maps_of_copy(copy, step, names, methods, batches, asked, **options):
-    try:
-        with Probe(copy, names, **options) as probe: return _joined([_first_maps(methods, probe(*inputs), scores) for inputs,scores in zip(batches, asked)])
+def _maps_of(model, names, query, batches, asked):
+    "The maps of all batches, by method"
+    with Probe(model, names, query.needs_grad) as probe: return _joined([_first_maps(query.methods, probe(*inputs), scores) for inputs,scores in zip(batches, asked)])
+
+def _maps_of_copy(copy, step, *args):
+    try: return _maps_of(copy, *args)
     except ValueError as e: raise ValueError(f'the method cannot be checked, as it does not run on a model with random weights (at step {step!r}): {e}') from e
 
 def _check(learn, source, methods, layer, how, n_steps, seed):
-    target,options = target_of(learn, None),dict(grad=any(getattr(method, 'needs_grad', True) for method in methods))
-    with preserve_state(learn):
-        model,batches = unwrap_model(learn.model),_batches(learn, source)
-        if sum(len(inputs[0]) for inputs in batches) < 2: raise ValueError('a single image cannot be compared with others: give at least 2')
-        asked,maps = [],[]
-        with Probe(model, layer, asks=target, **options) as probe:
-            for inputs in batches:
-                cap = probe(*inputs)
-                asked.append(cap.score(target).detach())
-                maps.append(_first_maps(methods, cap, asked[-1]))
-        found,names = [_joined(maps)],cap.names
+    query = Query(target_of(learn, None), methods, layer)
+    if len(source.items) < 2: raise ValueError('a single image cannot be compared with others: give at least 2')
+    with preserve_state(learn) as quiet:
+        batches,asked,names = zip(*run_query(quiet, source, query, _asked_of_batch)[0])
+        model,args = unwrap_model(learn.model),(names[0], query, batches, asked)
+        found = [_maps_of(model, *args)]
         steps = randomization_steps(model, n_steps=n_steps)
         copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=_together(batches))
-        for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, names, methods, batches, asked, **options))
+        for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, *args))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
     by_method = {method_name(method): torch.stack(maps) for method,maps in zip(methods, zip(*found))}

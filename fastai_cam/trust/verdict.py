@@ -26,12 +26,14 @@ from ..maps.words import plain_html, plain_text
 from ..maps.draw import CAMMap, check_style, save_figure
 from ..state import check_learner, preserve_state, with_bar
 from ..source.items import as_source
-from ..learner import class_names, refuse_arguments
+from ..learner.task import class_names
+from ..learner.arguments import refuse_arguments
+from ..learner.query import check_single, query_of, run_query
 from .rescore import pixel_ranks
 from .impute import impute
 from .metrics import curve_area, curve_shares, insertion_deletion
 from .sanity import randomization_similarity
-from .compare import measure_batches, probability_rescorer, single_target
+from .compare import probability_rescorer
 
 # %% ../../nbs/79_trust.verdict.ipynb #e981baf6
 def _elsewhere(maps, generator):
@@ -115,7 +117,8 @@ def show(self:CAMTrust,
 # %% ../../nbs/79_trust.verdict.ipynb #8b34db80
 def _trust_work(method, share, n_random, steps, seed):
     def examine(cap, scores, callback):
-        rescore = probability_rescorer(callback.target, cap, scores, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)) # of one item: how it is run does not depend on the others
+        scores = scores[:,0] # of several labels, the most probable one
+        rescore = probability_rescorer(callback.query.target, cap, scores, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)) # of one item: how it is run does not depend on the others
         items,images = torch.arange(len(cap)),cap.image
         shares = curve_shares(images, steps)
         maps = method(cap, scores)[:,0].detach()
@@ -130,7 +133,7 @@ def _trust_work(method, share, n_random, steps, seed):
         beaten = (elsewhere < drop).sum(0)
         return [(maps[i].cpu(), dict(score=whole[i].item(), drop=drop[i].item(), drop_elsewhere=elsewhere[:,i].mean().item(), random_drops=elsewhere[:,i].tolist(), n_random=n_random, n_beaten=int(beaten[i]),
                      chance_p=(1 + n_random - int(beaten[i]))/(n_random + 1), faithfulness=own[i].item(), baselines={name: values[i].item() for name,values in others.items()}, randomized_similarity=float(np.nan_to_num(similar[i].item()))),
-                     int(callback.target.item_classes(cap.out, callback._y, len(cap))[i,0])) for i in range(len(cap))]
+                     int(callback.query.target.item_classes(cap.out, callback.y, len(cap))[i,0])) for i in range(len(cap))]
     return examine
 
 # %% ../../nbs/79_trust.verdict.ipynb #c9ad3ffd
@@ -153,10 +156,11 @@ def cam_trust(self:Learner,
     if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1: raise ValueError(f'n_random={n_random!r} gives nothing to compare with: use at least 1, better 19')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f'steps={steps!r} gives no curve: use at least 1, better 10')
     if is_listy(method): raise TypeError('a verdict is about one method: ask for each by itself')
-    target,method = single_target(self, cls),as_method(method)
-    check_layers(self.model, layer)
-    with preserve_state(self): source = as_source(self, item, None)
-    batches = measure_batches(self, source, _trust_work(method, share, n_random, steps, seed), target, layer, method)
+    query = check_single(query_of(self, cls, method, layer))
+    target,method = query.target,query.methods[0]
+    with preserve_state(self) as quiet:
+        source = as_source(self, item, None)
+        batches,_ = run_query(quiet, source, query, _trust_work(method, share, n_random, steps, seed))
     found,vocab = [one for batch in batches for one in batch],class_names(self.dls)
     verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0] or 'the prediction'])
     return verdicts if is_listy(item) or len(verdicts) > 1 else verdicts[0]
