@@ -3,9 +3,9 @@ from typing import Any
 import fastai_cam.shortcuts
 import fastai_cam.trust
 from .interpret import CAMInterpretation
-from .learner import cam_head
-from .learner import cam_learner
-from .learner import CAMCallback
+from .learner.cams import cam_head
+from .learner.cams import cam_learner
+from .learner.cams import CAMCallback
 from .maps.cams import CAMs
 from .maps.draw import CAMMap
 from .targets.kinds import Actual

@@ -33,12 +33,12 @@ from .maps.cams import CAMs
 from .state import check_learner
 from .state import preserve_state
 from .source.loaders import dl_source
-from .learner import ARGUMENT_WORDS
-from .learner import check_rows
-from .learner import check_words
-from .learner import class_names
-from .learner import has_item_losses
-from .learner import task_of
+from .learner.task import class_names
+from .learner.task import has_item_losses
+from .learner.task import task_of
+from .learner.arguments import ARGUMENT_WORDS
+from .learner.arguments import check_words
+from .learner.query import check_rows
 __all__ = ['CAMInterpretation']
 class _ItemLosses():
     def __init__(self, loss: Any) -> None: ...

@@ -18,7 +18,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import ImageDataLoaders, PILImage, Resize, RocAucBinary, accuracy, resnet18, vision_learner
 
 from fastai_cam.all import CAMCallback, CAMInterpretation, Versus, METHODS, Probe, WhyNot, cam_head, cam_learner
-from fastai_cam.probe.capture import Capture
+from fastai_cam.probe.capture import Scores
 from fastai_cam.maps.cams import Images
 from fastai_cam.methods.registry import as_method
 from fastai_cam.maps.pixels import upsample
@@ -307,9 +307,9 @@ def test_many_classes_fit_in_memory_piece_by_piece(dls, monkeypatch):
     "Gradients are taken for as many classes at a time as fit; the maps are those of all at once, for methods that ask again too"
     learn = small_learner(dls)
     asked = dict(cls=[0, 1, 'predicted', lambda out: out.sum(1)], method=['gradcam', 'layercam', 'ablationcam', 'shapleycam'])
-    whole, pieces, chunks = learn.get_cams(dls.valid, **asked).maps, [], Capture.chunks
-    def small(self, score, max_bytes=0): found = chunks(self, score, 0); pieces.append(len(found)); return found
-    monkeypatch.setattr(Capture, 'chunks', small)
+    whole, pieces, chunks = learn.get_cams(dls.valid, **asked).maps, [], Scores.chunks
+    def small(self): found = chunks(self, 1); pieces.append(len(found)); return found
+    monkeypatch.setattr(Scores, 'chunks', small)
     assert torch.allclose(learn.get_cams(dls.valid, **asked).maps, whole, atol=1e-6) and set(pieces)=={4}
 
 
@@ -348,6 +348,6 @@ def test_listed_items_are_all_shown(dls, monkeypatch):
                     (mask.tolist(), 11), (iter(files), 12), ([x for x in batch[0]], 12), (0, 1), (dls.valid, 9), (batch, 9), (batch[0], 9), (None, 5)):
         assert n_drawn(learn, item)==n, item
     assert n_drawn(learn, list(range(12)), max_n=3)==3 and n_drawn(learn, dls.valid, max_n=None)==12
-    monkeypatch.setattr('fastai_cam.source._most_listed', 4)
+    monkeypatch.setattr('fastai_cam.source.items._most_listed', 4)
     with pytest.warns(UserWarning, match='the first 4 of these 6 items are shown: max_n=None shows all'): assert n_drawn(learn, list(range(6)))==4
     with pytest.raises(IndexError, match='item 12 is out of range'): learn.show_cam(list(range(13)))

@@ -122,6 +122,10 @@ def test_nothing_of_fastai_is_replaced_by_a_star_import():
 def test_a_name_that_was_renamed_says_so():
     with pytest.raises(ImportError, match='Contrast is called Versus now: from fastai_cam.targets import Versus'): from fastai_cam.targets import Contrast
     with pytest.raises(AttributeError, match='has no attribute'): __import__('fastai_cam.targets', fromlist=['x']).nothing
+    from torch import nn
+    from fastai_cam.probe import Pass, resolve_layer
+    with pytest.raises(AttributeError, match="'tail' of a pass is called 'run_from' now"): Pass(nn.Identity(), []).tail
+    with pytest.raises(ValueError, match="'every stage' are called 'stages' now"): resolve_layer(nn.Identity(), 'every stage')
     assert 'Contrast' not in __import__('fastai_cam.all', fromlist=['x']).__all__
 
 

@@ -258,7 +258,7 @@ def test_an_input_without_items_is_not_counted():
         def forward(self, scale, x): return super().forward(x)*scale
     with Probe(Scaled()) as probe:
         cap = probe(torch.tensor(2.), torch.rand(3, 3, 16, 24))
-        assert len(cap)==3 and cap.score(lambda out: out[:, 1]).shape==(3,)
+        assert len(cap)==3 and cap.score(lambda out: out[:, 1]).shape==(3, 1)
 
 
 def test_a_question_is_about_the_items_of_its_pass():

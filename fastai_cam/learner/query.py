@@ -193,7 +193,8 @@ def run_query(
 ) -> tuple[list,tuple]: # What `work` returned for each batch, and what `get_preds` did
     "Do `work` with every batch of `source`, captured in the learner's own loop; to be called inside `preserve_state`"
     callback = CaptureCallback(query, work, keep_preds)
-    return callback.results,run_watched(learn, source, callback, **kwargs)
+    found = run_watched(learn, source, callback, **kwargs)
+    return callback.results,found
 
 def run_watched(
     learn:Learner, # Learner whose stand-in runs

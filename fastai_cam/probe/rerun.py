@@ -58,6 +58,8 @@ class _Recording:
         return map_tensors(lambda t: t[items] if one is None else t[one].expand(len(items), *t.shape[1:]), out)
 
 # %% ../../nbs/17_probe.rerun.ipynb #806992c5
+_renamed = dict(tail='run_from', again='recapture', outputs='run', question='as_scores', columns='as_scores', chunks='as_scores(score).chunks')
+
 class Pass:
     "A forward pass that ran, and that can be run again in whole or in part; nothing here is recorded by autograd but `recapture`"
     def __init__(self,
@@ -78,6 +80,11 @@ class Pass:
         self._recordings,self._runs = {},model
         kind = next((inp.device.type for inp in self._all_inputs), 'cpu')
         self._autocast = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+
+    def __getattr__(self, name:str):
+        "Names that were given up say what they are called now"
+        if name in _renamed: raise AttributeError(f'{name!r} of a pass is called {_renamed[name]!r} now')
+        raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
 
 @patch(as_prop=True)
 def names(self:Pass) -> list[str]: return [name for name,_ in self.layers]

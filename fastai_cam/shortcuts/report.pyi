@@ -36,12 +36,13 @@ from ..state import with_bar
 from ..source.passes import decode_images
 from ..source.passes import n_inputs
 from ..source.loaders import dl_source
-from ..learner import class_names
-from ..learner import refuse_arguments
-from ..learner import task_of
+from ..learner.task import class_names
+from ..learner.task import task_of
+from ..learner.arguments import refuse_arguments
+from ..learner.query import query_of
+from ..learner.query import run_query
 from ..interpret import CAMInterpretation
 from ..trust.rescore import slices_of
-from ..trust.compare import measure_batches
 from .evidence import appearance_features
 from .evidence import collect_evidence
 from .evidence import Evidence

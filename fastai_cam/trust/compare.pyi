@@ -47,10 +47,11 @@ from ..state import preserve_state
 from ..state import with_bar
 from ..source.loaders import Source
 from ..source.loaders import dl_source
-from ..learner import CAMCallback
-from ..learner import refuse_arguments
-from ..learner import run_watched
-from ..learner import target_of
+from ..learner.arguments import refuse_arguments
+from ..learner.query import check_single
+from ..learner.query import Query
+from ..learner.query import query_of
+from ..learner.query import run_query
 from ..interpret import CAMInterpretation
 from .rescore import as_metrics
 from .rescore import Explainer
@@ -59,18 +60,7 @@ from .masks import boxes_to_masks
 from ..probe.capture import Capture
 from ..probe.capture import Scores
 from fastai.learner import Learner
-__all__ = ['USUAL_METHODS', 'measure_batches', 'single_target', 'probability_rescorer', 'CAMTable']
-class _Measuring(CAMCallback):
-    def __init__(self, work: Any, **kwargs: Any) -> None: ...
-    def before_batch(self) -> Any: ...
-    def after_pred(self) -> Any: ...
-    labels: Any
-    results: Any
-    seconds: Any
-    started: Any
-    work: Any
-def measure_batches(learn: Learner, source: Source, work: Callable, cls: Any, layer: Any, method: Any) -> Any: ...
-def single_target(learn: Learner, cls: Any) -> Any: ...
+__all__ = ['USUAL_METHODS', 'probability_rescorer', 'CAMTable']
 def probability_rescorer(target: Target, cap: Capture, scores: Scores, n_images: int, dtype: torch.dtype | None=...) -> Any: ...
 class CAMTable(pd.DataFrame):
     def __repr__(self) -> str: ...

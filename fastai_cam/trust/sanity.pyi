@@ -14,7 +14,6 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.basics import store_attr
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from ..core import evenly_spaced
 from ..core import map_tensors
 from ..probe.guard import unwrap_model
@@ -37,12 +36,13 @@ from ..maps.cams import Images
 from ..state import check_learner
 from ..state import preserve_state
 from ..state import with_bar
-from ..source.passes import n_inputs
 from ..source.loaders import dl_source
 from ..source.items import as_source
-from ..learner import refuse_arguments
-from ..learner import target_of
-from ..learner import task_of
+from ..learner.task import target_of
+from ..learner.task import task_of
+from ..learner.arguments import refuse_arguments
+from ..learner.query import Query
+from ..learner.query import run_query
 from ..interpret import CAMInterpretation
 from .similarity import all_similarities
 from .similarity import chance_similarities

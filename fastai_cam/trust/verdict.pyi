@@ -24,17 +24,18 @@ from ..state import check_learner
 from ..state import preserve_state
 from ..state import with_bar
 from ..source.items import as_source
-from ..learner import class_names
-from ..learner import refuse_arguments
+from ..learner.task import class_names
+from ..learner.arguments import refuse_arguments
+from ..learner.query import check_single
+from ..learner.query import query_of
+from ..learner.query import run_query
 from .rescore import pixel_ranks
 from .impute import impute
 from .metrics import curve_area
 from .metrics import curve_shares
 from .metrics import insertion_deletion
 from .sanity import randomization_similarity
-from .compare import measure_batches
 from .compare import probability_rescorer
-from .compare import single_target
 __all__ = ['CAMTrust']
 class CAMTrust():
     def __init__(self, cam_map: CAMMap, label: str, numbers: dict, share: float) -> None: ...
