@@ -24,5 +24,5 @@ from .probe.watch import alignment, Probe
 
 _all_ = [
     'CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus',
-    'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper',
-    'cam_metric', 'Probe', 'alignment']
+    'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method',
+    'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']

@@ -28,7 +28,8 @@ def _base(values):
     "The built-in container that `values` is one of; `object` for a thing with attributes; `None` where no tensor is looked for"
     found = next((kind for kind in _BUILT_IN if issubclass(type(values), kind)), None)
     if found is not None: return found
-    return None if callable(values) or isinstance(values, (str, bytes, Number, ModuleType, type(None))) else object # what can be called is no data
+    # what can be called is no data
+    return None if callable(values) or isinstance(values, (str, bytes, Number, ModuleType, type(None))) else object
 
 def _items(base, values): return list(base.values(values) if issubclass(base, dict) else [] if base is object else base.__iter__(values))
 
@@ -63,7 +64,8 @@ def map_tensors(
     values:Any, # A tensor, or anything that holds tensors
     done:dict|None=None # What was made already; `None`: nothing
 ):
-    "`values`, a tensor or anything that holds tensors, with `func` of every tensor: a copy of the same type; what holds none is handed on as it is"
+    """`values`, a tensor or anything that holds tensors, with `func` of every tensor:
+    a copy of the same type; what holds none is handed on as it is"""
     if done is None:
         if isinstance(values, Tensor): return func(values)
         done = {}
@@ -72,7 +74,8 @@ def map_tensors(
 
 # %% ../nbs/00_core.ipynb #d4c25452
 def _rebuilt(func, values, done):
-    "A container or object like `values`, made without running code of its class; `done` knows what was made, for what is shared or goes in circles"
+    """A container or object like `values`, made without running code of its class;
+    `done` knows what was made, for what is shared or goes in circles"""
     base,kind = _base(values),type(values)
     if base is None or not tensors_in(values): return values
     if base is tuple:
@@ -133,7 +136,9 @@ def image_size_of(
     "Height and width (depth, height and width) of the images that go into a model"
     images = images_in(args, kwargs)
     if not images: return None
-    if not -len(images) <= image < len(images): raise ValueError(f'image={image} does not exist: the model takes {len(images)} image{"s" if len(images) > 1 else ""} an item, counted from 0')
+    if not -len(images) <= image < len(images):
+        raise ValueError(
+            f'image={image} does not exist: the model takes {len(images)} image{"s" if len(images) > 1 else ""} an item, counted from 0')
     return tuple(images[image].shape[2:])
 
 def describe_output(
@@ -151,7 +156,8 @@ def batch_size(out): return len(tensors_in(out)[0])
 def look_up(name, table, kind):
     if name in table: return table[name]
     close = get_close_matches(name.lower(), table, n=1, cutoff=.5)
-    raise ValueError(f'no {kind} is named {name!r}: ' + (f'did you mean {close[0]!r}?' if close else f'the {kind}s are {", ".join(map(repr, table))}'))
+    raise ValueError(
+        f'no {kind} is named {name!r}: ' + (f'did you mean {close[0]!r}?' if close else f'the {kind}s are {", ".join(map(repr, table))}'))
 
 # %% ../nbs/00_core.ipynb #b859df07
 def evenly_spaced(

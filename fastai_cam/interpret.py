@@ -47,7 +47,8 @@ class _ItemLosses:
         of_item = lambda i: self.loss(*map_tensors(lambda part: part[i:i+1], (pred, *targs))).reshape(())
         try: each = torch.stack([of_item(i) for i in range(len(targs[0]))])
         except Exception as e: raise ValueError(f'{_no_item_losses} (of a batch of one item it says {type(e).__name__})') from e
-        if not any(torch.allclose(whole, total, rtol=1e-3, atol=1e-6) for total in (each.mean(), each.sum())): raise ValueError(_no_item_losses)
+        if not any(torch.allclose(whole, total, rtol=1e-3, atol=1e-6) for total in (each.mean(), each.sum())):
+            raise ValueError(_no_item_losses)
         return each
 
 _no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
@@ -70,7 +71,8 @@ def _refuse(kwargs, method, name):
 # %% ../nbs/65_interpret.ipynb #a337d385
 def _refuse_class(kwargs):
     "`TypeError` for a class that is named where `show` chooses"
-    named = next((name for name in kwargs if name=='cls' or name in ARGUMENT_WORDS['cls'] and name != 'label'), None) # a label is matplotlib's too
+    # a label is matplotlib's too
+    named = next((name for name in kwargs if name=='cls' or name in ARGUMENT_WORDS['cls'] and name != 'label'), None)
     if named is None: return
     asked = kwargs[named] if isinstance(kwargs[named], (str, int)) else '...'
     raise TypeError(f"there is no argument {named!r} here: show='pred', 'actual' or 'both' chooses whose maps are shown, and "
@@ -79,14 +81,16 @@ def _refuse_class(kwargs):
 def _check_loader(dl):
     "`TypeError` unless `dl` is one loader of labelled items"
     if isinstance(dl, DataLoaders):
-        raise TypeError('dl is one DataLoader, and these are the training and the validation one: pass dls.valid, or leave dl and give ds_idx')
+        raise TypeError(
+            'dl is one DataLoader, and these are the training and the validation one: pass dls.valid, or leave dl and give ds_idx')
     if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)):
         raise TypeError(f'dl is a labelled DataLoader, not {type(dl).__name__}: '
                         'make one of files or other items with learn.dls.test_dl(items, with_labels=True)')
 
 # %% ../nbs/65_interpret.ipynb #cdf5192c
 class CAMInterpretation(ClassificationInterpretation):
-    "`ClassificationInterpretation` that can also show where the model looked; other tasks than classification have those of its plots that need no classes"
+    """`ClassificationInterpretation` that can also show where the model looked;
+    other tasks than classification have those of its plots that need no classes"""
     method,layer = 'gradcam',None
     def __init__(self,
         learn:Learner, # Learner to interpret
@@ -94,7 +98,9 @@ class CAMInterpretation(ClassificationInterpretation):
         losses:Tensor|None=None, # Losses of its items
         act:Callable|None=None # Instead of the loss function's activation
     ):
-        if losses is None: raise TypeError('an interpretation is made with CAMInterpretation.from_learner(learn), which runs the learner over a labelled set')
+        if losses is None:
+            raise TypeError(
+                'an interpretation is made with CAMInterpretation.from_learner(learn), which runs the learner over a labelled set')
         Interpretation.__init__(self, learn, dl, losses, act)
         self.vocab = class_names(learn.dls)
 
@@ -119,7 +125,8 @@ class CAMInterpretation(ClassificationInterpretation):
 @patch(cls_method=True)
 def from_learner(cls:CAMInterpretation,
     learn:Learner, # Learner to interpret
-    ds_idx:int|DataLoader=1, # Index of `learn.dls` when `dl` is `None`; items of a training set are taken without augmentation; or `dl` itself
+    # Index of `learn.dls` when `dl` is `None`; items of a training set are taken without augmentation; or `dl` itself
+    ds_idx:int|DataLoader=1,
     dl:DataLoader|None=None, # Labelled `DataLoader` to interpret
     act:Callable|None=None, # Instead of the loss function's activation
     method:str|Callable|Sequence='gradcam', # How maps are made, as `learn.show_cam` takes it
@@ -131,12 +138,15 @@ def from_learner(cls:CAMInterpretation,
     check_learner(learn)
     if dl is None and not isinstance(ds_idx, Integral): ds_idx,dl = 1,ds_idx
     if dl is not None: _check_loader(dl)
-    if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders): raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
+    if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders):
+        raise ValueError(f'ds_idx={ds_idx} is out of range: learn.dls has {len(learn.dls.loaders)} DataLoaders')
     as_methods(method)
     check_layers(learn.model, layer)
     with preserve_state(learn) as quiet:
         source = dl_source(learn, learn.dls[ds_idx] if dl is None else dl)
-        if not source.labelled: raise ValueError('an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
+        if not source.labelled:
+            raise ValueError(
+                'an interpretation needs labels, and this DataLoader has none: make it with learn.dls.test_dl(items, with_labels=True)')
         if not has_item_losses(quiet): quiet.loss_func = _ItemLosses(quiet.loss_func)
         *_,losses = quiet.get_preds(dl=source.dl, with_loss=True, with_preds=False, with_targs=False, reorder=False)
         check_rows(quiet, source.dl.n, []) # all of them, also those that a transform skips: plots ask for items by their position
@@ -205,10 +215,12 @@ def top_losses_cams(self:CAMInterpretation,
     questions = dict(pred=None, actual=actual, both=[Predicted(), actual])
     show = _words.get(show, show) if isinstance(show, str) else show
     if not isinstance(show, str) or show not in questions: raise ValueError(f"show is 'pred', 'actual' or 'both', not {show!r}")
-    if show != 'pred' and isinstance(task_of(self.learn), Values): raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
+    if show != 'pred' and isinstance(task_of(self.learn), Values):
+        raise ValueError(f"show={show!r} asks about the class that the label names, and this learner predicts values: leave show='pred'")
     losses,idxs = self._ranked(k, largest)
     with preserve_state(self.learn): chosen = dl_source(self.learn, self.dl, idxs.tolist(), image=image)
-    cams = self.learn.get_cams(chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer, image=image)
+    cams = self.learn.get_cams(
+        chosen, questions[show], self.method if method is None else method, self.layer if layer is None else layer, image=image)
     if cams.losses is None: cams.losses = losses.as_subclass(Tensor) # else those of the pictures shown, which a random transform draws anew
     return cams
 

@@ -30,7 +30,9 @@ from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastcore.imports import noop
 from fastprogress.fastprogress import progress_bar
-from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException, GatherPredsCallback
+from fastai.callback.core import (
+    Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+    CancelTrainException, CancelValidException, GatherPredsCallback)
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.hook import Hook, HookCallback, Hooks
 from fastai.callback.mixup import MixHandler
@@ -74,7 +76,9 @@ def _is_plain(value):
     "Is `value` an object of a class that says nothing of how it is copied or ended, so that copying it has no effect elsewhere?"
     kind = type(value)
     own = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__ and not hasattr(kind, '__del__')
-    return hasattr(value, '__dict__') and own and kind.__new__ is object.__new__ and getattr(kind, '__setstate__', None) in (None, GetAttr.__setstate__)
+    return (
+        hasattr(value, '__dict__') and own and kind.__new__ is object.__new__
+        and getattr(kind, '__setstate__', None) in (None, GetAttr.__setstate__))
 
 def _own(value, memo):
     "What a copy of a callback keeps instead of `value`: a copy of what may change, and the same model, data and optimizer"
@@ -92,14 +96,16 @@ def _own(value, memo):
     memo[id(value)] = found
     if isinstance(value, list): found[:] = [_own(part, memo) for part in value]
     if isinstance(value, dict): found.update({key: _own(part, memo) for key,part in value.items()})
-    if hasattr(found, '__dict__') and not isinstance(value, Tensor): vars(found).update({key: _own(part, memo) for key,part in vars(value).items()})
+    if hasattr(found, '__dict__') and not isinstance(value, Tensor):
+        vars(found).update({key: _own(part, memo) for key,part in vars(value).items()})
     return found
 
 def _has_event(cb, event): return event in vars(cb) or hasattr(type(cb), event)
 
 # %% ../nbs/50_state.ipynb #c609ba40
 def _goes_along(cb):
-    "Does `cb` change what goes into the model or comes out of it? (`remove_on_fetch` is fastai's mark of what has no place in a prediction)"
+    """Does `cb` change what goes into the model or comes out of it?
+    (`remove_on_fetch` is fastai's mark of what has no place in a prediction)"""
     never = GatherPredsCallback, HookCallback, ModelToHalf, NonNativeMixedPrecision
     if isinstance(cb, never) or getattr(cb, 'remove_on_fetch', False) or not (cb.run and cb.run_valid): return False
     return _has_event(cb, 'before_batch') or _has_event(cb, 'after_pred')
@@ -140,8 +146,9 @@ class _ModelPrecision(Callback):
     def after_pred(self): self.learn.pred = to_float(self.learn.pred)
 
 # %% ../nbs/50_state.ipynb #a4c01e17
-_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
-            CancelValidException)
+_cancels = (
+    CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+    CancelValidException)
 
 _of_batch = 'before_batch', 'after_pred', 'after_loss' # in these a single batch may be cancelled, which is counted
 
@@ -153,10 +160,11 @@ class _StandIn:
                 for cb in self.cbs.sorted('order'): (call_event if type(cb).__call__ is Callback.__call__ else type(cb).__call__)(cb, name)
             except _cancels as e:
                 if isinstance(e, CancelBatchException) and name in _of_batch: raise
-                raise ValueError(f'a callback of the learner cancelled the pass ({type(e).__name__} in {name}), so its items have no result: '
-                                 'take it off meanwhile, with learn.removed_cbs(...)') from e
+                raise ValueError(f'a callback of the learner cancelled the pass ({type(e).__name__} in {name}), '
+                                 'so its items have no result: take it off meanwhile, with learn.removed_cbs(...)') from e
 
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False) # every process has all the items that it was asked for
+    def to_detach(self, b, cpu=True, gather=True): # every process has all the items that it was asked for
+        return to_detach(b, cpu, gather=False)
 
 def is_stand_in(
     learn:Learner # Learner to look at
@@ -205,7 +213,8 @@ def stand_in(
     return twin
 
 # %% ../nbs/50_state.ipynb #a4c01e15
-_libraries = '<frozen', *{sysconfig.get_path(kind) for kind in ('stdlib', 'platstdlib', 'purelib', 'platlib')} # whose threads wait, for input or for work
+# whose threads wait, for input or for work
+_libraries = '<frozen', *{sysconfig.get_path(kind) for kind in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
 
 _draws = 'torch', 'numpy', 'fastai', 'fastai_cam', 'random'
 
@@ -261,7 +270,8 @@ def _begins_unseen(loop):
         try:
             _running[this] = threading.get_ident(),self
             if isinstance(self.model, nn.Module):
-                with model_lock(unwrap_model(self.model)): pass # not held for long: a look is refused at once, and does not wait for a whole fit
+                # not held for long: a look is refused at once, and does not wait for a whole fit
+                with model_lock(unwrap_model(self.model)): pass
             return loop(self, *args, **kwargs)
         finally: _running.pop(this, None)
     return begun
@@ -278,9 +288,9 @@ def _check_unused(model):
     others = [unwrap_model(learn.model) for thread,learn in list(_running.values()) if thread != threading.get_ident()]
     parts = _parts(model) if others else set()
     if not all(parts.isdisjoint(_parts(other)) for other in others if isinstance(other, nn.Module)):
-        raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, and looking '
-                           'into it would switch its mode in the middle: look from a callback of that run, after it, or into a copy of the '
-                           'learner')
+        raise RuntimeError('another thread runs this model, or one that shares layers with it, in a fit, validate or get_preds, '
+                           'and looking into it would switch its mode in the middle: '
+                           'look from a callback of that run, after it, or into a copy of the learner')
 
 def _weights_and_modes(model): # an inference tensor cannot be trained
     versions = [None if part.is_inference() else part._version for part in model.parameters()]
@@ -291,8 +301,9 @@ def _untrained(model):
     "`RuntimeError` if another thread, in a loop that is not fastai's, trains `model` while the block looks into it"
     before,in_company = _weights_and_modes(model),_has_company()
     def is_trained(): return _weights_and_modes(model) != before and (in_company or _has_company())
-    trained = ('the weights or modes of the model changed while it was looked into, as another thread trains it: the map would be of no one '
-               'model, and what was trained meanwhile may have run in eval mode, so look when the training is over, or into a copy of the learner')
+    trained = ('the weights or modes of the model changed while it was looked into, as another thread trains it: '
+               'the map would be of no one model, and what was trained meanwhile may have run in eval mode, '
+               'so look when the training is over, or into a copy of the learner')
     try: yield
     except RuntimeError as e: # autograd, whose words are about tensors
         if 'modified by an inplace operation' not in str(e) or not is_trained(): raise
@@ -304,7 +315,8 @@ def _untrained(model):
 def preserve_state(
     learn:Learner # Learner to look into
 ) -> Iterator[Learner]: # The stand-in of `learn`: run this one
-    "A stand-in of `learn` to run inside the block, one thread at a time; afterwards the model's modes and the random states are as they were"
+    """A stand-in of `learn` to run inside the block, one thread at a time;
+    afterwards the model's modes and the random states are as they were"""
     model = unwrap_model(learn.model)
     with model_lock(model):
         _check_unused(model)
@@ -337,10 +349,12 @@ def check_learner(
     learn:Learner # Learner to check
 ) -> None:
     "`ValueError` if `learn` has no data to take transforms and classes from, or data without pictures"
-    if getattr(learn, 'dls', None) is None: raise ValueError('this learner has no dls, and its transforms, classes and device are taken from there: set learn.dls')
+    if getattr(learn, 'dls', None) is None:
+        raise ValueError('this learner has no dls, and its transforms, classes and device are taken from there: set learn.dls')
     found = _without_pictures(learn.dls)
     if found is not None:
-        raise ValueError(f'this learner reads {found}, and a class activation map lies over a picture: it needs a learner whose inputs are images')
+        raise ValueError(
+            f'this learner reads {found}, and a class activation map lies over a picture: it needs a learner whose inputs are images')
 
 # %% ../nbs/50_state.ipynb #5d0e7a07
 def has_bar(

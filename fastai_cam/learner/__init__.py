@@ -13,4 +13,5 @@ from .task import class_names, target_of, task_of
 from .query import CaptureCallback, Query, query_of, run_query
 from .cams import cam_head, cam_learner, CAMCallback
 
-_all_ = ['class_names', 'task_of', 'target_of', 'Query', 'query_of', 'CaptureCallback', 'run_query', 'CAMCallback', 'cam_head', 'cam_learner']
+_all_ = [
+    'class_names', 'task_of', 'target_of', 'Query', 'query_of', 'CaptureCallback', 'run_query', 'CAMCallback', 'cam_head', 'cam_learner']

@@ -18,11 +18,13 @@ from ..methods.registry import method_name, METHODS, WRAPPERS
 # %% ../../nbs/61_learner.arguments.ipynb #71bcfa82
 ARGUMENT_WORDS = dict(cls=('class_name class_names class_idx class_index class_id class_ target targets target_class target_category '
                    'category label labels').split(),
-              layer='layers layer_name target_layer target_layers conv_layer module'.split(), method='methods algorithm cam_method cam attribution'.split(),
+              layer='layers layer_name target_layer target_layers conv_layer module'.split(),
+              method='methods algorithm cam_method cam attribution'.split(),
               item='items img imgs images input inputs x file files fn path dl idx idxs'.split(), max_n='n n_items max_items k'.split(),
               k='max_n n n_items max_items'.split())
 
-ARGUMENT_WORDS.update(methods=['method', *ARGUMENT_WORDS['method'][1:]], layers=['layer', *ARGUMENT_WORDS['layer'][1:]]) # where several are compared
+# where several are compared
+ARGUMENT_WORDS.update(methods=['method', *ARGUMENT_WORDS['method'][1:]], layers=['layer', *ARGUMENT_WORDS['layer'][1:]])
 
 # %% ../../nbs/61_learner.arguments.ipynb #45fd6116
 def _parts(method): return [part.strip() for part in method.replace('++', '_pp').split('+')] if isinstance(method, str) else []
@@ -42,7 +44,8 @@ def _check_options(method):
         known = _options_of(one.func, 2)
         wrong = [name for name in one.keywords if name not in known]
         if wrong:
-            raise TypeError(f'the method {method_name(one.func)!r} has no option {wrong[0]!r}: its options are {", ".join(known) or "none"}')
+            raise TypeError(
+                f'the method {method_name(one.func)!r} has no option {wrong[0]!r}: its options are {", ".join(known) or "none"}')
 
 def _with_option(method, name, option, value):
     "How to write a method, given by its name, with this option of it or of one of its wrappers"
@@ -80,4 +83,7 @@ def refuse_arguments(
 ) -> None:
     "`TypeError` for arguments that a function does not have"
     check_words(kwargs, method, has)
-    if kwargs: raise TypeError(f'there is no argument {next(iter(kwargs))!r} here: the arguments are {", ".join(has)} and {rest[-1] if len(rest)==1 else ", ".join(rest)}')
+    if kwargs:
+        raise TypeError(
+            f'there is no argument {next(iter(kwargs))!r} here: '
+            f'the arguments are {", ".join(has)} and {rest[-1] if len(rest)==1 else ", ".join(rest)}')

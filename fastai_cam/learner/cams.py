@@ -60,7 +60,9 @@ def join_maps(
         raise ValueError(f'the batches gave maps of different sizes ({", ".join("×".join(map(str, s)) for s in sorted(sizes))}): '
                          'add Resize to item_tfms so that all images have one size')
     task = batches[-1]['task']
-    found = {name: torch.cat(parts) for name in ('maps', 'classes', 'regions') if (parts := [batch[name] for batch in batches if batch[name] is not None])}
+    found = {
+        name: torch.cat(parts) for name in ('maps', 'classes', 'regions')
+        if (parts := [batch[name] for batch in batches if batch[name] is not None])}
     asked = (found['classes'] != NOT_ASKED).any(0)
     asked[0] = True
     found = {name: part[:,asked] for name,part in found.items()}
@@ -109,10 +111,13 @@ def _cams_of(learn, item, query, max_n):
 # %% ../../nbs/63_learner.cams.ipynb #600daa83
 @patch
 def get_cams(self:Learner,
-    item:Any=None, # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
-    cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these; `None`: the predicted class
+    # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
+    item:Any=None,
+    # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these; `None`: the predicted class
+    cls:Any=None,
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these
-    layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `'stages'`; `None`: the last layer that still has space
+    # Module, dotted name, index into `learn.model[0]`, or a list of these; `'stages'`; `None`: the last layer that still has space
+    layer:Any=None,
     max_n:int|None=None, # At most this many items
     image:int=0, # Which of the images, where several go into the model for one item
     **kwargs # Nothing else: an argument of another name is refused with the right one
@@ -126,10 +131,12 @@ def get_cams(self:Learner,
 # %% ../../nbs/63_learner.cams.ipynb #76526638
 @patch
 def show_cam(self:Learner,
-    item:Any=None, # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
+    # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
+    item:Any=None,
     cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these (one column each); `None`: the predicted class
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these (one column each)
-    layer:Any=None, # Module, dotted name, index into `learn.model[0]`, or a list of these; `'stages'`; `None`: the last layer that still has space
+    # Module, dotted name, index into `learn.model[0]`, or a list of these; `'stages'`; `None`: the last layer that still has space
+    layer:Any=None,
     max_n:int|str|None='auto', # At most this many items; `None`: all; `'auto'`: 36 of items that are listed, 9 of a loader or a batch
     nrows:int|None=None, # Rows of the grid
     ncols:int|None=None, # Columns of the grid
@@ -145,7 +152,8 @@ def show_cam(self:Learner,
     check_style(max_n=max_n, nrows=nrows, ncols=ncols, figsize=figsize, ax=ax, **kwargs)
     query = query_of(self, cls, method, layer, image)
     if len(query) > 100:
-        raise ValueError(f'{len(query)} maps of every item cannot be read in one picture: name the classes to show, or take the maps from get_cams')
+        raise ValueError(
+            f'{len(query)} maps of every item cannot be read in one picture: name the classes to show, or take the maps from get_cams')
     _cams_of(self, item, query, max_n).show(max_n, nrows, ncols, figsize, ax, **kwargs)
 
 # %% ../../nbs/63_learner.cams.ipynb #2bf37cdb

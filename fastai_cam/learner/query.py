@@ -141,7 +141,8 @@ def _score_of_one(self:CaptureCallback, out):
 
 # %% ../../nbs/62_learner.query.ipynb #602b5e12
 @patch
-def before_batch(self:CaptureCallback): self.started,self.labels = perf_counter(),self.yb # as fastai's types, which it takes off before the forward pass
+def before_batch(self:CaptureCallback): # as fastai's types, which it takes off before the forward pass
+    self.started,self.labels = perf_counter(),self.yb
 
 @patch
 def after_pred(self:CaptureCallback):
@@ -156,7 +157,8 @@ def after_pred(self:CaptureCallback):
 
 @patch
 def _let_go(self:CaptureCallback, out):
-    "Keep fastai from collecting what nobody asks for, what would fill the memory (pictures of probabilities), or what has no place in a title (several outputs)"
+    """Keep fastai from collecting what nobody asks for,
+    what would fill the memory (pictures of probabilities), or what has no place in a title (several outputs)"""
     if self.keep_preds and isinstance(out, Tensor) and out.dim() <= 3: return
     small_labels = isinstance(self.y, Tensor) and self.y.dim() < 3
     for cb in self.learn.cbs:
@@ -174,14 +176,19 @@ def check_rows(
     off = 'take it off meanwhile, with learn.removed_cbs(...)'
     unknown = 'so it is not known which result belongs to which'
     if learn.n_cancelled:
-        raise ValueError(f'a callback of the learner cancelled {learn.n_cancelled} of {len(learn.rows)} batches, so their items have no result: {off}')
+        raise ValueError(
+            f'a callback of the learner cancelled {learn.n_cancelled} of {len(learn.rows)} batches, so their items have no result: {off}')
     for given,found in zip(learn.rows, rows or []):
         if given != found: raise ValueError(f'a callback of the learner made {found} items of the {given} in a batch, {unknown}: {off}')
     if sum(learn.rows) != n:
-        raise ValueError(f'{n} items were asked for and the DataLoader gave {sum(learn.rows)}, {unknown}: it skips items, or draws its own; pass the items as a list')
+        raise ValueError(
+            f'{n} items were asked for and the DataLoader gave {sum(learn.rows)}, {unknown}: it skips items, or draws its own; '
+            'pass the items as a list')
 
 # %% ../../nbs/62_learner.query.ipynb #d6666282
-NO_BATCH = 'the DataLoader gave no batch: it has no items, or a callback of the learner cancels them (take it off meanwhile, with learn.removed_cbs(...))'
+NO_BATCH = (
+    'the DataLoader gave no batch: it has no items, '
+    'or a callback of the learner cancels them (take it off meanwhile, with learn.removed_cbs(...))')
 
 def run_query(
     learn:Learner, # Learner that is asked

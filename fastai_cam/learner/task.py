@@ -31,9 +31,11 @@ def class_names(
     "Names of the classes, in the order of the model's output"
     vocab = getattr(dls, 'vocab', None)
     if vocab is None: # the classes of masks are known to a transform
-        vocab = next((tfm.vocab for tfm in getattr(getattr(dls, 'after_item', None), 'fs', []) if getattr(tfm, 'vocab', None) is not None), None)
+        vocab = next(
+            (tfm.vocab for tfm in getattr(getattr(dls, 'after_item', None), 'fs', []) if getattr(tfm, 'vocab', None) is not None), None)
         vocab = vocab.tolist() if isinstance(vocab, np.ndarray) else vocab
-    if isinstance(vocab, (list, tuple, L)) and len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__'): vocab = vocab[-1]
+    if isinstance(vocab, (list, tuple, L)) and len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__'):
+        vocab = vocab[-1]
     return vocab
 
 # %% ../../nbs/60_learner.task.ipynb #518f0729

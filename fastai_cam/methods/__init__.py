@@ -24,7 +24,8 @@ from .catalogue import (
 from .baselines import BASELINES, edge_map, gaussian_map, random_map, uniform_map
 
 _all_ = [
-    'FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper',
+    'FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights',
+    'cam_wrapper',
     'MethodFacts', 'facts_of',
     'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
     'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam',

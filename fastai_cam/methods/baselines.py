@@ -32,7 +32,8 @@ def random_map(
     cap:Capture, # Any pass
     scores:Scores # What is explained; only its shape is used
 ) -> Tensor: # `[B, K, h, w]`, uniform in 0 to 1
-    "Noise that depends on the image's content and on nothing else (no random state is touched): a baseline for measures, not an explanation"
+    """Noise that depends on the image's content and on nothing else (no random state is touched):
+    a baseline for measures, not an explanation"""
     seeds = [zlib.crc32(at_least_float(image).cpu().numpy().tobytes()) for image in cap.image]
     maps = [torch.rand(cap.acts[-1].shape[2:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return for_all_scores(torch.stack(maps)[:,None].to(scores.device), scores)
@@ -46,8 +47,9 @@ def gaussian_map(
     scores:Scores, # What is explained; only its shape is used
     sigma:float=.25 # As a share of each side
 ) -> Tensor: # `[B, K, h, w]`, 0 to 1
-    """A Gaussian in the middle, whatever the image shows: a baseline for measures, not an explanation. The centre baseline of the pointing game
-    (Zhang et al. 2016, https://arxiv.org/abs/1608.00507), with the width of the side divided by four"""
+    """A Gaussian in the middle, whatever the image shows: a baseline for measures, not an explanation.
+    The centre baseline of the pointing game (Zhang et al. 2016, https://arxiv.org/abs/1608.00507),
+    with the width of the side divided by four"""
     found = torch.ones((), device=scores.device)
     for n in max((act.shape[2:] for act in cap.acts), key=lambda size: size.numel()): # of several layers, the finest
         place = (torch.arange(n, device=scores.device) + .5)/n - .5
@@ -62,6 +64,7 @@ def edge_map(
     """Magnitude of the Sobel gradient of the grey image, averaged over blocks of 4 pixels: a baseline for measures, not an explanation.
     Adebayo et al. 2018 compare with edges, https://arxiv.org/abs/1810.03292"""
     grey = at_least_float(cap.image).mean(1).cpu()
-    edges = torch.stack([torch.from_numpy(ndimage.generic_gradient_magnitude(image.numpy(), ndimage.sobel, mode='nearest')) for image in grey])
+    edges = torch.stack(
+        [torch.from_numpy(ndimage.generic_gradient_magnitude(image.numpy(), ndimage.sobel, mode='nearest')) for image in grey])
     pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}[grey.dim() - 1]
     return for_all_scores(pool(edges[:,None], [max(1, n//4) for n in grey.shape[1:]]).to(scores.device), scores)

@@ -30,8 +30,9 @@ def cam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]`, signed; its mean over space plus the bias is the logit
-    r"""$\sum_k w_{ck} A^k$: last activations × the class's weights. Exact, and only for global average pooling + one linear layer or 1×1 convolution, in either order
-    (`ValueError` on any other head). Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
+    r"""$\sum_k w_{ck} A^k$: last activations × the class's weights.
+    Exact, and only for global average pooling + one linear layer or 1×1 convolution, in either order (`ValueError` on any other head).
+    Zhou et al. 2016, https://arxiv.org/abs/1512.04150"""
     fc = cap.fc.nan_to_num(0, 0, 0) # a class whose weights are broken has no score, and is not to spoil others
     return weighted_sum(cap.acts[-1], cap.out_grads(scores).to(fc.dtype) @ fc)
 
@@ -45,8 +46,9 @@ def gradcam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed
 # %% ../../nbs/32_methods.catalogue.ipynb #c44230db
 @cam_weights(cost='what Grad-CAM costs')
 def hirescam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed
-    r"""$\sum_k g^k \circ A^k$: activation × gradient, place by place. Equal to Grad-CAM where the tail is GAP + one linear layer; elsewhere it does not point
-    at places that Grad-CAM's averaging lends evidence to. Draelos & Carin 2020, https://arxiv.org/abs/2011.08891"""
+    r"""$\sum_k g^k \circ A^k$: activation × gradient, place by place. Equal to Grad-CAM where the tail is GAP + one linear layer;
+    elsewhere it does not point at places that Grad-CAM's averaging lends evidence to.
+    Draelos & Carin 2020, https://arxiv.org/abs/2011.08891"""
     return grads
 
 @cam_weights(cost='what Grad-CAM costs')
@@ -64,17 +66,17 @@ def layercam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, not negativ
 # %% ../../nbs/32_methods.catalogue.ipynb #0bbdeb40
 @cam_weights(cost='what Grad-CAM costs')
 def xgradcam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed; it adds up to the sum of activation × gradient
-    r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active. Channels that add up to 0 (as far
-    as their rounding errors tell) have no weight.
+    r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active.
+    Channels that add up to 0 (as far as their rounding errors tell) have no weight.
     Fu et al. 2020, equation 8, https://arxiv.org/abs/2008.02312"""
     total,rounding = acts.sum(-1, keepdim=True),acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
     return torch.where(total.abs() > rounding, (grads*acts).sum(-1, keepdim=True)/total, 0)
 
 @cam_weights(cost='what Grad-CAM costs')
 def gradcam_pp(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
-    r"""$\sum_k \left(\sum_{ij} \alpha^k \max(g^k, 0)\right) A^k$ with $\alpha^k = 1/(2 + g^k\sum_{ij}A^k)$ where $g^k \neq 0$: Grad-CAM++ for several objects.
-    The third derivatives in $\alpha$ are those of $\exp(s)$, so the map depends on the scale of the score, which is to be a logit.
-    Chattopadhay et al. 2018, equations 10 and 19, https://arxiv.org/abs/1710.11063"""
+    r"""$\sum_k \left(\sum_{ij} \alpha^k \max(g^k, 0)\right) A^k$ with $\alpha^k = 1/(2 + g^k\sum_{ij}A^k)$ where $g^k \neq 0$:
+    Grad-CAM++ for several objects. The third derivatives in $\alpha$ are those of $\exp(s)$, so the map depends on the scale of the score,
+    which is to be a logit. Chattopadhay et al. 2018, equations 10 and 19, https://arxiv.org/abs/1710.11063"""
     alpha = 1/(2 + grads*acts.sum(-1, keepdim=True)) # no need for g != 0: such places have no weight
     return (torch.where(grads > 0, alpha*grads, 0)).sum(-1, keepdim=True)
 
@@ -102,10 +104,11 @@ def finercam(
     n_similar:int=3, # With how many classes to compare
     gamma:float=.6 # How much of them to take away
 ) -> Tensor: # `[B, K, h, w]`, signed
-    r"""Map of $s_c - \gamma\,\overline{s_d}$ over the `n_similar` classes $d$ whose logits are nearest to $s_c$: what tells $c$ from what it is like.
-    For fine-grained classes. Zhang et al. 2025, https://arxiv.org/abs/2501.11309"""
+    r"""Map of $s_c - \gamma\,\overline{s_d}$ over the `n_similar` classes $d$ whose logits are nearest to $s_c$:
+    what tells $c$ from what it is like. For fine-grained classes. Zhang et al. 2025, https://arxiv.org/abs/2501.11309"""
     out = cap.out.detach()
-    if out.dim() != 2: raise ValueError(f"finercam compares classes, and this model's output, of shape {list(out.shape)}, is not [batch, classes]")
+    if out.dim() != 2:
+        raise ValueError(f"finercam compares classes, and this model's output, of shape {list(out.shape)}, is not [batch, classes]")
     asked = cap.out_grads(scores) != 0
     n_similar = min(n_similar, out.shape[1] - int(asked.sum(-1).max()))
     if n_similar < 1: raise ValueError('finercam needs a class to compare with, and there is none beside the one that is explained')
@@ -145,9 +148,11 @@ def kpca_cam(
     kernel:str='sigmoid', # 'sigmoid', 'rbf', 'cosine' or 'linear'
     gamma:float|None=None # Scale of the kernel; `None`: 1/number of channels
 ) -> Tensor: # `[B, K, h, w]`, of mean 0
-    r"""First *kernel* principal component of the activations over the places (sigmoid: $\tanh(\gamma x\cdot y + 1)$). The class plays no part.
-    The mean is taken off first. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
-    kernels = dict(sigmoid=lambda x, g: (g*x @ x.mT + 1).tanh(), rbf=lambda x, g: (-g*torch.cdist(x, x)**2).exp(), cosine=lambda x, g: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT, linear=lambda x, g: x @ x.mT)
+    r"""First *kernel* principal component of the activations over the places (sigmoid: $\tanh(\gamma x\cdot y + 1)$).
+    The class plays no part. The mean is taken off first. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
+    kernels = dict(
+        sigmoid=lambda x, g: (g*x @ x.mT + 1).tanh(), rbf=lambda x, g: (-g*torch.cdist(x, x)**2).exp(),
+        cosine=lambda x, g: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT, linear=lambda x, g: x @ x.mT)
     if kernel not in kernels: raise ValueError(f'kernel is one of {", ".join(map(repr, kernels))}, not {kernel!r}')
     def one_layer(act):
         points = at_least_float(act).flatten(2).mT # [B, P, C]
@@ -155,7 +160,8 @@ def kpca_cam(
         gram = kernels[kernel](points, 1/points.shape[-1] if gamma is None else gamma)
         gram = gram - gram.mean(1, keepdim=True) - gram.mean(2, keepdim=True) + gram.mean((1,2), keepdim=True)
         finite = gram.isfinite().flatten(1).all(1)[:,None]
-        values,vectors = torch.linalg.eigh(torch.where(finite[...,None], gram, 0)) # NaN has no eigenvector, and the other items would get none
+        # NaN has no eigenvector, and the other items would get none
+        values,vectors = torch.linalg.eigh(torch.where(finite[...,None], gram, 0))
         maps = torch.where(finite, vectors[...,-1]*values[...,-1:].clamp(min=0).sqrt(), math.nan)
         side = (maps*at_least_float(act).abs().sum(1).flatten(1)).sum(-1, keepdim=True)
         return torch.where(side < 0, -maps, maps).to(at_least_float(act).dtype).unflatten(-1, act.shape[2:])[:,None]
@@ -186,8 +192,9 @@ def ablationcam(
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=64 # How many variants to run at once
 ) -> Tensor: # `[B, K, h, w]`, signed
-    r"""$\sum_k (s - s_{-k}) A^k$ with $s_{-k}$ the score without channel $k$ (set to zero). The paper divides by $s$, which only scales the map, and turns it upside
-    down where the score is negative; here it is left out. Needs no gradients. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
+    r"""$\sum_k (s - s_{-k}) A^k$ with $s_{-k}$ the score without channel $k$ (set to zero).
+    The paper divides by $s$, which only scales the map, and turns it upside down where the score is negative; here it is left out.
+    Needs no gradients. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
     maps,whole = [],at_least_float(scores.values.detach().as_subclass(Tensor))
     for layer,acts in enumerate(cap.acts):
         weights = torch.zeros(*scores.shape, acts.shape[1]).to(whole)
@@ -207,11 +214,13 @@ def ablationcam(
 def reciprocam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
-    gaussian:bool=True, # Keep a place at ¼, those beside it at ⅛, those at its corners at 1/16, as the paper does? Otherwise the place itself, whole
+    # Keep a place at ¼, those beside it at ⅛, those at its corners at 1/16, as the paper does? Otherwise the place itself, whole
+    gaussian:bool=True,
     bs:int=64 # How many variants to run at once
 ) -> Tensor: # `[B, K, h, w]`, signed
-    r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept. Needs no gradients.
-    On GAP + one linear layer, without the neighbours, it is CAM divided by HW. Byun & Lee 2022, https://arxiv.org/abs/2209.14074"""
+    r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept.
+    Needs no gradients. On GAP + one linear layer, without the neighbours, it is CAM divided by HW.
+    Byun & Lee 2022, https://arxiv.org/abs/2209.14074"""
     maps,n_space = [],cap.acts[0].dim() - 2
     for layer,acts in enumerate(cap.acts):
         size = acts.shape[2:]
@@ -219,7 +228,9 @@ def reciprocam(
         if gaussian:
             for dim in range(1, n_space + 1): masks = masks/4*2 + (_shifted(masks, 1, dim) + _shifted(masks, -1, dim))/4
         masks = torch.cat([masks, torch.zeros_like(masks[:1])])
-        values = torch.stack([torch.cat([_tail_scores(cap, scores, layer, act*some[:,None], item) for some in masks.split(bs)]) for item,act in enumerate(cap.bar(acts))])
+        values = torch.stack([
+            torch.cat([_tail_scores(cap, scores, layer, act*some[:,None], item) for some in masks.split(bs)])
+            for item,act in enumerate(cap.bar(acts))])
         maps.append((values[:,:-1] - values[:,-1:]).mT.unflatten(-1, size))
     return fuse_maps(cap, maps)
 
@@ -308,7 +319,8 @@ def iscam(
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     bs:int=8 # How many images to run at once
 ) -> Tensor: # `[B, K, h, w]`
-    r"""Score-CAM whose scores are averages while the light is turned up: step $i$ is lit $\sum_{j \le i} j/n$ times (above 1 from the middle on, as in the paper's sum).
+    r"""Score-CAM whose scores are averages while the light is turned up:
+    step $i$ is lit $\sum_{j \le i} j/n$ times (above 1 from the middle on, as in the paper's sum).
     Naidu et al. 2020, https://arxiv.org/abs/2010.03023"""
     levels = [sum(range(1, i + 1))/n for i in range(1, n + 1)]
     return _lit(cap, scores, [lambda light, level=level: light*level for level in levels], reduce, bs, top)
@@ -325,8 +337,9 @@ def fullgrad(
     cap:Capture, # Any pass: the model is run again
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
-    r"""$\psi(\nabla_x s \circ x) + \sum_l\sum_c \psi(\nabla_{b_c} s\, b_c)$ over every convolution and batch norm, $\psi$ = absolute value, stretched to 0–1, enlarged.
-    Each channel is stretched by itself, as the equation has it. The layer plays no part. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
+    r"""$\psi(\nabla_x s \circ x) + \sum_l\sum_c \psi(\nabla_{b_c} s\, b_c)$ over every convolution and batch norm,
+    $\psi$ = absolute value, stretched to 0–1, enlarged. Each channel is stretched by itself, as the equation has it.
+    The layer plays no part. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
     layers = cap.bias_layers()
     whole,image = cap.recapture(layers=[module for _,module in layers] or None, from_input=True),cap.image
     asked,n_space,biases = whole.score(scores),image.dim() - 2,[effective_bias(module) for _,module in layers]
@@ -345,8 +358,9 @@ def guided_backprop(
     cap:Capture, # Any pass: the model is run again
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
-    """Largest magnitude over the colours of the gradient of the score with respect to the image, when every ReLU passes positive gradients only; `ValueError` for a model
-    without ReLUs. **It hardly depends on the class or even the weights.** Springenberg et al. 2014, https://arxiv.org/abs/1412.6806"""
+    """Largest magnitude over the colours of the gradient of the score with respect to the image,
+    when every ReLU passes positive gradients only; `ValueError` for a model without ReLUs.
+    **It hardly depends on the class or even the weights.** Springenberg et al. 2014, https://arxiv.org/abs/1412.6806"""
     return _guided_gradients(cap, scores).abs().amax(2)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #c7a8a709
@@ -355,7 +369,8 @@ def guided_gradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, never negative
-    "Guided backpropagation × the positive part of Grad-CAM, enlarged. Fine lines, and only where Grad-CAM is. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"
+    """Guided backpropagation × the positive part of Grad-CAM, enlarged.
+    Fine lines, and only where Grad-CAM is. Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391"""
     return (_guided_gradients(cap, scores)*enlarge(gradcam(cap, scores).clamp(min=0), cap.image.shape[2:])[:,:,None]).abs().amax(2)
 
 def _guided_gradients(cap, scores):
@@ -364,8 +379,8 @@ def _guided_gradients(cap, scores):
 
 # %% ../../nbs/32_methods.catalogue.ipynb #4c42fd3b
 def _rolled_out(steps):
-    """What has reached each token through at least one attention, `[B, K, N, N]`: the product of all $I + A_l$ less $I$, which no attention has made and which has another unit;
-    from the first block on where the number of tokens is the last's"""
+    """What has reached each token through at least one attention, `[B, K, N, N]`: the product of all $I + A_l$ less $I$,
+    which no attention has made and which has another unit; from the first block on where the number of tokens is the last's"""
     reached = None
     for step in steps:
         if step.shape[-1] != steps[-1].shape[-1]: continue # a class token that joins later
@@ -373,7 +388,8 @@ def _rolled_out(steps):
     return reached
 
 def _without_unit(steps):
-    "The steps divided by the largest sum of a row in any of them: products of several would have other units than the steps themselves, and weigh more the larger the score is"
+    """The steps divided by the largest sum of a row in any of them:
+    products of several would have other units than the steps themselves, and weigh more the larger the score is"""
     largest = torch.stack([step.sum(-1).amax(-1) for step in steps]).amax(0)[...,None,None]
     return [step/torch.where(largest > 0, largest, 1) for step in steps]
 
@@ -393,8 +409,9 @@ def rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
     scores:Scores # What is explained; it only tells which tokens are read
 ) -> Tensor: # `[B, K, h, w]`, never negative
-    r"""$\prod_l \tfrac12(I + \bar A_l)$ less its part without attention, $\bar A_l$ = mean attention of the heads: what has reached the tokens that are read. **The class plays no part**; for models with attention over the whole image,
-    `ValueError` otherwise. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
+    r"""$\prod_l \tfrac12(I + \bar A_l)$ less its part without attention, $\bar A_l$ = mean attention of the heads:
+    what has reached the tokens that are read. **The class plays no part**;
+    for models with attention over the whole image, `ValueError` otherwise. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
     whole = cap.recapture(from_input=True, attention=True)
     grads = whole.attention_grads(whole.score(scores))
     steps = [attention.mean(1)[:,None] for attention in whole.attention]
@@ -406,7 +423,9 @@ def grad_rollout(
     cap:Capture, # Any pass of a model with attention: the model is run again
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]`, never negative
-    r"""Rollout of the attention that raises the score: $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$ divided by the largest sum of a row in any block, read without the $I$ that $R$ starts from. Of transformers the method that knows most about the class and the whole way to it;
+    r"""Rollout of the attention that raises the score:
+    $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$ divided by the largest sum of a row in any block,
+    read without the $I$ that $R$ starts from. Of transformers the method that knows most about the class and the whole way to it;
     for models with attention over the whole image, `ValueError` otherwise. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
     whole = cap.recapture(from_input=True, attention=True)
     grads = whole.attention_grads(whole.score(scores))
@@ -433,8 +452,8 @@ def refinecam(
     scores:Scores, # What is explained
     base:str|Callable='gradcam_pp' # Method whose maps are multiplied
 ) -> Tensor: # `[B, K, h, w]` at the resolution of the finest layer, never negative
-    """Product of the maps of several layers, each without its negative part and divided by its maximum: only what all depths agree on remains.
-    "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
+    """Product of the maps of several layers, each without its negative part and divided by its maximum:
+    only what all depths agree on remains. "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
     return fuse_maps(cap, _maps_of_layers(as_method(base), cap, scores), 'product')
 
 @cam_wrapper
@@ -453,7 +472,8 @@ def tta(
     flip:bool=True, # Mirror them too?
     bs:int=16 # How many images to run at once
 ) -> Callable: # A method
-    "Mean of the maps of flipped and brightened copies of the image, each flipped back; many copies in one batch, and the class is the image's own"
+    """Mean of the maps of flipped and brightened copies of the image, each flipped back;
+    many copies in one batch, and the class is the image's own"""
     def smoothed(cap, scores):
         image,n = cap.image,len(cap.image)
         looks = [(factor, flipped) for flipped in ((False, True) if flip else (False,)) for factor in factors]
@@ -475,7 +495,8 @@ def tta(
 def pca(
     method:Callable # Any method
 ) -> Callable: # A method
-    "First principal component of the channels as `method` weighs them; for a method that has no weights for channels, of the activations times its map (averaged to their grid)"
+    """First principal component of the channels as `method` weighs them;
+    for a method that has no weights for channels, of the activations times its map (averaged to their grid)"""
     if facts_of(method).reduces: return lambda cap, scores: method(cap, scores, reduce=principal_component)
     def smoothed(cap, scores):
         maps,n_space = method(cap, scores),cap.acts[0].dim() - 2
@@ -495,8 +516,9 @@ def smooth_gradcam_pp(
     reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
     seed:int=0 # Of the noise, which is the same for all items
 ) -> Tensor: # `[B, K, h, w]`
-    r"""Grad-CAM++ whose derivatives are means over noisy copies of the image: $\alpha = \overline{g^2}/(2\overline{g^2} + \sum A\,\overline{g^3})$, weights
-    $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
+    r"""Grad-CAM++ whose derivatives are means over noisy copies of the image:
+    $\alpha = \overline{g^2}/(2\overline{g^2} + \sum A\,\overline{g^3})$,
+    weights $\sum \alpha\max(\overline g, 0)$, on the image's own activations. Omeiza et al. 2019, https://arxiv.org/abs/1908.01224"""
     image,random = cap.image,torch.Generator().manual_seed(seed)
     spread = sigma*(image.flatten(1).amax(-1) - image.flatten(1).amin(-1))[(...,) + (None,)*(image.dim() - 1)]
     peaks,sums = None,[0]*len(cap.acts)
@@ -525,8 +547,9 @@ def likenesscam(
     cap:Capture, # Pass at two layers, a finer one and the last; at one layer, the model is run again and watched at its last two stages
     scores:Scores # What is explained
 ) -> Tensor: # `[B, K, h, w]` at the resolution of the finer layer, signed
-    r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place, of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer,
-    where HiResCAM of the last one is positive. Where the object is, with its outline, rather than what of it was needed"""
+    r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place,
+    of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer, where HiResCAM of the last one is positive.
+    Where the object is, with its outline, rather than what of it was needed"""
     staged = cap if len(cap.layers) > 1 else cap.recapture(layers=LAST_TWO_STAGES)
     finer,maps = -2 if len(staged.layers) > 1 else -1,[] # a network of one resolution has one layer for both
     fine,last = staged.acts[finer],staged.acts[-1]

@@ -35,12 +35,14 @@ def principal_component(
     weights:Tensor, # Weights `[B, K, C]`, or `[B, K, C, *space]`; a size of 1 is for all channels or places
     evidence:Tensor|None=None # `[B, K, *space]`: the sign is the one that agrees with it; `None`: with the weighted sum
 ) -> Tensor: # `[B, K, *space]`, of mean 0
-    """Projection of the weighted channels of each place on their first principal component over the places: what most of them have in common.
-    Computed from the smaller Gram matrix, for all items at once; the sign is fixed by `evidence`, since an eigenvector has none"""
+    """Projection of the weighted channels of each place on their first principal component over the places:
+    what most of them have in common. Computed from the smaller Gram matrix, for all items at once;
+    the sign is fixed by `evidence`, since an eigenvector has none"""
     if weights.dim()==3: weights = weights[(...,) + (None,)*(acts.dim() - 2)]
     terms = given = weights*at_least_float(acts)[:,None]
     if evidence is None: evidence = terms.sum(2)
-    space,dtype,terms = terms.shape[3:],terms.dtype,torch.where(_all_finite(given)[...,None,None], terms.flatten(3), 0) # no eigenvector is found for NaN, not even of other items
+    # no eigenvector is found for NaN, not even of other items
+    space,dtype,terms = terms.shape[3:],terms.dtype,torch.where(_all_finite(given)[...,None,None], terms.flatten(3), 0)
     size = terms.abs().amax((-2,-1), keepdim=True)
     terms = terms/torch.where(size > 0, size, 1) # squares of small gradients would vanish
     terms = terms - terms.mean(-1, keepdim=True)
@@ -57,12 +59,14 @@ def nan_unless_finite(
     maps:Tensor, # Maps of a method
     *parts:Any # What it is called with
 ):
-    "`maps`, not a number where what they are made of, `[B, K, …]` each (a size of 1 is for all scores), is not finite: a comparison or a clamp would make an ordinary number of it"
+    """`maps`, not a number where what they are made of, `[B, K, …]` each (a size of 1 is for all scores), is not finite:
+    a comparison or a clamp would make an ordinary number of it"""
     finite = math.prod(_all_finite(part).to(maps.device) for part in parts).bool()
     return torch.where(finite[(...,) + (None,)*(maps.dim() - 2)], maps, math.nan)
 
 def _leading(gram, n_squarings=10):
-    "Largest eigenvalue `[..., 1, 1]` and its eigenvector `[..., n, 1]` of Gram matrices: by squaring, three times faster than all of them by `eigh`, which steps in where squaring does not converge"
+    """Largest eigenvalue `[..., 1, 1]` and its eigenvector `[..., n, 1]` of Gram matrices:
+    by squaring, three times faster than all of them by `eigh`, which steps in where squaring does not converge"""
     power = gram
     for _ in range(n_squarings):
         power = power/power.diagonal(dim1=-2, dim2=-1).sum(-1)[...,None,None]
@@ -71,7 +75,8 @@ def _leading(gram, n_squarings=10):
     vector = F.normalize(power.gather(-1, most), dim=-2)
     moved = gram @ vector
     value = (moved*vector).sum(-2, keepdim=True)
-    found = ((moved - value*vector).norm(dim=-2, keepdim=True) <= 16*torch.finfo(gram.dtype).eps*value)[...,0,0] # false for NaN, which nothing gives
+    # false for NaN, which nothing gives
+    found = ((moved - value*vector).norm(dim=-2, keepdim=True) <= 16*torch.finfo(gram.dtype).eps*value)[...,0,0]
     if not found.all():
         values,vectors = torch.linalg.eigh(gram[~found])
         value[~found],vector[~found] = values[...,-1:,None],vectors[...,-1:]

@@ -52,7 +52,9 @@ def checked_method(
         scores = cap.as_scores(score)
         with cap.full_precision(): maps = func(cap, scores.columns, **options)
         if maps.dim() < 4 or maps.shape[:2] != scores.shape:
-            raise ValueError(f'method {method_name(func)!r} returned maps of shape {list(maps.shape)} for scores of shape {list(scores.shape)}: for [B, K] scores a method returns [B, K, h, w]')
+            raise ValueError(
+                f'method {method_name(func)!r} returned maps of shape {list(maps.shape)} for scores of shape {list(scores.shape)}: '
+                'for [B, K] scores a method returns [B, K, h, w]')
         maps = nan_unless_finite(maps, scores.values[...,None], *[act[:,None] for act in cap.acts])
         return maps[:,0] if scores.single else maps
     method.__name__,method.facts = method_name(func),facts
@@ -63,8 +65,8 @@ def cam_method(
     func:Callable|None=None, # `func(cap, scores)` is given `[B, K]` scores and returns signed maps `[B, K, h, w]`
     **facts # `grad`, `class_free`, `resolution`, `cost`, …: fields of `MethodFacts`
 ) -> Callable: # Takes `[B]` scores and functions of the output too; of `[B]` scores it returns `[B, h, w]`
-    """Register `func` as a CAM method under its own name. `cap` is the `Capture` of a pass that ran with autograd from the layer on, unless `grad=False`;
-    `scores` what `cap.score(target)` gave"""
+    """Register `func` as a CAM method under its own name. `cap` is the `Capture` of a pass that ran with autograd from the layer on,
+    unless `grad=False`; `scores` what `cap.score(target)` gave"""
     if func is None: return partial(cam_method, **facts)
     METHODS[func.__name__] = found = checked_method(func, MethodFacts(**facts))
     if found.facts.cost and func.__doc__: found.__doc__ = f'{func.__doc__}\n    Costs {found.facts.cost}.'
@@ -72,7 +74,8 @@ def cam_method(
 
 # %% ../../nbs/31_methods.registry.ipynb #975b9456
 def cam_weights(
-    func:Callable|None=None, # `func(acts, grads)`: of activations `[B, 1, C, P]` and gradients `[B, K, C, P]` at P places, weights `[B, K, C, P]` or `[B, K, C, 1]`
+    # `func(acts, grads)`: of activations `[B, 1, C, P]` and gradients `[B, K, C, P]` at P places, weights `[B, K, C, P]` or `[B, K, C, 1]`
+    func:Callable|None=None,
     **facts # Fields of `MethodFacts`
 ) -> Callable: # A method
     "Register the sum of the channels as `func` weighs them as a CAM method under its own name; options of `func` are options of the method"
@@ -110,12 +113,17 @@ def as_method(
         if name in WRAPPERS: raise ValueError(f"{name!r} is no method but changes one: write 'gradcam+{name}'")
         found = look_up(name, METHODS, 'method')
         for wrapper in wrappers:
-            if wrapper in METHODS: raise ValueError(f'behind + comes a wrapper (one of {", ".join(map(repr, WRAPPERS))}), and {wrapper!r} is a method: give several methods as a list')
+            if wrapper in METHODS:
+                raise ValueError(
+                    f'behind + comes a wrapper (one of {", ".join(map(repr, WRAPPERS))}), and {wrapper!r} is a method: '
+                    'give several methods as a list')
             found = look_up(wrapper, WRAPPERS, 'wrapper')(found)
         return found
-    if callable(method) and method in WRAPPERS.values(): raise ValueError(f"{method.__name__!r} is no method but changes one: write 'gradcam+{method.__name__}'")
+    if callable(method) and method in WRAPPERS.values():
+        raise ValueError(f"{method.__name__!r} is no method but changes one: write 'gradcam+{method.__name__}'")
     if callable(method): return method if hasattr(method, 'needs_grad') else checked_method(method, replace(facts_of(method), layers=None))
-    raise TypeError(f'a method is a name (one of {", ".join(map(repr, METHODS))}) or a function of (cap, score), not {type(method).__name__}')
+    raise TypeError(
+        f'a method is a name (one of {", ".join(map(repr, METHODS))}) or a function of (cap, score), not {type(method).__name__}')
 
 # %% ../../nbs/31_methods.registry.ipynb #051989d2
 def as_methods(
@@ -130,7 +138,8 @@ def method_name(
     method:Callable # A CAM method
 ) -> str:
     "The name to show for `method`, with the options of a `partial`"
-    if isinstance(method, partial): return f'{method_name(method.func)}({", ".join(f"{key}={value!r}" for key,value in method.keywords.items())})'
+    if isinstance(method, partial):
+        return f'{method_name(method.func)}({", ".join(f"{key}={value!r}" for key,value in method.keywords.items())})'
     return getattr(method, '__name__', type(method).__name__)
 
 # %% ../../nbs/31_methods.registry.ipynb #ed210b29

@@ -31,4 +31,5 @@ _all_ = [
     'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture',
     'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
 
-__getattr__ = renamed(__name__, {'as_found': 'eval_mode', 'bare': 'unwrap_model', 'Survey': 'LayerScan', 'Seen': 'LayerCall', 'Question': 'Scores'})
+__getattr__ = renamed(
+    __name__, {'as_found': 'eval_mode', 'bare': 'unwrap_model', 'Survey': 'LayerScan', 'Seen': 'LayerCall', 'Question': 'Scores'})

@@ -28,7 +28,8 @@ class Scores:
     "One score an item and question, and the question itself, which can be asked of other outputs of the same items"
     def __init__(self,
         values:Tensor, # `[B, K]`, with the graph that made them
-        fn:Callable|None=None, # `fn(out, items)` gives `[n]` or `[n, K]` scores of another output, whose rows belong to `items`; `None`: computed by hand
+        # `fn(out, items)` gives `[n]` or `[n, K]` scores of another output, whose rows belong to `items`; `None`: computed by hand
+        fn:Callable|None=None,
         cols:slice=slice(None), # Which columns of what `fn` gives
         most:int|None=None, # How many columns' gradients fit in memory together; `None`: all
         single:bool=False # Was one number an item asked for, `[B]`? Then its gradients and maps have no dimension of questions
@@ -54,7 +55,8 @@ def __getitem__(self:Scores,
 ) -> 'Scores':
     "Some of the columns, with their questions"
     rows,cols = key if isinstance(key, tuple) else (key, None)
-    if not isinstance(cols, (int, slice)) or rows != slice(None): raise IndexError('scores are taken apart by columns, as scores[:,0] or scores[:,:3]: all items are asked alike')
+    if not isinstance(cols, (int, slice)) or rows != slice(None):
+        raise IndexError('scores are taken apart by columns, as scores[:,0] or scores[:,:3]: all items are asked alike')
     if isinstance(cols, int): cols = slice(cols, cols + 1 or None)
     with torch.inference_mode(False): values = self.values[:,cols] # a slice is part of the graph only if it is taken with gradients on
     first = self.cols.start or 0
@@ -109,7 +111,8 @@ class Capture(Pass):
         self.extras = [None if extra is None else extra.detach().clone() for extra in map(Layout.extra, self.layouts, acts)]
         store_attr('out,grad,image_leaf')
         self.cut:list[str] = [] # layers whose gradients end at a block without autograd
-        self._tracked,self._kept,self._asked = list(acts),(None, None),(None, None) # the last score, with its gradients; the last that was no `Scores`, with those made of it
+        # the last score, with its gradients; the last that was no `Scores`, with those made of it
+        self._tracked,self._kept,self._asked = list(acts),(None, None),(None, None)
         if not grad and isinstance(out, Tensor): self.out = out.detach().requires_grad_() # a score of `out` can still be differentiated
 
 @patch(as_prop=True)
@@ -130,8 +133,10 @@ def only(self:Capture,
 # %% ../../nbs/18_probe.capture.ipynb #cd67c7f9
 @patch
 def score(self:Capture,
-    target:Callable|Scores, # Maps the output (and anything in `args`) to one score per item, or several; or scores of a pass of the same items
-    *args:Any # What `target` takes besides, such as the labels; of scores, the item of their pass that each item of this one is a variant of
+    # Maps the output (and anything in `args`) to one score per item, or several; or scores of a pass of the same items
+    target:Callable|Scores,
+    # What `target` takes besides, such as the labels; of scores, the item of their pass that each item of this one is a variant of
+    *args:Any
 ) -> Scores: # `[B, K]`
     "`target` of the output, with gradients on whatever the grad mode is, and the question to ask it again"
     with torch.inference_mode(False): fn = self._score_fn(target, *args)
@@ -162,7 +167,6 @@ def _most(self:Capture, values, max_bytes=2**28):
     sizes = [part.numel() for part in (*self._tracked, values, values, *tensors_in(self.out))]
     return max(1, max_bytes//max(1, 4*sum(sizes)))
 
-
 # %% ../../nbs/18_probe.capture.ipynb #5285646c
 @patch
 def as_scores(self:Capture,
@@ -175,10 +179,10 @@ def as_scores(self:Capture,
 
 @patch
 def _numbers(self:Capture, score):
-    if score.dim() not in (1,2): raise ValueError(f'a score is one number per item (shape [batch]) or several ([batch, K]), not of shape {list(score.shape)}')
+    if score.dim() not in (1,2):
+        raise ValueError(f'a score is one number per item (shape [batch]) or several ([batch, K]), not of shape {list(score.shape)}')
     with torch.inference_mode(False): values = _as_columns(score)
     return Scores(values, most=self._most(values), single=score.dim()==1)
-
 
 # %% ../../nbs/18_probe.capture.ipynb #d34d9716
 @patch
@@ -187,9 +191,14 @@ def keep_attention(self:Capture,
 ) -> None:
     "Keep those that relate every place of the layer to every other; `ValueError` if there is none"
     n_items,n_places = len(self),math.prod(self.layouts[-1].grid)
-    self._attention = [one for one in found if n_places <= one.shape[-1] <= n_places + MAX_EXTRA and one.shape[:-2].numel()%n_items==0 and one.shape[0] in (n_items, one.shape[:-2].numel())]
+    self._attention = [
+        one for one in found
+        if n_places <= one.shape[-1] <= n_places + MAX_EXTRA and one.shape[:-2].numel()%n_items==0
+        and one.shape[0] in (n_items, one.shape[:-2].numel())]
     if not self._attention:
-        raise ValueError(f'no attention of this {type(self.model).__name__} relates all places of layer {self.names[-1]!r} to each other (attention in windows, or none at all): use a method that needs only the layer, such as gradcam')
+        raise ValueError(
+            f'no attention of this {type(self.model).__name__} relates all places of layer {self.names[-1]!r} to each other '
+            '(attention in windows, or none at all): use a method that needs only the layer, such as gradcam')
 
 @patch(as_prop=True)
 def attention(self:Capture) -> list[Tensor]: # `[B, heads, N, N]` each
@@ -214,9 +223,11 @@ def _heads(self:Capture, attention): return attention.reshape(len(self), -1, *at
 
 @patch
 def grads(self:Capture,
-    score:Scores|Tensor|Callable # Scores, numbers `[B]` (or their sum) or `[B, K]` computed from `out`, or a function of the output that gives these
+    # Scores, numbers `[B]` (or their sum) or `[B, K]` computed from `out`, or a function of the output that gives these
+    score:Scores|Tensor|Callable
 ) -> list[Tensor]: # `[B, K, C, H, W]` each, of numbers `[B]` `[B, C, H, W]`; float32 where the layer is in half precision
-    "Gradients of `score` with respect to each layer's activation, all K in one backward pass; methods that share a score share its gradients"
+    """Gradients of `score` with respect to each layer's activation, all K in one backward pass;
+    methods that share a score share its gradients"""
     self._check_grad()
     if isinstance(score, Scores):
         grads = self.grads(score.values)
@@ -256,7 +267,8 @@ def out_grads(self:Capture,
 def curvatures(self:Capture,
     score:Scores # `[B, K]`
 ) -> list[Tensor]: # `[B, K, C, H, W]` each
-    "Hessian of `score` with respect to each layer's activation, times that activation; zero where what follows the layer is piecewise linear"
+    """Hessian of `score` with respect to each layer's activation, times that activation;
+    zero where what follows the layer is piecewise linear"""
     self._check_grad()
     try: return self._curvatures(score)
     except RuntimeError as e: # fused attention has no second derivative
@@ -273,7 +285,10 @@ def _curvatures(self:Capture, score):
         found, = torch.autograd.grad(grad, [act], grad_outputs=act.detach(), retain_graph=True, allow_unused=True)
         return torch.zeros_like(grad) if found is None else found
     with torch.inference_mode(False):
-        found = [torch.stack([at_least_float(product(act, score.values[:,k].sum()).detach().as_subclass(Tensor)) for k in range(score.shape[1])], dim=1) for act in self._tracked]
+        found = [
+            torch.stack(
+                [at_least_float(product(act, score.values[:,k].sum()).detach().as_subclass(Tensor)) for k in range(score.shape[1])], dim=1)
+            for act in self._tracked]
     return self.channels_first(found)
 
 @patch
@@ -283,43 +298,57 @@ def _differentiate(self:Capture, score, inputs):
         if not isinstance(score, Tensor): score = score(self.out)
         if not score.requires_grad:
             returned = tensors_in(self.out)
-            why = None if not returned or any(t.requires_grad for t in returned) else why_no_gradient(self.model, self.cut) or NO_GRADIENTS_OUT
-            raise ValueError(why or 'the score has no graph to differentiate: compute it from the output without detach() (with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
+            why = (
+                None if not returned or any(t.requires_grad for t in returned)
+                else why_no_gradient(self.model, self.cut) or NO_GRADIENTS_OUT)
+            raise ValueError(
+                why
+                or 'the score has no graph to differentiate: compute it from the output without detach() '
+                   '(with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
         if score.dim() < 2: return self._vjp(score.sum(), inputs)
         if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
         directions = torch.eye(score.shape[1], dtype=score.dtype, device=score.device)[:,None].expand(-1, *score.shape)
         try: grads = self._vjp(score, inputs, directions)
-        except (RuntimeError, NotImplementedError, UserWarning): # an operation that cannot be batched, or, where warnings are errors, not well
+        except (RuntimeError, NotImplementedError, UserWarning):
+            # an operation that cannot be batched, or, where warnings are errors, not well
             grads = [torch.stack(per_score) for per_score in zip(*[self._vjp(score[:,k].sum(), inputs) for k in range(score.shape[1])])]
         return [grad.transpose(0, 1) for grad in grads]
 
 # %% ../../nbs/18_probe.capture.ipynb #b8d5f1ce
 @patch
 def _vjp(self:Capture, score, inputs, directions=None):
-    "Vector-Jacobian products, all `directions` in one backward pass; half precision's small numbers are kept from vanishing by a power of two"
+    """Vector-Jacobian products, all `directions` in one backward pass;
+    half precision's small numbers are kept from vanishing by a power of two"""
     scales = (2.**12, 1.) if any(inp.dtype is torch.float16 for inp in inputs) else (1.,)
     for scale in scales:
         weights = scale*(torch.ones_like(score) if directions is None else directions)
         grads = gradients_of(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
         unused = [name for name,grad in zip(self.names, grads) if grad is None]
-        if unused: raise ValueError(why_no_gradient(self.model, [name for name in self.cut if name in unused]) or f'the score does not depend on layer {unused[0]!r}, or the model detaches what comes from it: choose a layer on the way to the output that is explained')
+        if unused:
+            raise ValueError(
+                why_no_gradient(self.model, [name for name in self.cut if name in unused])
+                or f'the score does not depend on layer {unused[0]!r}, or the model detaches what comes from it: '
+                   'choose a layer on the way to the output that is explained')
         grads = [at_least_float(grad.detach().as_subclass(Tensor)) for grad in grads]
         if scale==1: return grads
         if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
 
 @patch(as_prop=True)
 def fc(self:Capture) -> Tensor: # `[n_out, C]`
-    "Weights of the linear layer or 1×1 convolution (or of none) that makes `out` from the mean of the last activation; `ValueError` if that is not how `out` is made"
+    """Weights of the linear layer or 1×1 convolution (or of none) that makes `out` from the mean of the last activation;
+    `ValueError` if that is not how `out` is made"""
     pooled,out = at_least_float(self.acts[-1]).flatten(2).mean(-1), self.out
     if isinstance(out, Tensor) and out.dim()==2:
         rough,expected = out.dtype in (torch.float16, torch.bfloat16),out.detach().as_subclass(Tensor).to(pooled.dtype)
-        known,whole = expected.isfinite(),expected.isfinite().all(1, keepdim=True) # a broken item or class is no reason to refuse the others
+        # a broken item or class is no reason to refuse the others
+        known,whole = expected.isfinite(),expected.isfinite().all(1, keepdim=True)
         if whole.any(): known = whole
         tolerance = (3e-2 if rough else 1e-4)*torch.where(known, expected, 0).abs().max().clamp(min=torch.finfo(pooled.dtype).tiny)
         for weight,bias in _linear_maps(self.model, pooled.shape[1], out.shape[1]):
             weight,bias = (None if p is None else p.detach().to(pooled) for p in (weight, bias))
             if torch.where(known, F.linear(pooled, weight, bias) - expected, 0).abs().max() <= tolerance: return weight
-    raise ValueError(f'CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer (or 1×1 convolution), but what makes the output here is {describe_head(self.model, self.names[-1])}: '
+    raise ValueError(f"CAM needs layer {self.names[-1]!r} to be followed by global average pooling and one linear layer "
+                     f"(or 1×1 convolution), but what makes the output here is {describe_head(self.model, self.names[-1])}: "
                      "use method='gradcam', which works with any head, or train with `cam_learner(dls, arch)`, whose head makes CAM exact")
 
 # Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
@@ -327,10 +356,13 @@ warnings.filterwarnings('ignore', message='There is a performance drop because w
 
 # %% ../../nbs/18_probe.capture.ipynb #c598927a
 def _linear_maps(model, n_in, n_out):
-    "Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place; last, the identity: some networks have a map for each class before they pool"
+    """Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place;
+    last, the identity: some networks have a map for each class before they pool"""
     for module in model.modules():
-        is_pointwise = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups==1 and set(module.kernel_size)=={1}
-        if (is_pointwise or isinstance(module, nn.Linear)) and module.weight.flatten(1).shape==(n_out, n_in): yield module.weight.flatten(1),module.bias
+        is_pointwise = (
+            isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups==1 and set(module.kernel_size)=={1})
+        if (is_pointwise or isinstance(module, nn.Linear)) and module.weight.flatten(1).shape==(n_out, n_in):
+            yield module.weight.flatten(1),module.bias
     if n_in==n_out: yield torch.eye(n_in),None
 
 def describe_head(

@@ -58,7 +58,8 @@ class _Recording:
         return map_tensors(lambda t: t[items] if one is None else t[one].expand(len(items), *t.shape[1:]), out)
 
 # %% ../../nbs/17_probe.rerun.ipynb #806992c5
-_renamed = dict(tail='run_from', again='recapture', outputs='run', question='as_scores', columns='as_scores', chunks='as_scores(score).chunks')
+_renamed = dict(
+    tail='run_from', again='recapture', outputs='run', question='as_scores', columns='as_scores', chunks='as_scores(score).chunks')
 
 class Pass:
     "A forward pass that ran, and that can be run again in whole or in part; nothing here is recorded by autograd but `recapture`"
@@ -101,7 +102,10 @@ def _own_image(self:Pass):
 @patch(as_prop=True)
 def image(self:Pass) -> Tensor: # `[B, C, H, W]`
     "The batch of images that went in (where several go in, those that are explained); `ValueError` if no input is one"
-    if self._own_image is None: raise ValueError('no input of this model is a batch of images [B, C, H, W], so it cannot be masked or changed: use a method that needs only the layer, such as gradcam')
+    if self._own_image is None:
+        raise ValueError(
+            'no input of this model is a batch of images [B, C, H, W], so it cannot be masked or changed: '
+            'use a method that needs only the layer, such as gradcam')
     return self._own_image.detach().as_subclass(Tensor)
 
 @patch
@@ -143,8 +147,10 @@ def prepare(self:Pass,
     n_images:int, # How many images are going to be run
     dtype:torch.dtype|None=None # Let autocast run them in this precision, e.g. `torch.bfloat16`; `None`: as the pass ran
 ) -> None:
-    """Make `run` faster before many are asked: a copy of the model with its batch norms folded into the convolutions and its weights channels-last,
-    if that can be made and gives the same output for the batch (to 1e-4 of its range; 3e-2 with a `dtype`); the model itself is not touched"""
+    """Make `run` faster before many are asked:
+    a copy of the model with its batch norms folded into the convolutions and its weights channels-last,
+    if that can be made and gives the same output for the batch (to 1e-4 of its range; 3e-2 with a `dtype`);
+    the model itself is not touched"""
     if n_images < 64 or self._runs is not self.model or self._autocast['enabled']: return
     with self._aside(), torch.no_grad():
         expected = self.model(*self.args, **self.kwargs)
@@ -170,10 +176,12 @@ def run_from(self:Pass,
     layer:int=0, # Which of the watched layers it is the output of
     items:Tensor|None=None # The item that each row is a variant of
 ) -> Any: # What the model returns
-    "The model's output had the layer returned `act` (at the call that was watched: the last, if it is called several times); what comes before the layer does not run again"
+    """The model's output had the layer returned `act` (at the call that was watched: the last, if it is called several times);
+    what comes before the layer does not run again"""
     name,module = self.layers[layer]
     if items is None:
-        if len(act) % len(self): raise ValueError(f'the activation has {len(act)} items, which is no multiple of the {len(self)} items of the batch')
+        if len(act) % len(self):
+            raise ValueError(f'the activation has {len(act)} items, which is no multiple of the {len(self)} items of the batch')
         items = torch.arange(len(self)).repeat_interleave(len(act)//len(self))
     extra = self.extras[layer]
     act = self.layouts[layer].restored(act, None if extra is None else extra[items.to(extra.device)])
@@ -186,10 +194,12 @@ def run_from(self:Pass,
 @patch
 def _resumed(self:Pass, name, module, act, items, call):
     "A pass in which everything that ended before the layer did returns what it returned then"
-    if name not in self._recordings: self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
+    if name not in self._recordings:
+        self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
     recording,(args,kwargs) = self._recordings[name],self._inputs(None, items)
     def run(share):
-        replaced = {before: [lambda out=out: recording.spread(out, items, share) for out in outs] for before,outs in recording.calls.items()}
+        replaced = {
+            before: [lambda out=out: recording.spread(out, items, share) for out in outs] for before,outs in recording.calls.items()}
         replaced[module] = [None]*recording.call + [lambda: recording.returned(act, items)]
         with returning(replaced): return self.model(*args, **kwargs)
     try: return run(True)

@@ -301,7 +301,9 @@ def n_shown(
     "How many items one picture shows where nobody says it: those that were listed, as long as they can be read, or a few of a set"
     is_array = isinstance(item, (Tensor, np.ndarray))
     if is_array: item = _as_line(item)
-    is_list = isinstance(item, (list, tuple, L, range, KeysView, ValuesView, Iterator, pd.Series, pd.DataFrame, pd.Index)) and not hasattr(item, 'read')
+    is_list = (
+        isinstance(item, (list, tuple, L, range, KeysView, ValuesView, Iterator, pd.Series, pd.DataFrame, pd.Index))
+        and not hasattr(item, 'read'))
     holds_batches = is_list and isinstance(item, (list, tuple, L)) and any(isinstance(part, Tensor) and part.dim() > 3 for part in item)
     if holds_batches or isinstance(item, HeldBatches) or not (is_list or is_array and item.ndim==1): return _most_of_loader
     n = 0 if isinstance(item, Iterator) else len(_listed(learn, item, None))

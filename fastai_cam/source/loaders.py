@@ -17,7 +17,8 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader as TorchLoader, Dataset, get_worker_info, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    DataLoader as TorchLoader, Dataset, get_worker_info, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler)
 from fastcore.basics import GetAttr, patch, store_attr
 from fastcore.foundation import L
 from fastcore.imports import noop

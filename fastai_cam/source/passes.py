@@ -221,9 +221,9 @@ def _check(self:PassRecord, batch, items, wanted):
         if i not in wanted or b < 0: continue # nothing has gone through that it could differ from
         then = self.batches[b][1][i - self._items_of(b)[0]]
         if (then - now).abs().max() <= 1e-4*then[-1].clamp(min=1e-6): continue
-        raise ValueError(f'the picture of {name_of_item(self.items, self.positions[i])} is no longer the one that its map was made of: its file '
-                         'has changed since, or its transforms draw at random in a way that cannot be repeated; make this map again, '
-                         'by itself')
+        raise ValueError(f'the picture of {name_of_item(self.items, self.positions[i])} is no longer the one that its map was made of: '
+                         'its file has changed since, or its transforms draw at random in a way that cannot be repeated; '
+                         'make this map again, by itself')
 
 # %% ../../nbs/51_source.passes.ipynb #50a7ce16
 def shortened(thing):

@@ -161,7 +161,8 @@ class AllClasses(Target):
         self.labels = [str(label) for label in labels]
     def classes(self, out:Any, y:Any=None) -> Tensor:
         n = self.task.of(out).n_classes(out)
-        if n != len(self): raise ValueError(f'the vocab names {len(self)} classes, but the model has {n} outputs: name the classes to explain')
+        if n != len(self):
+            raise ValueError(f'the vocab names {len(self)} classes, but the model has {n} outputs: name the classes to explain')
         return torch.arange(len(self), device=out.device).expand(len(out), -1)
 
 class AllValues(Target):

@@ -44,7 +44,8 @@ class Region(Target):
             raise ValueError('a Region is about a class: give its name or index, not a function or a Versus')
         def placed(one):
             found = copy(one)
-            found.is_region,found.where,found.needs_labels = True,self.where,one.needs_labels or isinstance(self.where, str) and self.where=='actual'
+            found.is_region,found.where,found.needs_labels = (
+                True,self.where,one.needs_labels or isinstance(self.where, str) and self.where=='actual')
             return found
         return Several([placed(part) for part in parts]) if isinstance(target, Several) else placed(target)
     def of_task(self, task:Task) -> Target: return self.resolved(getattr(task, 'vocab', None)).of_task(task)
@@ -228,7 +229,8 @@ def find(self:_Names,
     found = exact or (found if self.is_binary else []) or self.by_text.get(str(asked), []) or self.by_number.get(_as_number(asked), [])
     if len(found) > 1:
         where = ', '.join(map(str, found))
-        raise ValueError(f'{len(found)} classes are named {str(asked)!r}, at the positions {where}: say which is meant, e.g. cls=ClassIndex({found[0]})')
+        raise ValueError(
+            f'{len(found)} classes are named {str(asked)!r}, at the positions {where}: say which is meant, e.g. cls=ClassIndex({found[0]})')
     return found[0] if found else None
 
 @patch
@@ -241,7 +243,8 @@ def target(self:_Names,
     return ClassIndex(index, str(self.values[index]) if is_known else None)
 
 @patch(as_prop=True)
-def listed(self:_Names) -> str: return ', '.join(repr(name) for name in self.values[:10]) + (f', … ({self.n} in all)' if self.n > 10 else '')
+def listed(self:_Names) -> str:
+    return ', '.join(repr(name) for name in self.values[:10]) + (f', … ({self.n} in all)' if self.n > 10 else '')
 
 # %% ../../nbs/23_targets.lookup.ipynb #acd35b6a
 def _of_number(number, names):
@@ -250,15 +253,15 @@ def _of_number(number, names):
     if position is not None and (not is_index or position==number or names.is_sure and names.is_numeric and not names.is_boolean):
         return names.target(position, by_name=True)
     if position is not None and names.is_sure and not 0 <= number < names.n:
-        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, and cls={names.texts[position]!r} asks for the one '
-                         'of that name')
+        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, '
+                         f'and cls={names.texts[position]!r} asks for the one of that name')
     if position is not None:
         other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure else '')
         raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: '
                          f'write cls={names.texts[position]!r} or cls=ClassIndex({number})')
     if names.is_numeric and not names.is_boolean:
-        raise ValueError(f'no class is named {number}: the classes are {names.listed}, and cls=ClassIndex(position) asks for one by its position, '
-                         f'0 to {names.n-1}')
+        raise ValueError(f'no class is named {number}: the classes are {names.listed}, '
+                         f'and cls=ClassIndex(position) asks for one by its position, 0 to {names.n-1}')
     if not is_index: raise TypeError(_what_cls_is(number))
     n = names.n if names.is_sure else None
     if number < 0 or (n is not None and number >= n):
@@ -285,7 +288,8 @@ def _of_name(name, names):
 
 # %% ../../nbs/23_targets.lookup.ipynb #4fb66d0e
 def as_target(
-    cls:Any=None, # Name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, a `Target`, or a list of these; `None`: the predicted class
+    # Name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, a `Target`, or a list of these; `None`: the predicted class
+    cls:Any=None,
     vocab:Sequence|None=None, # Names of the classes
     n_classes:int|None=None, # How many classes there are, where no vocab says so
     task:Task|None=None # What the output is; `None`: classes that exclude each other, or what the target says itself
@@ -310,12 +314,15 @@ def as_target(
     return Score(cls)
 
 def _what_cls_is(cls):
-    return f"cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, not {type(cls).__name__}"
+    return (
+        "cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, "
+        f"not {type(cls).__name__}")
 
 # %% ../../nbs/23_targets.lookup.ipynb #2fe9a847
 def _of_list(cls, names):
     "The targets that a list means, or anything else that has an order: an array, a tensor, an `Index`, a vocab"
-    if isinstance(cls, (Mapping, Set, Iterator)): raise TypeError(f'{_what_cls_is(cls)}: maps come in the order that is asked for, so make it a list')
+    if isinstance(cls, (Mapping, Set, Iterator)):
+        raise TypeError(f'{_what_cls_is(cls)}: maps come in the order that is asked for, so make it a list')
     if isinstance(cls, bytes) or not (isinstance(cls, Iterable) or hasattr(cls, '__getitem__')): raise TypeError(_what_cls_is(cls))
     if len(getattr(cls, 'shape', [0])) > 1:
         raise ValueError(f'cls is a list of classes, and not a table of shape {list(cls.shape)}: give one row of it')

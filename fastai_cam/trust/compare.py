@@ -63,27 +63,35 @@ def probability_rescorer(
     if is_plain: return Rescorer(cap, scores, None, None, n_images, dtype)
     out = target.read(cap.out)
     one_logit = isinstance(parts[0].task.of(out), (BinaryLabel, MultiLabel)) or out.dim() > 3 and out.shape[1]==1
-    if not one_logit: return Rescorer(cap, scores, partial(map_tensors, _softmax), None, n_images, dtype) # of each, where the model returns several things
+    # of each, where the model returns several things
+    if not one_logit: return Rescorer(cap, scores, partial(map_tensors, _softmax), None, n_images, dtype)
     logit = Rescorer(cap, scores, None, None, n_images, dtype)
     return lambda images, items: logit(images, items).sigmoid()
 
 # %% ../../nbs/78_trust.compare.ipynb #5e57ad2e
 def _as_mask_image(found, image_size):
-    "What a function of an item returned, as a mask image: an image, a file, an array `[H, W]`, or boxes `[[left, top, right, bottom], …]` in an image whose height and width the function `image_size` tells"
+    """What a function of an item returned, as a mask image: an image, a file,
+    an array `[H, W]`, or boxes `[[left, top, right, bottom], …]` in an image whose height and width the function `image_size` tells"""
     if isinstance(found, (str, Path)): found = Image.open(found)
     if isinstance(found, Image.Image): found = np.asarray(found.convert('L')) > 0
     values = found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
     if values.ndim==2 and values.shape[1] != 4 or values.dtype==bool: mask = values > 0
-    elif values.size==0 or values.shape[-1:]==(4,): mask = boxes_to_masks([[tuple(box) for box in np.asarray(values, dtype=float).reshape(-1, 4)]], image_size())[0].numpy()
-    else: raise ValueError(f'masks must give a mask [H, W], an image or file, or boxes [[left, top, right, bottom], …] for an item, not {f"an array of shape {list(values.shape)}" if values.ndim else type(found).__name__}: [] where it has none')
+    elif values.size==0 or values.shape[-1:]==(4,):
+        mask = boxes_to_masks([[tuple(box) for box in np.asarray(values, dtype=float).reshape(-1, 4)]], image_size())[0].numpy()
+    else:
+        raise ValueError(
+            'masks must give a mask [H, W], an image or file, or boxes [[left, top, right, bottom], …] for an item, '
+            f'not {f"an array of shape {list(values.shape)}" if values.ndim else type(found).__name__}: [] where it has none')
     return PILMask.create(Image.fromarray(mask.astype(np.uint8)))
 
 def _masks_of_items(learn, source, get_mask):
     "Masks of the items through the transforms of the learner's images, batch by batch"
     positions = source.dl.get_idxs()
     def mask_of(i): return _as_mask_image(get_mask(source.items[i]), lambda: source.dl.dataset[positions[i]][0].size[::-1])
-    masks = Datasets(range(len(source.items)), [[mask_of]], split_idx=1, do_setup=False) # of the validation set, where crops are in the middle
-    dl = TfmdDL(masks, bs=source.dl.bs, after_item=source.dl.after_item, after_batch=source.dl.after_batch, num_workers=0, do_setup=False) # to set transforms up again would take them from the learner
+    # of the validation set, where crops are in the middle
+    masks = Datasets(range(len(source.items)), [[mask_of]], split_idx=1, do_setup=False)
+    # to set transforms up again would take them from the learner
+    dl = TfmdDL(masks, bs=source.dl.bs, after_item=source.dl.after_item, after_batch=source.dl.after_batch, num_workers=0, do_setup=False)
     return [batch[0].as_subclass(Tensor) > 0 for batch in dl]
 
 def _masks_in_labels(labels, classes, size):
@@ -91,7 +99,8 @@ def _masks_in_labels(labels, classes, size):
     for part in labels:
         if isinstance(part, TensorMask) or isinstance(part, Tensor) and not part.is_floating_point() and part.shape[-2:]==tuple(size):
             codes = part.as_subclass(Tensor).reshape(len(part), *part.shape[-2:])
-            return codes==classes[:,None,None].to(codes.device) if len(labels)==1 else codes > 0 # of a segmentation, the class that is asked about
+            # of a segmentation, the class that is asked about
+            return codes==classes[:,None,None].to(codes.device) if len(labels)==1 else codes > 0
         if isinstance(part, TensorBBox):
             corners = (part.as_subclass(Tensor) + 1)/2*torch.tensor([size[1], size[0]]*2, device=part.device)
             named = next((other.as_subclass(Tensor) for other in labels if isinstance(other, Tensor) and other.shape==part.shape[:2]), None)
@@ -104,7 +113,8 @@ def _masks_in_labels(labels, classes, size):
 
 # %% ../../nbs/78_trust.compare.ipynb #c4d0bf5d
 class CAMTable(pd.DataFrame):
-    "Measures of methods, one row each: a `DataFrame` that shows itself with intervals and plots itself. `.per_item` has the numbers of each item"
+    """Measures of methods, one row each: a `DataFrame` that shows itself with intervals and plots itself.
+    `.per_item` has the numbers of each item"""
     _metadata = ['metrics', 'per_item']
 
 @patch(as_prop=True)
@@ -116,11 +126,17 @@ def _has_layers(self:CAMTable): return self.loc[~self['method'].isin(BASELINES),
 @patch
 def _shown(self:CAMTable):
     "Mean and interval in one column, as it is read"
-    if not hasattr(self, 'metrics') or not {'method', 'layer', *(name + end for name in self.metrics for end in ('', '_low', '_high'))} <= set(self.columns): return None
-    spread = lambda name: [f'{mean:.3f} ({low:.3f}–{high:.3f})' if np.isfinite(mean) else '–' for mean,low,high in zip(self[name], self[f'{name}_low'], self[f'{name}_high'])]
+    if (not hasattr(self, 'metrics')
+            or not {'method', 'layer', *(name + end for name in self.metrics for end in ('', '_low', '_high'))} <= set(self.columns)):
+        return None
+    spread = lambda name: [
+        f'{mean:.3f} ({low:.3f}–{high:.3f})' if np.isfinite(mean) else '–'
+        for mean,low,high in zip(self[name], self[f'{name}_low'], self[f'{name}_high'])]
     arrows = {name: f'{name} {"↑" if higher else "↓"}' for name,higher in self.metrics.items()}
     rest = [column for column in ('seconds', 'items') if column in self.columns]
-    return pd.DataFrame({'method': self['method'], **({'layer': self['layer']} if self._has_layers else {}), **{arrows[name]: spread(name) for name in self.metrics}, **{name: self[name] for name in rest}})
+    return pd.DataFrame({
+        'method': self['method'], **({'layer': self['layer']} if self._has_layers else {}),
+        **{arrows[name]: spread(name) for name in self.metrics}, **{name: self[name] for name in rest}})
 
 @patch
 def __repr__(self:CAMTable) -> str:
@@ -138,17 +154,22 @@ def plot(self:CAMTable,
     figsize:tuple|None=None, # Size of the figure in inches
     save:str|Path|None=None # File to write the figure to
 ) -> Figure:
-    "Each measure with its intervals, best at the right; maps that know nothing of the model are grey, and the best of them is a line to be beaten"
+    """Each measure with its intervals, best at the right;
+    maps that know nothing of the model are grey, and the best of them is a line to be beaten"""
     check_style(figsize=figsize, save=save)
     names,n = list(self.metrics),len(self)
-    fig,axes = plt.subplots(1, len(names), figsize=figsize or (2.6*len(names) + 1.5, .3*n + 1), sharey=True, layout='constrained', squeeze=False)
-    labels = [f'{row.method} · {row.layer}' if self._has_layers and row.method not in BASELINES else row.method for row in self.itertuples()]
+    fig,axes = plt.subplots(
+        1, len(names), figsize=figsize or (2.6*len(names) + 1.5, .3*n + 1), sharey=True, layout='constrained', squeeze=False)
+    labels = [
+        f'{row.method} · {row.layer}' if self._has_layers and row.method not in BASELINES else row.method for row in self.itertuples()]
     colours = ['grey' if method in BASELINES else 'C0' for method in self['method']]
     for ax,name in zip(axes[0], names):
         higher = self.metrics[name]
         for i,colour in enumerate(colours):
             row = self.iloc[i]
-            ax.errorbar(row[name], n - 1 - i, xerr=[[row[name] - row[f'{name}_low']], [row[f'{name}_high'] - row[name]]], fmt='o', color=colour, ms=4, capsize=2)
+            ax.errorbar(
+                row[name], n - 1 - i, xerr=[[row[name] - row[f'{name}_low']], [row[f'{name}_high'] - row[name]]], fmt='o', color=colour,
+                ms=4, capsize=2)
         baselines = self.loc[self['method'].isin(BASELINES), name].dropna()
         if len(baselines): ax.axvline(baselines.max() if higher else baselines.min(), color='grey', lw=1, ls=':')
         if not higher: ax.invert_xaxis()
@@ -174,7 +195,10 @@ def _work(methods, metrics, masks, dtype):
         if 'masks' in needs:
             classes = callback.query.target.item_classes(cap.out, callback.y, len(cap))[:,0]
             of_batch = masks[n_done].to(cap.image.device) if masks is not None else _masks_in_labels(callback.labels, classes, size)
-            if of_batch is None: raise ValueError(f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
+            if of_batch is None:
+                raise ValueError(
+                    f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, '
+                    'and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
         rescore = probability_rescorer(callback.query.target, cap, scores, 64, dtype) if 'rescore' in needs else None
         rows = []
         for method in with_bar(callback.learn, methods):
@@ -205,8 +229,10 @@ USUAL_METHODS = ['gradcam', 'hirescam', 'layercam', 'gradcam_pp', 'eigencam']
 # %% ../../nbs/78_trust.compare.ipynb #cd4b3aeb
 @patch
 def compare_cams(self:CAMInterpretation,
-    methods:str|Callable|Sequence|None=None, # Methods, as `learn.show_cam` takes them; `None`: the usual ones that cost about a forward pass
-    layers:Any=None, # A list of layers, each as `learn.show_cam` takes it (a list in it: several together); `None`: the interpretation's own
+    # Methods, as `learn.show_cam` takes them; `None`: the usual ones that cost about a forward pass
+    methods:str|Callable|Sequence|None=None,
+    # A list of layers, each as `learn.show_cam` takes it (a list in it: several together); `None`: the interpretation's own
+    layers:Any=None,
     metrics:str|Callable|Sequence|None=None, # Measures, names of `METRICS` or functions; `None`: insertion, deletion and average drop, and where there are masks pointing game, energy and IoU
     n:int|None=32, # How many items, taken evenly from the set; `None`: all
     masks:Callable|None=None, # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]` in pixels of its image; `None`: what the labels hold
@@ -219,9 +245,14 @@ def compare_cams(self:CAMInterpretation,
     refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
     learn = self.learn
     check_learner(learn)
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f'n={n!r} leaves nothing to measure: give at least 1, or None for all')
-    if masks is not None and not callable(masks): raise TypeError(f'masks is a function of an item that gives its mask or boxes, not {type(masks).__name__}')
-    if dtype not in (None, torch.bfloat16, torch.float16): raise ValueError(f'dtype={dtype!r} is not a lower precision to measure in: use torch.bfloat16 or torch.float16, or leave dtype=None for the learner\'s own')
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f'n={n!r} leaves nothing to measure: give at least 1, or None for all')
+    if masks is not None and not callable(masks):
+        raise TypeError(f'masks is a function of an item that gives its mask or boxes, not {type(masks).__name__}')
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f'dtype={dtype!r} is not a lower precision to measure in: '
+            'use torch.bfloat16 or torch.float16, or leave dtype=None for the learner\'s own')
     methods = as_methods(USUAL_METHODS if methods is None else methods)
     layers = [self.layer] if layers is None else list(layers) if is_listy(layers) else [layers]
     if not layers: raise ValueError('the list of layers is empty: name at least one, or leave layers=None')
@@ -237,8 +268,10 @@ def compare_cams(self:CAMInterpretation,
         with preserve_state(learn): masks = _masks_of_items(learn, source, masks)
     rows,per_item = [],{}
     for position,layer in enumerate(layers):
-        asked = methods + (as_methods([name for name in BASELINES if name not in map(method_name, methods)]) if baselines and position==0 else [])
-        with preserve_state(learn) as quiet: batches,_ = run_query(quiet, source, Query(target, asked, layer), _work(asked, metrics, masks, dtype))
+        asked = methods + (
+            as_methods([name for name in BASELINES if name not in map(method_name, methods)]) if baselines and position==0 else [])
+        with preserve_state(learn) as quiet:
+            batches,_ = run_query(quiet, source, Query(target, asked, layer), _work(asked, metrics, masks, dtype))
         for k,method in enumerate(asked):
             row,values = _row(batches, metrics, k)
             name,layer_name = method_name(method),'–' if method_name(method) in BASELINES else _layer_name(learn.model, layer)

@@ -56,7 +56,8 @@ def _cycle(grids, residual):
     return change.addcmul_(residual - grid(change), grid.inverse)
 
 def _first_guess(total, n, n_levels):
-    "Unknown pixels filled with the mean of the smallest block around them that knows any: `total` and number `n` of the known pixels in each"
+    """Unknown pixels filled with the mean of the smallest block around them that knows any:
+    `total` and number `n` of the known pixels in each"""
     if n_levels==0: coarse = total.sum((-2,-1), keepdim=True)/n.sum((-2,-1), keepdim=True).clamp(min=1)
     else: coarse = _doubled(_first_guess(_halved(total), _halved(n), n_levels - 1))
     return torch.where(n > 0, total/n.clamp(min=1), coarse)
@@ -110,7 +111,8 @@ def _conjugate_gradients(grids, x, error, max_n=100):
 # %% ../../nbs/71_trust.impute.ipynb #a35921bf
 def _road(maps, images, rescore, percentiles, least, noise, seed, bs):
     "Mean score over `percentiles`, that many percent of the pixels being imputed: the most relevant, or the `least` relevant"
-    if not len(percentiles) or not all(0 < percent < 100 for percent in percentiles): raise ValueError(f'percentiles are more than 0 and less than 100 percent of the pixels, not {list(percentiles)}')
+    if not len(percentiles) or not all(0 < percent < 100 for percent in percentiles):
+        raise ValueError(f'percentiles are more than 0 and less than 100 percent of the pixels, not {list(percentiles)}')
     ranks = pixel_ranks(maps, images, seed)
     n = ranks[0].numel()
     counts = torch.tensor([min(max(1, round(n*percent/100)), n - 1) for percent in percentiles], device=ranks.device)[:,None,None]
@@ -158,6 +160,9 @@ def road(
     seed:int=0, # Of the noise, and of the order of ties
     bs:int|None=None # How many images to make at once; `None`: 8 on a CPU, else 64
 ) -> Tensor: # `[B]`, half the difference of two scores: −.5 to .5 for probabilities
-    """(`road_lerf` − `road_morf`)/2: the score should survive the loss of what is least relevant and not of what is most, as pytorch-grad-cam combines them.
+    """(`road_lerf` − `road_morf`)/2: the score should survive the loss of what is least relevant and not of what is most,
+    as pytorch-grad-cam combines them.
     Costs `2*len(percentiles)` forward passes and as many linear systems. Rong et al. 2022, https://arxiv.org/abs/2202.00449"""
-    return (_road(maps, images, rescore, percentiles, True, noise, seed, bs) - _road(maps, images, rescore, percentiles, False, noise, seed, bs))/2
+    return (
+        _road(maps, images, rescore, percentiles, True, noise, seed, bs)
+        - _road(maps, images, rescore, percentiles, False, noise, seed, bs))/2

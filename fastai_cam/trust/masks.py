@@ -32,7 +32,9 @@ def pointing_game(
     "Is the peak of the map on the object? Zhang et al. 2016, https://arxiv.org/abs/1608.00507"
     large = at_pixels(maps, masks.shape[-2:])
     near = masks
-    if tolerance > 0: near = torch.stack([torch.from_numpy(ndimage.distance_transform_edt(~mask.cpu().numpy()) <= tolerance) for mask in masks]).to(masks.device)
+    if tolerance > 0:
+        near = torch.stack(
+            [torch.from_numpy(ndimage.distance_transform_edt(~mask.cpu().numpy()) <= tolerance) for mask in masks]).to(masks.device)
     peaks = (large==large.amax((1,2), keepdim=True)) & (large > 0)
     return _where_there_is_a_mask((peaks & near).sum((1,2))/peaks.sum((1,2)).clamp(min=1), masks)
 
@@ -54,7 +56,8 @@ def iou(
     threshold:float|str=.5 # Share of the map's maximum from which a pixel counts, or 'mean': the mean of the map
 ) -> Tensor: # `[B]`, 0 to 1; 0 for a map without positive evidence
     "Intersection over union of the mask and the part of the map that reaches `threshold`"
-    if threshold != 'mean' and not (isinstance(threshold, (int, float)) and 0 < threshold <= 1): raise ValueError(f"threshold is more than 0 and at most 1, a share of the maximum, or 'mean', not {threshold!r}")
+    if threshold != 'mean' and not (isinstance(threshold, (int, float)) and 0 < threshold <= 1):
+        raise ValueError(f"threshold is more than 0 and at most 1, a share of the maximum, or 'mean', not {threshold!r}")
     evidence = normalize(at_pixels(maps, masks.shape[-2:]))
     level = evidence.mean((1,2), keepdim=True) if threshold=='mean' else threshold
     found = (evidence >= level) & (evidence > 0)
@@ -74,7 +77,8 @@ def best_iou(
     maps:Tensor, # `[B, h, w]`
     masks:Tensor # `[B, H, W]`, bool
 ) -> Tensor: # `[B]`, 0 to 1; 0 for a map without positive evidence
-    "The highest `iou` that any threshold above zero gives: what the map could do, not what a user gets. Choe et al. 2020, https://arxiv.org/abs/2001.07437"
+    """The highest `iou` that any threshold above zero gives: what the map could do, not what a user gets.
+    Choe et al. 2020, https://arxiv.org/abs/2001.07437"""
     values,hits,last = _sorted(maps, masks)
     either = last + 1 + hits[:,-1:] - hits.gather(1, last)
     return _where_there_is_a_mask(torch.where(values > 0, hits.gather(1, last)/either, 0).amax(1), masks)
@@ -85,7 +89,8 @@ def relevance_rank(
     maps:Tensor, # `[B, h, w]`
     masks:Tensor # `[B, H, W]`, bool
 ) -> Tensor: # `[B]`, 0 to 1
-    "Of the n strongest pixels, n being the size of the mask, the share on the object; of ties at the end, the expected share. Arras et al. 2022, https://arxiv.org/abs/2003.07258"
+    """Of the n strongest pixels, n being the size of the mask, the share on the object; of ties at the end, the expected share.
+    Arras et al. 2022, https://arxiv.org/abs/2003.07258"""
     _,hits,last = _sorted(maps, masks)
     n = hits[:,-1:]
     end = last.gather(1, (n - 1).clamp(min=0)) # where the ties of the n-th pixel end

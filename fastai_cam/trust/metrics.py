@@ -26,7 +26,8 @@ from .impute import road
 def _faded(maps, images, rescore, baseline, bs):
     "Scores of the images as far as `maps` (0 to 1, at the pixels) show them"
     base = baseline_images(images, baseline)
-    return variant_scores(rescore, images, 1, lambda items, _: torch.lerp(base[items], images[items], maps[items][:,None].to(images)), bs)[:,0]
+    return variant_scores(
+        rescore, images, 1, lambda items, _: torch.lerp(base[items], images[items], maps[items][:,None].to(images)), bs)[:,0]
 
 def _shown(maps, images): return normalize(at_pixels(maps, images.shape[-2:]))
 
@@ -82,7 +83,8 @@ def _inside_out(inside, outside, ranks, counts, rescore, bs):
     counts = counts.to(ranks.device)
     def make(items, variants):
         is_in = (ranks[items] < counts[variants][:,None,None])[:,None]
-        return torch.lerp(outside[items], inside[items], is_in.to(inside)) # exact where the weight is 0 or 1, and ten times as fast as `where` with a mask for all channels
+        # exact where the weight is 0 or 1, and ten times as fast as `where` with a mask for all channels
+        return torch.lerp(outside[items], inside[items], is_in.to(inside))
     return variant_scores(rescore, inside, len(counts), make, bs)
 
 def insertion_curve(
@@ -199,10 +201,11 @@ def pixel_flipping(
     seed:int=0, # Of the order of ties
     bs:int|None=None # How many images to make at once; `None`: 8 on a CPU, else 64
 ) -> Tensor: # `[B]`, in units of the score
-    r"""Area over the perturbation curve, $\frac1p\int_0^p (s_0 - s_x)\,dx$, while the share $p$ of the patches is replaced,
-    the one with the highest mean relevance first: the mean fall of the score, by the trapezoidal rule over the shares that the steps
-    really flip; of a patch that `share` takes in part, that part of its fall.
-    Costs `steps + 1` forward passes. Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140; Samek et al. 2015, https://arxiv.org/abs/1509.06321"""
+    r"""Area over the perturbation curve,
+    $\frac1p\int_0^p (s_0 - s_x)\,dx$, while the share $p$ of the patches is replaced, the one with the highest mean relevance first:
+    the mean fall of the score, by the trapezoidal rule over the shares that the steps really flip;
+    of a patch that `share` takes in part, that part of its fall. Costs `steps + 1` forward passes.
+    Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140; Samek et al. 2015, https://arxiv.org/abs/1509.06321"""
     if not 0 < share <= 1: raise ValueError(f'share={share} is no share of the patches: use more than 0 and at most 1')
     height,width = images.shape[-2:]
     relevance = F.avg_pool2d(at_pixels(maps, (height, width))[:,None], patch, ceil_mode=True)[:,0]
@@ -231,7 +234,8 @@ def coherency(
     baseline:Any='zero', # What the image fades to, as `baseline_images` takes it
     bs:int|None=None # How many images to make at once; `None`: 8 on a CPU, else 64
 ) -> Tensor: # `[B]`, 0 to 1; one half for a map that is the same everywhere
-    r"""$(1 + r)/2$ with $r$ the correlation of the map and the map of image ∘ map, both divided by their maximum and without their negative parts.
+    r"""$(1 + r)/2$ with $r$ the correlation of the map and the map of image ∘ map,
+    both divided by their maximum and without their negative parts.
     Costs the method once more. Poppi et al. 2021, https://arxiv.org/abs/2104.10252"""
     shown,base,found = _shown(maps, images),baseline_images(images, baseline),[]
     for piece in slices_of(len(images), bs, images.device):
@@ -258,7 +262,8 @@ def adcc(
 ) -> Tensor: # `[B]`, 0 to 1
     r"""Harmonic mean of `coherency`, 1 − `complexity` and 1 − `average_drop`: $3/(\frac1{Coh} + \frac1{1-Com} + \frac1{1-AD})$.
     Costs 2 forward passes and the method once more. Poppi et al. 2021, https://arxiv.org/abs/2104.10252"""
-    return _harmonic_mean(coherency(maps, images, explain, baseline, bs), 1 - complexity(maps), 1 - average_drop(maps, images, rescore, baseline, bs))
+    return _harmonic_mean(
+        coherency(maps, images, explain, baseline, bs), 1 - complexity(maps), 1 - average_drop(maps, images, rescore, baseline, bs))
 
 @cam_metric('faithfulness', higher=True)
 def arcc(
@@ -272,8 +277,9 @@ def arcc(
     seed:int=0, # Of the noise, and of the order of ties
     bs:int|None=None # How many images to make at once; `None`: 8 on a CPU, else 64
 ) -> Tensor: # `[B]`, 0 to 1
-    r"""Harmonic mean of `coherency`, 1 − `complexity` and 2 × `road`, cut off at 0 and 1, as its authors' code in pytorch-grad-cam computes it.
-    Costs `2*len(percentiles)` forward passes and the method once more. "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
+    r"""Harmonic mean of `coherency`, 1 − `complexity` and 2 × `road`, cut off at 0 and 1,
+    as its authors' code in pytorch-grad-cam computes it. Costs `2*len(percentiles)` forward passes and the method once more.
+    "How to Evaluate and Refine your CAM" 2026, https://arxiv.org/abs/2605.14641"""
     removed = (2*road(maps, images, rescore, percentiles, noise, seed, bs)).clamp(0, 1)
     return _harmonic_mean(coherency(maps, images, explain, baseline, bs), 1 - complexity(maps), removed)
 
@@ -304,8 +310,9 @@ def max_sensitivity(
 def gini(
     maps:Tensor # `[B, h, w]`
 ) -> Tensor: # `[B]`, 0 (the same everywhere) to 1 − 1/(h·w) (a single place); `nan` for a map without positive evidence
-    r"""Gini index of the positive evidence, $1 - 2\sum_k \frac{c_{(k)}}{\|c\|_1}\,\frac{N - k + 1/2}{N}$ with $c_{(k)}$ ascending: how sparse it is.
-    Hurley & Rickard 2009, https://arxiv.org/abs/0811.4706; for explanations Chalasani et al. 2020, https://arxiv.org/abs/1810.06583"""
+    r"""Gini index of the positive evidence, $1 - 2\sum_k \frac{c_{(k)}}{\|c\|_1}\,\frac{N - k + 1/2}{N}$ with $c_{(k)}$ ascending:
+    how sparse it is. Hurley & Rickard 2009, https://arxiv.org/abs/0811.4706;
+    for explanations Chalasani et al. 2020, https://arxiv.org/abs/1810.06583"""
     evidence = normalize(maps).flatten(1).sort(dim=1).values
     n = evidence.shape[1]
     places = torch.arange(n, 0, -1, device=maps.device) - .5

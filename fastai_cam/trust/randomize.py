@@ -44,7 +44,8 @@ def parameter_owners(
     names = [name for name,module in model.named_modules() if _has_own(module) and 'parametrizations' not in name.split('.')]
     if not names: raise ValueError(f'this {type(model).__name__} has no parameters: there is nothing to randomise')
     lazy = next((name for name in names if any(is_lazy(param) for param in model.get_submodule(name).parameters(recurse=False))), None)
-    if lazy is not None: raise ValueError(f'layer {lazy!r} has no weights yet, as it takes its size from its first input: run the model once')
+    if lazy is not None:
+        raise ValueError(f'layer {lazy!r} has no weights yet, as it takes its size from its first input: run the model once')
     return names
 
 def _has_own(module): return next(module.parameters(recurse=False), None) is not None or parametrize.is_parametrized(module)
@@ -52,18 +53,21 @@ def _has_own(module): return next(module.parameters(recurse=False), None) is not
 # %% ../../nbs/76_trust.randomize.ipynb #4c8b01fa
 def randomization_steps(
     model:nn.Module, # Model to take apart
-    layers:nn.Module|str|int|Sequence|None=None, # Blocks to randomise, one a step, each as `Probe` takes a layer; `None`: all layers that have parameters of their own
+    # Blocks to randomise, one a step, each as `Probe` takes a layer; `None`: all layers that have parameters of their own
+    layers:nn.Module|str|int|Sequence|None=None,
     n_steps:int=8 # Without `layers`: into how many groups of consecutive layers; the output layer goes before the rest of its group
 ) -> dict[str,list[str]]: # Name of each step → names of its layers; from the output back to the input
     "Which layers are randomised together, and in which order"
     model = unwrap_model(model)
     owners = parameter_owners(model)
     if layers is not None:
-        blocks = {block: [name for name in owners if name==block or name.startswith(f'{block}.')] for block,_ in resolve_layers(model, layers)}
+        blocks = {
+            block: [name for name in owners if name==block or name.startswith(f'{block}.')] for block,_ in resolve_layers(model, layers)}
         for block,names in blocks.items():
             if not names: raise ValueError(f'layer {block!r} has no parameters to randomise: leave it out')
         return {block: names[::-1] for block,names in sorted(blocks.items(), key=lambda found: owners.index(found[1][0]), reverse=True)}
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1: raise ValueError(f'n_steps={n_steps!r} randomises nothing: give at least 1')
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f'n_steps={n_steps!r} randomises nothing: give at least 1')
     first,*others = [group.tolist() for group in np.array_split(owners[::-1], min(n_steps, len(owners)))]
     groups = [group for group in (first[:1], first[1:], *others) if group]
     return {_label(group): group for group in groups}
@@ -83,7 +87,8 @@ def randomized(
     return randomized_copies(model, randomization_steps(model, layers, n_steps), how, seed, args, kwargs or {})
 
 def check_how(how):
-    if how not in ('cascading', 'independent'): raise ValueError(f"how is 'cascading' (what was randomised before stays so) or 'independent' (each step by itself), not {how!r}")
+    if how not in ('cascading', 'independent'):
+        raise ValueError(f"how is 'cascading' (what was randomised before stays so) or 'independent' (each step by itself), not {how!r}")
 
 # %% ../../nbs/76_trust.randomize.ipynb #7f58921a
 def randomized_copies(model, steps, how, seed, args, kwargs):
@@ -93,7 +98,8 @@ def randomized_copies(model, steps, how, seed, args, kwargs):
         before = {name: _reset(current.get_submodule(name), name, seed) for name in names}
         if args or kwargs:
             settle_norms(norms_after(current, order, names), current, args, kwargs)
-            if any(_made_by_hooks(current.get_submodule(name)) for name in names): Pass(current, [], args, kwargs).run(None) # now they are made anew
+            # now they are made anew
+            if any(_made_by_hooks(current.get_submodule(name)) for name in names): Pass(current, [], args, kwargs).run(None)
         for name in names: _check_changed(current.get_submodule(name), name, before[name], bool(args or kwargs))
         yield step,current
 
@@ -108,9 +114,13 @@ def norms_after(
 
 class _DrawingFrom(TorchFunctionMode):
     "While it is on, what draws random numbers draws them from `generator`, and the global random state is left alone"
-    in_place = {getattr(Tensor, f'{name}_') for name in ('uniform', 'normal', 'random', 'bernoulli', 'exponential', 'geometric', 'log_normal', 'cauchy')}
+    in_place = {
+        getattr(Tensor, f'{name}_')
+        for name in ('uniform', 'normal', 'random', 'bernoulli', 'exponential', 'geometric', 'log_normal', 'cauchy')}
     functions = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial}
-    inits = {getattr(init, f'{name}_') for name in ('uniform', 'normal', 'trunc_normal', 'xavier_uniform', 'xavier_normal', 'kaiming_uniform', 'kaiming_normal', 'orthogonal', 'sparse')}
+    inits = {getattr(init, f'{name}_') for name in (
+        'uniform', 'normal', 'trunc_normal', 'xavier_uniform', 'xavier_normal', 'kaiming_uniform', 'kaiming_normal', 'orthogonal',
+        'sparse')}
     alike = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
     def __init__(self, generator):
         super().__init__()
@@ -123,7 +133,8 @@ class _DrawingFrom(TorchFunctionMode):
 
 # %% ../../nbs/76_trust.randomize.ipynb #1e64155b
 def _bake(module):
-    "Make weights that are computed from others (pruned, normed, or parametrised in any way) parameters themselves: the new ones would be computed from what was learned"
+    """Make weights that are computed from others (pruned, normed, or parametrised in any way) parameters themselves:
+    the new ones would be computed from what was learned"""
     if parametrize.is_parametrized(module): # `remove_parametrizations` would change the class, which the model's own layer has too
         values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
         module.__class__ = parametrize.type_before_parametrizations(module)
@@ -136,21 +147,26 @@ def _bake(module):
 
 def _made_by_hooks(module):
     "Names of the tensors that hooks make of a module's parameters: `weight`, of `weight_raw`"
-    return [name for name,value in vars(module).items() if isinstance(value, Tensor) and any(param.startswith(name) for param in module._parameters)]
+    return [
+        name for name,value in vars(module).items()
+        if isinstance(value, Tensor) and any(param.startswith(name) for param in module._parameters)]
 
 def _varies(values): return values.numel() > 1 and bool((values != values.flatten()[0]).any())
 
 def _reset(module, name, seed):
     "New values for the parameters and buffers that are a module's own; what was there before"
     _bake(module)
-    before = {key: getattr(module, key).detach().clone() for key in [*dict(module.named_parameters(recurse=False)), *_made_by_hooks(module)]}
-    generator,new = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode())),{} # on the CPU, so that every device has the same weights
+    before = {
+        key: getattr(module, key).detach().clone() for key in [*dict(module.named_parameters(recurse=False)), *_made_by_hooks(module)]}
+    # on the CPU, so that every device has the same weights
+    generator,new = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode())),{}
     if hasattr(module, 'reset_parameters'):
         fresh = copy_model(module).cpu()
         with _DrawingFrom(generator): fresh.reset_parameters()
         new = dict([*fresh.named_parameters(recurse=False), *fresh.named_buffers(recurse=False)])
     for key,tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if key in before and (key not in new or torch.equal(new[key].to(tensor), tensor)): new[key] = _noise_like(tensor, generator) # nothing resets it
+        # nothing resets it
+        if key in before and (key not in new or torch.equal(new[key].to(tensor), tensor)): new[key] = _noise_like(tensor, generator)
         if key in new: tensor.detach().copy_(new[key].detach())
     return before
 
@@ -163,7 +179,10 @@ def _check_changed(module, name, before, has_run):
     "`ValueError` for a layer that computes with what it has learned, although its parameters are new"
     for key,values in before.items():
         if key in module._parameters or has_run:
-            if _varies(values) and torch.equal(getattr(module, key), values): raise ValueError(f'{key!r} of layer {name!r} cannot be made random, as something else than its parameters decides what it is: leave that layer out, or make it a parameter')
+            if _varies(values) and torch.equal(getattr(module, key), values):
+                raise ValueError(
+                    f'{key!r} of layer {name!r} cannot be made random, as something else than its parameters decides what it is: '
+                    'leave that layer out, or make it a parameter')
 
 def settle_norms(
     norms:Sequence, # Batch norms
@@ -171,7 +190,8 @@ def settle_norms(
     args:Sequence, # Inputs of a batch
     kwargs:dict # Named inputs
 ):
-    "Give batch norms the statistics of what reaches them, one after the other in one pass; where that is a single value a channel, they stay as they are"
+    """Give batch norms the statistics of what reaches them, one after the other in one pass;
+    where that is a single value a channel, they stay as they are"""
     def settled(norm, forward, x):
         values = x.detach().float()
         space = [0, *range(2, x.dim())]

@@ -37,12 +37,18 @@ def check_shapes(
     masks:Tensor|None=None # `[B, H, W]`, bool
 ):
     "`ValueError` or `TypeError` for tensors that do not belong together"
-    if maps.dim() != 3: raise ValueError(f'measures take one map an item, [batch, h, w], not maps of shape {list(maps.shape)}: of several questions, measure maps[:,k] one by one')
-    if images is not None and images.dim() != 4: raise ValueError(f'images are [batch, channels, height, width], not of shape {list(images.shape)}')
-    if masks is not None and masks.dtype is not torch.bool: raise TypeError(f'masks are bool, True on the object, not {masks.dtype}: pass e.g. masks > 0')
+    if maps.dim() != 3:
+        raise ValueError(
+            f'measures take one map an item, [batch, h, w], not maps of shape {list(maps.shape)}: '
+            'of several questions, measure maps[:,k] one by one')
+    if images is not None and images.dim() != 4:
+        raise ValueError(f'images are [batch, channels, height, width], not of shape {list(images.shape)}')
+    if masks is not None and masks.dtype is not torch.bool:
+        raise TypeError(f'masks are bool, True on the object, not {masks.dtype}: pass e.g. masks > 0')
     if masks is not None and masks.dim() != 3: raise ValueError(f'masks are [batch, height, width], not of shape {list(masks.shape)}')
     for name,others in dict(images=images, masks=masks).items():
-        if others is not None and len(others) != len(maps): raise ValueError(f'{len(maps)} maps do not fit {len(others)} {name}: give one for each')
+        if others is not None and len(others) != len(maps):
+            raise ValueError(f'{len(maps)} maps do not fit {len(others)} {name}: give one for each')
 
 def _measure(func, kind, higher):
     "`func` with its arguments checked, and with what a table has to know about it"
@@ -86,7 +92,8 @@ def _as_metric(metric):
     if hasattr(metric, 'needs'): return metric
     known = getattr(metric, 'func', None) # of a `partial`
     if hasattr(known, 'needs'): return _measure(metric, known.kind, known.higher)
-    raise TypeError(f'a measure is a name (one of {", ".join(map(repr, METRICS))}) or a function that was made with @cam_metric, not {metric!r}')
+    raise TypeError(
+        f'a measure is a name (one of {", ".join(map(repr, METRICS))}) or a function that was made with @cam_metric, not {metric!r}')
 
 # %% ../../nbs/70_trust.rescore.ipynb #b0b8d4b9
 def slices_of(
@@ -95,7 +102,8 @@ def slices_of(
     device:torch.device # Where they are
 ):
     "Slices of `n` images, as many as are run at once"
-    if bs is None: bs = 8 if device.type=='cpu' else 64 # with more, a CPU takes longer: buffers of 32 MB and more are asked of the system anew each time
+    # with more, a CPU takes longer: buffers of 32 MB and more are asked of the system anew each time
+    if bs is None: bs = 8 if device.type=='cpu' else 64
     return [slice(start, min(start + bs, n)) for start in range(0, n, bs)]
 
 class Rescorer:
@@ -103,7 +111,8 @@ class Rescorer:
     def __init__(self,
         cap:Capture, # Pass of the items
         score:Scores|Callable, # One score an item, of `cap.score`, or a function of the output
-        activation:Callable|None=None, # Applied to the model's output first, e.g. `partial(torch.softmax, dim=1)`; `None`: the score is of the output itself
+        # Applied to the model's output first, e.g. `partial(torch.softmax, dim=1)`; `None`: the score is of the output itself
+        activation:Callable|None=None,
         bs:int|None=None, # How many images to run at once; `None`: 8 on a CPU, else 64
         n_images:int=0, # How many are going to be run, if that is known
         dtype:torch.dtype|None=None # Run them in this precision, e.g. `torch.bfloat16`, if many are run; `None`: as the pass ran
@@ -175,18 +184,22 @@ def baseline_images(
 ) -> Tensor: # `[B, C, H, W]`
     "What `images` become when everything is removed from them"
     if isinstance(baseline, str):
-        if baseline not in BASELINE_IMAGES: raise ValueError(f'a baseline is one of {", ".join(map(repr, BASELINE_IMAGES))}, a tensor or a function, not {baseline!r}')
+        if baseline not in BASELINE_IMAGES:
+            raise ValueError(f'a baseline is one of {", ".join(map(repr, BASELINE_IMAGES))}, a tensor or a function, not {baseline!r}')
         return BASELINE_IMAGES[baseline](images)
     found = baseline(images) if callable(baseline) else baseline.to(images)
     if found.dim()==1: found = found[:,None,None]
-    if found.shape[-3:] != images.shape[1:] and found.shape != (images.shape[1], 1, 1): raise ValueError(f'a baseline is one value a channel or one image, and {list(found.shape)} does not fit images of shape {list(images.shape)}')
+    if found.shape[-3:] != images.shape[1:] and found.shape != (images.shape[1], 1, 1):
+        raise ValueError(
+            f'a baseline is one value a channel or one image, and {list(found.shape)} does not fit images of shape {list(images.shape)}')
     return found.expand_as(images)
 
 def _blurred(images):
     scale = min(images.shape[-2:])/224
     return gaussian_blur(images, 2*max(1, round(5*scale)) + 1, max(.5, 5*scale))
 
-BASELINE_IMAGES:dict[str,Callable] = dict(zero=torch.zeros_like, blur=_blurred, mean=lambda images: images.mean((2,3), keepdim=True).expand_as(images))
+BASELINE_IMAGES:dict[str,Callable] = dict(
+    zero=torch.zeros_like, blur=_blurred, mean=lambda images: images.mean((2,3), keepdim=True).expand_as(images))
 
 # %% ../../nbs/70_trust.rescore.ipynb #2c00bc66
 def at_pixels(

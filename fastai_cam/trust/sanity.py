@@ -73,8 +73,8 @@ def _together(self:SanityCheck, method, numbers):
 
 @patch(as_prop=True)
 def table(self:SanityCheck) -> pd.DataFrame:
-    """One row a method and step: mean similarity to the model's own maps with its 95% interval (`…_low`, `…_high`), that of different images' maps (`…_chance`),
-    the share of their own that maps keep (`…_kept`), and the number of images"""
+    """One row a method and step: mean similarity to the model's own maps with its 95% interval (`…_low`, `…_high`),
+    that of different images' maps (`…_chance`), the share of their own that maps keep (`…_kept`), and the number of images"""
     return pd.DataFrame([dict(method=method, step=step, randomised=share, **comparison.columns)
                          for method,by_step in self._by_step.items() for (step,share),comparison in zip(self.steps.items(), by_step)])
 
@@ -82,7 +82,9 @@ def table(self:SanityCheck) -> pd.DataFrame:
 @patch(as_prop=True)
 def passed(self:SanityCheck) -> dict[str,bool]: # By method
     "Is surely less than half of what the maps have of their own left?"
-    return {method: all(high < self.limit for comparison in judged.values() for _,_,high in comparison.kept.values()) for method,judged in self._judged.items()}
+    return {
+        method: all(high < self.limit for comparison in judged.values() for _,_,high in comparison.kept.values())
+        for method,judged in self._judged.items()}
 
 @patch(as_prop=True)
 def verdict(self:SanityCheck) -> str: # A sentence a method
@@ -91,14 +93,20 @@ def verdict(self:SanityCheck) -> str: # A sentence a method
 
 @patch
 def _sentence(self:SanityCheck, method):
-    found = [(comparison.kept[name], when, name, comparison.columns) for when,comparison in self._judged[method].items() for name in MEASURES]
+    found = [
+        (comparison.kept[name], when, name, comparison.columns) for when,comparison in self._judged[method].items() for name in MEASURES]
     (kept,low,high),when,name,columns = max(found, key=lambda one: one[0][2]) # the one nearest to failing
     if np.isnan(kept): return f'{method} cannot be judged: its maps show no positive evidence.'
-    word = 'passes' if self.passed[method] else 'fails' if any(one[0][1] >= self.limit for one in found) else f'does not pass for sure (take more than {columns["n"]} images)'
+    word = (
+        'passes' if self.passed[method] else 'fails' if any(one[0][1] >= self.limit for one in found)
+        else f'does not pass for sure (take more than {columns["n"]} images)')
     names = dict(spearman='Spearman', ssim='SSIM')
     share = lambda value: f'{max(0, value):.0%}'
     first = self._by_step[method][0].kept[name][0]
-    return f'{method} {word}: {when}, its maps keep {share(kept)} of their own (95% interval {share(low)} to {share(high)}; {names[name]} {columns[name]:.2f}, maps of different images {columns[f"{name}_chance"]:.2f}). With {next(iter(self.steps))!r} alone at random: {share(first)}.'
+    return (
+        f'{method} {word}: {when}, its maps keep {share(kept)} of their own '
+        f'(95% interval {share(low)} to {share(high)}; {names[name]} {columns[name]:.2f}, '
+        f'maps of different images {columns[f"{name}_chance"]:.2f}). With {next(iter(self.steps))!r} alone at random: {share(first)}.')
 
 @patch
 def __repr__(self:SanityCheck) -> str: return self.verdict
@@ -157,7 +165,8 @@ def show(self:SanityCheck,
     if not -n <= item < n: raise IndexError(f'item {item} is out of range: {n} images were checked, 0 to {n-1}')
     image = self.images[item % n] if over and self.images is not None else None
     titles = ['original', *([f'{share:.0%}' for share in self.steps.values()] if self.how=='cascading' else self.steps)]
-    fig,grid = plt.subplots(len(self.maps), len(titles), figsize=figsize or (1.45*len(titles), 1.75*len(self.maps)), squeeze=False, layout='constrained')
+    fig,grid = plt.subplots(
+        len(self.maps), len(titles), figsize=figsize or (1.45*len(titles), 1.75*len(self.maps)), squeeze=False, layout='constrained')
     for row,(method,found) in zip(grid, self.maps.items()):
         for panel,one,title in zip(row, found[:,item], titles):
             CAMMap(one, image).show(ax=panel, title='', **kwargs)
@@ -170,7 +179,8 @@ def show(self:SanityCheck,
 def _check_asked(learn, method, layer, n, how='cascading', n_steps=8):
     "Everything that can be wrong, before any work; the methods"
     check_learner(learn)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2: raise ValueError(f'n={n!r} images cannot be compared with each other: give at least 2')
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ValueError(f'n={n!r} images cannot be compared with each other: give at least 2')
     methods = as_methods(method)
     check_layers(learn.model, layer)
     check_how(how)
@@ -194,17 +204,20 @@ def _first_maps(methods, cap, scores):
 
 def _joined(maps_of_batches):
     "Maps of batches, each a list by method, as one tensor a method"
-    if len({tuple(maps[0].shape[1:]) for maps in maps_of_batches}) > 1: raise ValueError('the batches gave maps of different sizes: add Resize to item_tfms so that all images have one size')
+    if len({tuple(maps[0].shape[1:]) for maps in maps_of_batches}) > 1:
+        raise ValueError('the batches gave maps of different sizes: add Resize to item_tfms so that all images have one size')
     return [torch.cat(maps) for maps in zip(*maps_of_batches)]
 
 # %% ../../nbs/77_trust.sanity.ipynb #f07017c5
 def _maps_of(model, names, query, batches, asked):
     "The maps of all batches, by method"
-    with Probe(model, names, query.needs_grad) as probe: return _joined([_first_maps(query.methods, probe(*inputs), scores) for inputs,scores in zip(batches, asked)])
+    with Probe(model, names, query.needs_grad) as probe:
+        return _joined([_first_maps(query.methods, probe(*inputs), scores) for inputs,scores in zip(batches, asked)])
 
 def _maps_of_copy(copy, step, *args):
     try: return _maps_of(copy, *args)
-    except ValueError as e: raise ValueError(f'the method cannot be checked, as it does not run on a model with random weights (at step {step!r}): {e}') from e
+    except ValueError as e:
+        raise ValueError(f'the method cannot be checked, as it does not run on a model with random weights (at step {step!r}): {e}') from e
 
 def _check(learn, source, methods, layer, how, n_steps, seed):
     query = Query(target_of(learn, None), methods, layer)
@@ -258,7 +271,8 @@ def sanity_check(self:CAMInterpretation,
 
 # %% ../../nbs/77_trust.sanity.ipynb #b8fd3af1
 class RandomClass(Target):
-    "For each item a class other than the predicted one, drawn by chance for each class that may be predicted: it does not depend on what else is in the batch"
+    """For each item a class other than the predicted one, drawn by chance for each class that may be predicted:
+    it does not depend on what else is in the batch"""
     labels = ['random class']
     def __init__(self,
         seed:int=0 # Of the draw
@@ -271,7 +285,8 @@ class RandomClass(Target):
 
 def _compared(pairs):
     "One row a method: its maps, and those they are compared with"
-    return pd.DataFrame([dict(method=method_name(method), **MapComparison(all_similarities(a, b), chance_similarities(a)).columns) for method,a,b in pairs])
+    return pd.DataFrame(
+        [dict(method=method_name(method), **MapComparison(all_similarities(a, b), chance_similarities(a)).columns) for method,a,b in pairs])
 
 def _first_and_last(cams):
     "Maps of the first and of the last question"
@@ -286,7 +301,8 @@ def random_logit_test(self:Learner,
     seed:int=0 # Of the classes that are drawn
 ) -> pd.DataFrame: # One row a method; columns as in `SanityCheck.table`
     "How alike are the maps of the predicted class and of another, drawn by chance?"
-    if isinstance(task_of(self), Values): raise ValueError('this learner predicts values, and a random class can only be asked of a classifier')
+    if isinstance(task_of(self), Values):
+        raise ValueError('this learner predicts values, and a random class can only be asked of a classifier')
     methods = _check_asked(self, method, layer, n)
     return _compared([(one, *_first_and_last(self.get_cams(item, [Predicted(), RandomClass(seed)], one, layer, n))) for one in methods])
 
@@ -315,9 +331,10 @@ def randomization_similarity(
     seed:int=0, # Of the random weights
     share:float=1. # How much of the layers to randomise, counted from the output
 ) -> Tensor: # `[B, K]` (`[B]` of one number an item), -1 to 1; as `spearman` gives it
-    """How similar each map is to that of one copy of the model with random weights, whose batch norms know this item alone: the number does not depend on what else is in the batch.
-    Costs a copy of the model, two of its passes, and what the method costs"""
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1: raise ValueError(f'share is a part of the layers above 0 and up to 1, not {share!r}')
+    """How similar each map is to that of one copy of the model with random weights, whose batch norms know this item alone:
+    the number does not depend on what else is in the batch. Costs a copy of the model, two of its passes, and what the method costs"""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f'share is a part of the layers above 0 and up to 1, not {share!r}')
     method, = as_methods(method)
     scores = cap.as_scores(scores).askable()
     columns,names = scores.columns,parameter_owners(cap.model)[::-1]

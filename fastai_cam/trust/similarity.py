@@ -23,7 +23,8 @@ from ..maps.pixels import normalize
 def structural_similarity_of():
     "scikit-image's function; `ImportError` that says what to install"
     try: from skimage.metrics import structural_similarity
-    except ImportError: raise ImportError("SSIM needs scikit-image, which is part of the extra 'audit': pip install 'fastai_cam[audit]'") from None
+    except ImportError:
+        raise ImportError("SSIM needs scikit-image, which is part of the extra 'audit': pip install 'fastai_cam[audit]'") from None
     return structural_similarity
 
 def _as_shown(maps):
@@ -41,7 +42,8 @@ def _pair_by_pair(measure, a, b):
     return torch.tensor([one_pair(one, other) for one,other in zip(a.numpy(), b.numpy())], dtype=torch.float64)
 
 def _check_sizes(a, b):
-    if a.shape != b.shape: raise ValueError(f'maps of one shape can be compared, not {list(a.shape)} and {list(b.shape)}: enlarge the smaller ones first')
+    if a.shape != b.shape:
+        raise ValueError(f'maps of one shape can be compared, not {list(a.shape)} and {list(b.shape)}: enlarge the smaller ones first')
 
 def spearman(
     a:Tensor, # Raw maps `[n, *space]`
@@ -86,7 +88,9 @@ class MapComparison:
             own,others = similar[name][known],chance[name][known]
             mean,low,high = bootstrap_interval(lambda values: values.mean(-1), own)
             self.kept[name] = bootstrap_interval(_kept, own, others)
-            self.columns.update({name: mean, f'{name}_low': low, f'{name}_high': high, f'{name}_chance': others.mean() if len(others) else np.nan, f'{name}_kept': self.kept[name][0]})
+            self.columns.update({
+                name: mean, f'{name}_low': low, f'{name}_high': high, f'{name}_chance': others.mean() if len(others) else np.nan,
+                f'{name}_kept': self.kept[name][0]})
         self.columns['n'] = len(own)
 
 def all_similarities(a, b): return {name: measure(a, b).numpy() for name,measure in MEASURES.items()}

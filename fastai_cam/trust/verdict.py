@@ -76,14 +76,24 @@ def believed(self:CAMTrust) -> bool: return self.matters and self.beats_baseline
 @patch(as_prop=True)
 def verdict(self:CAMTrust) -> str:
     "The answer in words, with the numbers behind it"
-    if not self.cam_map.is_finite: return f'There is nothing to believe: the map of {self.label} is not finite, as the model gives NaN or infinite numbers for this picture.'
+    if not self.cam_map.is_finite:
+        return (
+            f'There is nothing to believe: the map of {self.label} is not finite, '
+            'as the model gives NaN or infinite numbers for this picture.')
     if self.cam_map.is_empty: return f'There is nothing to believe: the map of {self.label} has no positive evidence.'
     n,found = self.numbers,[self.matters, self.beats_baselines, self.is_learned]
     best = max(n['baselines'], key=n['baselines'].get)
-    opening = {3: 'The map can be believed', 2: 'Believe the map with care', 1: 'The map should not be believed', 0: 'The map should not be believed'}[sum(found)]
-    why = [f'removing the lit {self.share:.0%} of the picture takes {self.label} from {n["score"]:.2f} to {n["score"] - n["drop"]:.2f}, {"and" if found[0] else "but"} removing as much elsewhere to {n["score"] - n["drop_elsewhere"]:.2f} ({n["n_beaten"]} of {n["n_random"]} random places change less)',
-           f'insertion minus deletion is {n["faithfulness"]:.2f}, {"more than" if found[1] else "no more than"} the {n["baselines"][best]:.2f} of {best}, which knows nothing of the model',
-           f'{"it changes" if found[2] else "it hardly changes"} when half of the layers are random (rank correlation {n["randomized_similarity"]:.2f})']
+    opening = {
+        3: 'The map can be believed', 2: 'Believe the map with care', 1: 'The map should not be believed',
+        0: 'The map should not be believed'}[sum(found)]
+    why = [
+        f'removing the lit {self.share:.0%} of the picture takes {self.label} from {n["score"]:.2f} to {n["score"] - n["drop"]:.2f}, '
+        f'{"and" if found[0] else "but"} removing as much elsewhere to {n["score"] - n["drop_elsewhere"]:.2f} '
+        f'({n["n_beaten"]} of {n["n_random"]} random places change less)',
+        f'insertion minus deletion is {n["faithfulness"]:.2f}, '
+        f'{"more than" if found[1] else "no more than"} the {n["baselines"][best]:.2f} of {best}, which knows nothing of the model',
+        f'{"it changes" if found[2] else "it hardly changes"} when half of the layers are random '
+        f'(rank correlation {n["randomized_similarity"]:.2f})']
     return f'{opening}: ' + '; '.join(why) + '.'
 
 @patch
@@ -104,7 +114,8 @@ def show(self:CAMTrust,
     self.cam_map.show(ax=axes[0])
     n = self.numbers
     axes[1].hist([n['score'] - drop for drop in n['random_drops'] if np.isfinite(n['score'] - drop)], color='lightgrey', bins=10)
-    for value,name,colour in ((n['score'], 'whole picture', 'C0'), (n['score'] - n['drop'], f'without the lit {self.share:.0%}', 'C3')): axes[1].axvline(value, color=colour, label=name)
+    for value,name,colour in ((n['score'], 'whole picture', 'C0'), (n['score'] - n['drop'], f'without the lit {self.share:.0%}', 'C3')):
+        axes[1].axvline(value, color=colour, label=name)
     axes[1].set(xlim=(min(-.02, n['score'] - n['drop'] - .02), max(1.02, n['score'] + .02)) if 0 <= n['score'] <= 1 else None, yticks=[])
     plain_text(axes[1].set_title(f'score of {self.label}; grey: as much removed elsewhere', fontsize=9))
     plain_text(*axes[1].legend(fontsize=8).get_texts())
@@ -118,7 +129,8 @@ def show(self:CAMTrust,
 def _trust_work(method, share, n_random, steps, seed):
     def examine(cap, scores, callback):
         scores = scores[:,0] # of several labels, the most probable one
-        rescore = probability_rescorer(callback.query.target, cap, scores, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)) # of one item: how it is run does not depend on the others
+        # of one item: how it is run does not depend on the others
+        rescore = probability_rescorer(callback.query.target, cap, scores, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1))
         items,images = torch.arange(len(cap)),cap.image
         shares = curve_shares(images, steps)
         maps = method(cap, scores)[:,0].detach()
@@ -127,12 +139,17 @@ def _trust_work(method, share, n_random, steps, seed):
             return curve_area(inserted, shares) - curve_area(deleted, shares)
         generator,whole = torch.Generator().manual_seed(seed),rescore(images, items)
         drop = whole - rescore(_without_lit(maps, images, share), items)
-        elsewhere = torch.stack([whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items) for _ in with_bar(callback.learn, range(n_random))])
+        elsewhere = torch.stack([
+            whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items)
+            for _ in with_bar(callback.learn, range(n_random))])
         own,others = faithfulness(maps),{name: faithfulness(as_method(name)(cap, scores)[:,0]) for name in BASELINES}
-        similar = randomization_similarity(cap, scores, method, seed, share=.5)[:,0] # guided backpropagation is found out by half, not by all
+        # guided backpropagation is found out by half, not by all
+        similar = randomization_similarity(cap, scores, method, seed, share=.5)[:,0]
         beaten = (elsewhere < drop).sum(0)
         return [(maps[i].cpu(), dict(score=whole[i].item(), drop=drop[i].item(), drop_elsewhere=elsewhere[:,i].mean().item(), random_drops=elsewhere[:,i].tolist(), n_random=n_random, n_beaten=int(beaten[i]),
-                     chance_p=(1 + n_random - int(beaten[i]))/(n_random + 1), faithfulness=own[i].item(), baselines={name: values[i].item() for name,values in others.items()}, randomized_similarity=float(np.nan_to_num(similar[i].item()))),
+                     chance_p=(1 + n_random - int(beaten[i]))/(n_random + 1), faithfulness=own[i].item(),
+                     baselines={name: values[i].item() for name,values in others.items()},
+                     randomized_similarity=float(np.nan_to_num(similar[i].item()))),
                      int(callback.query.target.item_classes(cap.out, callback.y, len(cap))[i,0])) for i in range(len(cap))]
     return examine
 
@@ -152,9 +169,12 @@ def cam_trust(self:Learner,
     "May the map of `item` be believed? A verdict in words and the numbers behind it. Costs about 130 forward passes"
     refuse_arguments(kwargs, method, ('item', 'cls', 'method', 'layer'), ('share', 'n_random', 'steps', 'seed'))
     check_learner(self)
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1: raise ValueError(f'share is a part of the picture, above 0 and below 1, not {share!r}')
-    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1: raise ValueError(f'n_random={n_random!r} gives nothing to compare with: use at least 1, better 19')
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f'steps={steps!r} gives no curve: use at least 1, better 10')
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f'share is a part of the picture, above 0 and below 1, not {share!r}')
+    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
+        raise ValueError(f'n_random={n_random!r} gives nothing to compare with: use at least 1, better 19')
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f'steps={steps!r} gives no curve: use at least 1, better 10')
     if is_listy(method): raise TypeError('a verdict is about one method: ask for each by itself')
     query = check_single(query_of(self, cls, method, layer))
     target,method = query.target,query.methods[0]
@@ -162,5 +182,6 @@ def cam_trust(self:Learner,
         source = as_source(self, item, None)
         batches,_ = run_query(quiet, source, query, _trust_work(method, share, n_random, steps, seed))
     found,vocab = [one for batch in batches for one in batch],class_names(self.dls)
-    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0] or 'the prediction'])
+    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [
+        str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0] or 'the prediction'])
     return verdicts if is_listy(item) or len(verdicts) > 1 else verdicts[0]
