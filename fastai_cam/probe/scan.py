@@ -10,7 +10,6 @@ __all__ = ['OneItem', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_lay
 # %% ../../nbs/16_probe.scan.ipynb #be41d990
 import math
 from collections import Counter
-from functools import cached_property
 from itertools import chain
 from typing import Any, Callable, Sequence
 from weakref import WeakKeyDictionary
@@ -87,7 +86,7 @@ class LayerCall:
     def is_stacked(self) -> bool: # Does it return several images of one item as rows of a batch?
         return bool(self.shape) and self.shape[0] > 1 and len(self.shape) > 3 and math.prod(self.shape[2:]) > 1
 
-# %% ../../nbs/16_probe.scan.ipynb #6cdf75f7
+# %% ../../nbs/16_probe.scan.ipynb #a164228c
 class LayerScan:
     "What one pass of one item shows: which layers have space, in which layout, and which of them matter"
     def __init__(self,
@@ -103,14 +102,10 @@ class LayerScan:
         self.shapes = ShapeReader(self.item.image_size, named)
         self.seen:list[LayerCall] = [] # in the order in which they ended
         self._n_calls = Counter() # of each layer so far
+        self._spatial:list[LayerCall]|None = None # found when it is asked for
         self.out = self._run(self._note)
         if self.shapes.token_grids: self._check_orders()
         if self.shapes.doubts: self._settle()
-
-    @cached_property
-    def spatial(self) -> list[LayerCall]:
-        "The calls whose output has space and matters, in the order in which they ended; `ValueError` if there is none"
-        return self._find_spatial()
 
 # %% ../../nbs/16_probe.scan.ipynb #e0a4d4f7
 @patch
@@ -240,7 +235,13 @@ def _is_of_heads(self:LayerScan, seen, layout):
     "Is this the output of an attention, heads beside tokens?"
     return not layout.is_tokens and not convolves(seen.module) and bool(self._n_tokens & set(layout.grid))
 
-# %% ../../nbs/16_probe.scan.ipynb #c3e5bb29
+# %% ../../nbs/16_probe.scan.ipynb #ef6160dd
+@patch(as_prop=True)
+def spatial(self:LayerScan) -> list[LayerCall]:
+    "The calls whose output has space and matters, in the order in which they ended; `ValueError` if there is none"
+    if self._spatial is None: self._spatial = self._find_spatial()
+    return self._spatial
+
 @patch
 def _find_spatial(self:LayerScan):
     "The calls whose output has space and matters"

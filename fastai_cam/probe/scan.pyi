@@ -2,7 +2,6 @@
 from typing import Any
 import math
 from collections import Counter
-from functools import cached_property
 from itertools import chain
 from typing import Any
 from typing import Callable
@@ -70,7 +69,8 @@ class LayerCall():
     shape: Any
 class LayerScan():
     def __init__(self, model: nn.Module, args: Sequence, kwargs: dict, image: int=..., asks: Callable | None=..., named: Sequence[nn.Module]=...) -> None: ...
-    def spatial(*args: Any, **kwargs: Any) -> list[LayerCall]: ...
+    @property
+    def spatial(self) -> list[LayerCall]: ...
     @property
     def draws(self) -> bool: ...
     @property
