@@ -172,7 +172,10 @@ def describe_output(
     "The shape of a tensor, or the type of anything else"
     return str(list(out.shape)) if isinstance(out, Tensor) else f'a {type(out).__name__}'
 
-def at_least_float(x:Tensor) -> Tensor: # what is computed from half precision is computed in single
+def at_least_float(
+    x:Tensor # In any precision
+) -> Tensor:
+    "`x`, in single precision where it is in half precision"
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../nbs/00_core.ipynb #3a14fcd9

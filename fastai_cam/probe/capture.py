@@ -157,7 +157,9 @@ def score_by(self:Capture,
 def _score_fn(self:Capture, target, *args):
     "What is asked, of any output and the items of its rows"
     if isinstance(target, Scores):
-        return target.of if not args else lambda out, items: target.of(out, args[0][items.to(args[0].device)])
+        if not args: return target.of
+        own_items = args[0]
+        return lambda out, items: target.of(out, own_items[items.to(own_items.device)])
     if hasattr(target, 'score_fn'): return target.score_fn(self.out, *args)
     def of_rows(arg, items): return arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg
     return lambda out, items: target(out, *[of_rows(arg, items) for arg in args])
@@ -175,7 +177,9 @@ def as_scores(self:Capture,
 ) -> Scores:
     "`score` as `Scores`: the same ones for the same score, so that its gradients are shared"
     if isinstance(score, Scores): return score
-    if self._asked[0] is not score: self._asked = (score, self._numbers(score) if isinstance(score, Tensor) else self.score(score).columns)
+    if self._asked[0] is not score:
+        asked = self._numbers(score) if isinstance(score, Tensor) else self.score(score).columns
+        self._asked = (score, asked)
     return self._asked[1]
 
 @patch
