@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 from uuid import uuid4
 
-# %% ../nbs/01_files.ipynb #4b6a1d24
+# %% ../nbs/01_files.ipynb #1bab81f7
 def as_path(
     file:Any # A path, or something that names one
-):
+) -> Path:
     "`file` as a path, `~` resolved"
     if not isinstance(file, (str, os.PathLike)):
         raise TypeError(f'a file is named by its path, a str or a Path, not by {type(file).__name__}')
     try: return Path(file).expanduser()
     except RuntimeError: raise ValueError(f'the home folder in {str(file)!r} is not known: write the path in full') from None
 
-def _unfinished(target): return target.with_name(f'.{target.name[:40]}.{uuid4().hex}.unfinished') # names have at most 255 bytes
+# %% ../nbs/01_files.ipynb #4b6a1d24
+def _unfinished(target):
+    "A name beside `target` that nobody has: names have at most 255 bytes"
+    return target.with_name(f'.{target.name[:40]}.{uuid4().hex}.unfinished')
 
 def _open_beside(target):
     "Descriptor of a new file in the folder of `target`, and its name: `None` where it needs none"
@@ -94,6 +97,7 @@ def _overwrite(target, content):
         out.flush()
         os.fsync(out.fileno())
 
+# %% ../nbs/01_files.ipynb #8c7544b6
 def _pour(target, content, patience=5.):
     "Write `content` into a pipe or device; a pipe that nobody reads is waited for a few seconds"
     for attempt in count():
@@ -108,24 +112,31 @@ def _pour(target, content, patience=5.):
     with os.fdopen(descriptor, 'wb') as out: out.write(content)
 
 # %% ../nbs/01_files.ipynb #1861d3a9
+def _checked(file):
+    "Where `file` really is, links followed; an error that says what to do if nothing can be written there"
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f'there is no folder {str(file.parent)!r} to save {file.name!r} in: make it first')
+    if file.is_dir(): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. {str(file/"maps.npz")!r}')
+    target = Path(os.path.realpath(file))
+    if target.is_symlink(): raise ValueError(f'{str(file)!r} is a link that leads back to itself: remove it, or save under another name')
+    if file.is_file() and not (file.stat().st_mode & 0o222 and os.access(file, os.W_OK)):
+        raise PermissionError(f'{str(file)!r} may only be read: make it writable, or save under another name')
+    if not file.exists() and not target.parent.is_dir():
+        raise FileNotFoundError(f'{str(file)!r} is a link into a folder that does not exist, {str(target.parent)!r}: make it first')
+    return target
+
 @contextmanager
 def write_file(
     file:Path # Where to
 ) -> Iterator[BinaryIO]:
     "A file to write into, whose content is in `file` when all of it is there"
-    if not file.parent.is_dir(): raise FileNotFoundError(f'there is no folder {str(file.parent)!r} to save {file.name!r} in: make it first')
-    if file.is_dir(): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. {str(file/"maps.npz")!r}')
-    target = Path(os.path.realpath(file))
-    if target.is_symlink(): raise ValueError(f'{str(file)!r} is a link that leads back to itself: remove it, or save under another name')
+    target = _checked(file)
     known = file.stat() if file.exists() else None
     is_regular = known is None or stat.S_ISREG(known.st_mode)
-    if known is not None and is_regular and not (known.st_mode & 0o222 and os.access(file, os.W_OK)):
-        raise PermissionError(f'{str(file)!r} may only be read: make it writable, or save under another name')
-    if known is None and not target.parent.is_dir():
-        raise FileNotFoundError(f'{str(file)!r} is a link into a folder that does not exist, {str(target.parent)!r}: make it first')
     if is_regular and (known is None or known.st_nlink==1 and os.access(target.parent, os.W_OK)):
         with _replacing(target, known) as out: yield out
         return
     made = BytesIO()
     yield made
-    (_overwrite if is_regular else _pour)(target if is_regular else file, made.getvalue())
+    if is_regular: _overwrite(target, made.getvalue())
+    else: _pour(file, made.getvalue())

@@ -28,11 +28,13 @@ def test_stubs_are_what_the_modules_say():
 
 
 def test_stubs_know_what_patch_adds():
-    cams, probe = stubs.render()['fastai_cam/maps/cams.pyi'], stubs.render()['fastai_cam/probe/watch.pyi']
+    rendered = stubs.render()
+    cams, probe, finder = (rendered[f'fastai_cam/{room}.pyi'] for room in ('maps/cams', 'probe/watch', 'probe/finder'))
     assert '    @classmethod\n    def load(cls, file: str | Path, ' in cams # of another room
     assert '    def boxes(self, threshold: float=..., ' in cams
     assert '    @property\n    def is_finite(self) -> Tensor: ...' in cams
-    assert '    def take(self) -> Capture: ...' in probe and '    image: Any' in probe and 'def _watch' not in probe
+    assert '    def take(self) -> Capture: ...' in probe and '    grad: Any' in probe and 'def _watch' not in probe
+    assert '    image: Any' in finder
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from .layers import (
 import fastai_cam.probe.evidence
 import fastai_cam.probe.reasons
 from .modes import AttentionMaps, GuidedReLU
-from .scan import bias_layers, effective_bias, last_spatial_layer, LayerCall, LayerScan, stage_layers, to_spatial
+from .readings import to_spatial
+from .scan import bias_layers, effective_bias, last_spatial_layer, LayerCall, LayerScan, stage_layers
+import fastai_cam.probe.finder
 from .rerun import Pass
 from .capture import Capture, describe_head, Scores
 from .watch import alignment, Probe

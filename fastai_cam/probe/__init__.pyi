@@ -21,13 +21,14 @@ import fastai_cam.probe.evidence
 import fastai_cam.probe.reasons
 from .modes import AttentionMaps
 from .modes import GuidedReLU
+from .readings import to_spatial
 from .scan import bias_layers
 from .scan import effective_bias
 from .scan import last_spatial_layer
 from .scan import LayerCall
 from .scan import LayerScan
 from .scan import stage_layers
-from .scan import to_spatial
+import fastai_cam.probe.finder
 from .rerun import Pass
 from .capture import Capture
 from .capture import describe_head

@@ -11,6 +11,7 @@ __all__ = ['Scores', 'Capture', 'describe_head']
 import math
 import warnings
 from copy import copy
+from itertools import chain
 from typing import Any, Callable, Sequence
 
 import torch
@@ -46,7 +47,7 @@ class Scores:
     def __len__(self) -> int: return len(self.values)
     def __repr__(self) -> str: return f'Scores: {len(self)} items × {self.shape[1]}'
 
-def _as_columns(score): return score[:,None] if score.dim()==1 else score
+def _as_columns(score): return score[:,None] if score.dim()==1 else score # `[B, K]` of `[B]` too
 
 # %% ../../nbs/18_probe.capture.ipynb #2d286906
 @patch
@@ -156,7 +157,9 @@ def score_by(self:Capture,
 def _score_fn(self:Capture, target, *args):
     "What is asked, of any output and the items of its rows"
     if isinstance(target, Scores):
-        return target.of if not args else lambda out, items: target.of(out, args[0][items.to(args[0].device)])
+        if not args: return target.of
+        own_items = args[0]
+        return lambda out, items: target.of(out, own_items[items.to(own_items.device)])
     if hasattr(target, 'score_fn'): return target.score_fn(self.out, *args)
     def of_rows(arg, items): return arg[items.to(arg.device)] if isinstance(arg, Tensor) else arg
     return lambda out, items: target(out, *[of_rows(arg, items) for arg in args])
@@ -174,15 +177,115 @@ def as_scores(self:Capture,
 ) -> Scores:
     "`score` as `Scores`: the same ones for the same score, so that its gradients are shared"
     if isinstance(score, Scores): return score
-    if self._asked[0] is not score: self._asked = (score, self._numbers(score) if isinstance(score, Tensor) else self.score(score).columns)
+    if self._asked[0] is not score:
+        asked = self._numbers(score) if isinstance(score, Tensor) else self.score(score).columns
+        self._asked = (score, asked)
     return self._asked[1]
 
 @patch
 def _numbers(self:Capture, score):
+    "Scores that were computed by hand: numbers without their question"
     if score.dim() not in (1,2):
         raise ValueError(f'a score is one number per item (shape [batch]) or several ([batch, K]), not of shape {list(score.shape)}')
     with torch.inference_mode(False): values = _as_columns(score)
     return Scores(values, most=self._most(values), single=score.dim()==1)
+
+# %% ../../nbs/18_probe.capture.ipynb #0afbc075
+@patch
+def grads(self:Capture,
+    # Scores, numbers `[B]` (or their sum) or `[B, K]` computed from `out`, or a function of the output that gives these
+    score:Scores|Tensor|Callable
+) -> list[Tensor]: # `[B, K, C, H, W]` each, of numbers `[B]` `[B, C, H, W]`; float32 where the layer is in half precision
+    """Gradients of `score` with respect to each layer's activation, all K in one backward pass;
+    methods that share a score share its gradients"""
+    self._check_grad()
+    if isinstance(score, Scores):
+        grads = self.grads(score.values)
+        return [grad[:,0] for grad in grads] if score.single else grads
+    if self._kept[0] is not score:
+        grads = self._differentiate(score, self._tracked)
+        if not any(bool(grad.any()) for grad in grads):
+            check_steps(self.out)
+            if is_saturated(self.out): raise ValueError(SATURATED)
+        self._kept = (score, self.channels_first(grads))
+    return self._kept[1]
+
+@patch
+def _check_grad(self:Capture):
+    "`ValueError` where there are no gradients"
+    if not self.grad: raise ValueError('this pass ran without autograd (grad=False), so it has no gradients: use Probe(model, layers)')
+
+@patch
+def channels_first(self:Capture,
+    grads:Sequence[Tensor] # Of each layer, as it returned it
+) -> list[Tensor]: # `[..., C, H, W]` each
+    "Numbers laid out as the layers' outputs, as channels first"
+    return [layout.spatial(grad) for layout,grad in zip(self.layouts, grads)]
+
+# %% ../../nbs/18_probe.capture.ipynb #b8ac398e
+@patch
+def image_grads(self:Capture,
+    score:Tensor|Callable # As `grads` takes it
+) -> Tensor: # `[B, C, H, W]` or `[B, K, C, H, W]`
+    "Gradient of `score` with respect to the images"
+    if self.image_leaf is None: raise ValueError('this pass was not recorded from its input on: use Probe(model, layers, from_input=True)')
+    return self._differentiate(score, [self.image_leaf])[0]
+
+@patch
+def out_grads(self:Capture,
+    score:Tensor|Callable # As `grads` takes it
+) -> Tensor: # `[B, n_out]` or `[B, K, n_out]`
+    "Gradient of `score` with respect to the model's output: for a class's logit, 1 at that class and 0 elsewhere"
+    return self._differentiate(score, [self.out])[0]
+
+# %% ../../nbs/18_probe.capture.ipynb #80bd03e7
+@patch
+def _check_graph(self:Capture, score):
+    "`ValueError` for a score without a graph, with the reason"
+    if score.requires_grad: return
+    returned = tensors_in(self.out)
+    if returned and not any(t.requires_grad for t in returned): raise ValueError(why_no_gradient(self.model, self.cut) or NO_GRADIENTS_OUT)
+    raise ValueError('the score has no graph to differentiate: compute it from the output without detach() '
+                     '(with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
+
+@patch
+def _differentiate(self:Capture, score, inputs):
+    "Gradients of `score` with respect to `inputs`, `[B, K, ...]` each, or `[B, ...]` of numbers `[B]`"
+    with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
+        if isinstance(score, Scores): score = score.values
+        if not isinstance(score, Tensor): score = score(self.out)
+        self._check_graph(score)
+        if score.dim() < 2: return self._vjp(score.sum(), inputs)
+        if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
+        directions = torch.eye(score.shape[1], dtype=score.dtype, device=score.device)[:,None].expand(-1, *score.shape)
+        try: grads = self._vjp(score, inputs, directions)
+        except (RuntimeError, NotImplementedError, UserWarning):
+            # an operation that cannot be batched, or, where warnings are errors, not well
+            one_by_one = [self._vjp(score[:,k].sum(), inputs) for k in range(score.shape[1])]
+            grads = [torch.stack(per_score) for per_score in zip(*one_by_one)]
+        return [grad.transpose(0, 1) for grad in grads]
+
+# %% ../../nbs/18_probe.capture.ipynb #e243f49d
+@patch
+def _vjp(self:Capture, score, inputs, directions=None):
+    """Vector-Jacobian products, all `directions` in one backward pass;
+    half precision's small numbers are kept from vanishing by a power of two"""
+    scales = (2.**12, 1.) if any(inp.dtype is torch.float16 for inp in inputs) else (1.,)
+    for scale in scales:
+        weights = scale*(torch.ones_like(score) if directions is None else directions)
+        grads = gradients_of(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
+        unused = [name for name,grad in zip(self.names, grads) if grad is None]
+        if unused:
+            raise ValueError(
+                why_no_gradient(self.model, [name for name in self.cut if name in unused])
+                or f'the score does not depend on layer {unused[0]!r}, or the model detaches what comes from it: '
+                   'choose a layer on the way to the output that is explained')
+        grads = [at_least_float(grad.detach().as_subclass(Tensor)) for grad in grads]
+        if scale==1: return grads
+        if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
+
+# Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
+warnings.filterwarnings('ignore', message='There is a performance drop because we have not yet implemented the batching rule')
 
 # %% ../../nbs/18_probe.capture.ipynb #d34d9716
 @patch
@@ -205,7 +308,7 @@ def attention(self:Capture) -> list[Tensor]: # `[B, heads, N, N]` each
     "What each attention of the pass paid attention to, from first to last: rows look at columns; with a Probe that was told to keep it"
     return [self._heads(at_least_float(one.detach().as_subclass(Tensor))) for one in self._attention]
 
-# %% ../../nbs/18_probe.capture.ipynb #df9c26e2
+# %% ../../nbs/18_probe.capture.ipynb #d81f37fe
 @patch
 def attention_grads(self:Capture,
     score:Scores # `[B, K]`
@@ -219,50 +322,11 @@ def attention_grads(self:Capture,
     return [torch.stack([self._heads(at_least_float(grad)) for grad in of_scores], dim=1) for of_scores in zip(*grads)]
 
 @patch
-def _heads(self:Capture, attention): return attention.reshape(len(self), -1, *attention.shape[-2:])
+def _heads(self:Capture, attention):
+    "With an axis of items and one of heads, whichever way they were laid out"
+    return attention.reshape(len(self), -1, *attention.shape[-2:])
 
-@patch
-def grads(self:Capture,
-    # Scores, numbers `[B]` (or their sum) or `[B, K]` computed from `out`, or a function of the output that gives these
-    score:Scores|Tensor|Callable
-) -> list[Tensor]: # `[B, K, C, H, W]` each, of numbers `[B]` `[B, C, H, W]`; float32 where the layer is in half precision
-    """Gradients of `score` with respect to each layer's activation, all K in one backward pass;
-    methods that share a score share its gradients"""
-    self._check_grad()
-    if isinstance(score, Scores):
-        grads = self.grads(score.values)
-        return [grad[:,0] for grad in grads] if score.single else grads
-    if self._kept[0] is not score:
-        grads = self._differentiate(score, self._tracked)
-        if not any(bool(grad.any()) for grad in grads):
-            check_steps(self.out)
-            if is_saturated(self.out): raise ValueError(SATURATED)
-        self._kept = (score, self.channels_first(grads))
-    return self._kept[1]
-
-@patch
-def _check_grad(self:Capture):
-    if not self.grad: raise ValueError('this pass ran without autograd (grad=False), so it has no gradients: use Probe(model, layers)')
-
-# %% ../../nbs/18_probe.capture.ipynb #0ee01f47
-@patch
-def channels_first(self:Capture, grads): return [layout.spatial(grad) for layout,grad in zip(self.layouts, grads)]
-
-@patch
-def image_grads(self:Capture,
-    score:Tensor|Callable # As `grads` takes it
-) -> Tensor: # `[B, C, H, W]` or `[B, K, C, H, W]`
-    "Gradient of `score` with respect to the images"
-    if self.image_leaf is None: raise ValueError('this pass was not recorded from its input on: use Probe(model, layers, from_input=True)')
-    return self._differentiate(score, [self.image_leaf])[0]
-
-@patch
-def out_grads(self:Capture,
-    score:Tensor|Callable # As `grads` takes it
-) -> Tensor: # `[B, n_out]` or `[B, K, n_out]`
-    "Gradient of `score` with respect to the model's output: for a class's logit, 1 at that class and 0 elsewhere"
-    return self._differentiate(score, [self.out])[0]
-
+# %% ../../nbs/18_probe.capture.ipynb #ab4c470c
 @patch
 def curvatures(self:Capture,
     score:Scores # `[B, K]`
@@ -276,63 +340,21 @@ def curvatures(self:Capture,
     with AttentionMaps(): whole = self.recapture() # which spells it out
     return whole._curvatures(whole.score(score))
 
-# %% ../../nbs/18_probe.capture.ipynb #b2cff305
 @patch
 def _curvatures(self:Capture, score):
+    "By differentiating the gradient once more, along the activation"
     def product(act, total):
         grad, = gradients_of(total, [act], create_graph=True)
         if not grad.requires_grad: return torch.zeros_like(grad)
         found, = torch.autograd.grad(grad, [act], grad_outputs=act.detach(), retain_graph=True, allow_unused=True)
         return torch.zeros_like(grad) if found is None else found
-    with torch.inference_mode(False):
-        found = [
-            torch.stack(
-                [at_least_float(product(act, score.values[:,k].sum()).detach().as_subclass(Tensor)) for k in range(score.shape[1])], dim=1)
-            for act in self._tracked]
+    def of_layer(act):
+        products = [product(act, score.values[:,k].sum()) for k in range(score.shape[1])]
+        return torch.stack([at_least_float(one.detach().as_subclass(Tensor)) for one in products], dim=1)
+    with torch.inference_mode(False): found = [of_layer(act) for act in self._tracked]
     return self.channels_first(found)
 
-@patch
-def _differentiate(self:Capture, score, inputs):
-    with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
-        if isinstance(score, Scores): score = score.values
-        if not isinstance(score, Tensor): score = score(self.out)
-        if not score.requires_grad:
-            returned = tensors_in(self.out)
-            why = (
-                None if not returned or any(t.requires_grad for t in returned)
-                else why_no_gradient(self.model, self.cut) or NO_GRADIENTS_OUT)
-            raise ValueError(
-                why
-                or 'the score has no graph to differentiate: compute it from the output without detach() '
-                   '(with a Probe: from `cap.out` inside the `with` block), or pass a function of the output')
-        if score.dim() < 2: return self._vjp(score.sum(), inputs)
-        if score.shape[1]==1: return [grad[:,None] for grad in self._vjp(score.sum(), inputs)]
-        directions = torch.eye(score.shape[1], dtype=score.dtype, device=score.device)[:,None].expand(-1, *score.shape)
-        try: grads = self._vjp(score, inputs, directions)
-        except (RuntimeError, NotImplementedError, UserWarning):
-            # an operation that cannot be batched, or, where warnings are errors, not well
-            grads = [torch.stack(per_score) for per_score in zip(*[self._vjp(score[:,k].sum(), inputs) for k in range(score.shape[1])])]
-        return [grad.transpose(0, 1) for grad in grads]
-
-# %% ../../nbs/18_probe.capture.ipynb #b8d5f1ce
-@patch
-def _vjp(self:Capture, score, inputs, directions=None):
-    """Vector-Jacobian products, all `directions` in one backward pass;
-    half precision's small numbers are kept from vanishing by a power of two"""
-    scales = (2.**12, 1.) if any(inp.dtype is torch.float16 for inp in inputs) else (1.,)
-    for scale in scales:
-        weights = scale*(torch.ones_like(score) if directions is None else directions)
-        grads = gradients_of(score, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=directions is not None)
-        unused = [name for name,grad in zip(self.names, grads) if grad is None]
-        if unused:
-            raise ValueError(
-                why_no_gradient(self.model, [name for name in self.cut if name in unused])
-                or f'the score does not depend on layer {unused[0]!r}, or the model detaches what comes from it: '
-                   'choose a layer on the way to the output that is explained')
-        grads = [at_least_float(grad.detach().as_subclass(Tensor)) for grad in grads]
-        if scale==1: return grads
-        if all(bool(torch.isfinite(grad).all()) for grad in grads): return [grad/scale for grad in grads]
-
+# %% ../../nbs/18_probe.capture.ipynb #9569e75e
 @patch(as_prop=True)
 def fc(self:Capture) -> Tensor: # `[n_out, C]`
     """Weights of the linear layer or 1×1 convolution (or of none) that makes `out` from the mean of the last activation;
@@ -351,9 +373,6 @@ def fc(self:Capture) -> Tensor: # `[n_out, C]`
                      f"(or 1×1 convolution), but what makes the output here is {describe_head(self.model, self.names[-1])}: "
                      "use method='gradcam', which works with any head, or train with `cam_learner(dls, arch)`, whose head makes CAM exact")
 
-# Once and for all, since the filters belong to all threads: that an operation has no batching rule is no news to whoever asks for a map
-warnings.filterwarnings('ignore', message='There is a performance drop because we have not yet implemented the batching rule')
-
 # %% ../../nbs/18_probe.capture.ipynb #c598927a
 def _linear_maps(model, n_in, n_out):
     """Weights `[n_out, n_in]` and biases of the layers of that size that add up channels at one place;
@@ -370,7 +389,9 @@ def describe_head(
     layer:str # Name of the layer before it
 ) -> str: # For error messages
     "What comes after `layer` as `A → B → C`, or the model's type where it is not an `nn.Sequential`"
-    following = modules_after(model, layer) if isinstance(model, nn.Sequential) else None
-    if following is None and isinstance(model, nn.Sequential): following = list(model)[list(model._modules).index(layer.split('.')[0])+1:]
+    if not isinstance(model, nn.Sequential): return f'a {type(model).__name__}'
+    following = modules_after(model, layer)
+    if following is None: following = list(model)[list(model._modules).index(layer.split('.')[0])+1:]
     if not following: return f'a {type(model).__name__}'
-    return ' → '.join(type(module).__name__ for part in following for module in part.modules() if next(module.children(), None) is None)
+    parts = chain.from_iterable(part.modules() for part in following)
+    return ' → '.join(type(module).__name__ for module in parts if next(module.children(), None) is None)

@@ -6,7 +6,7 @@ Docs: https://fastai-cam.example/docs/probe.guard.html.md"""
 
 # %% auto #0
 __all__ = ['HOOK_KINDS', 'released', 'model_lock', 'eval_mode', 'in_this_thread', 'register_hook', 'remove_hooks', 'weak_hook',
-           'hooked', 'returning', 'unwrap_model', 'foreign_hooks', 'copy_model', 'ProbeHooks', 'paused']
+           'hooked', 'returning', 'ProbeHooks', 'paused', 'unwrap_model', 'foreign_hooks', 'copy_model']
 
 # %% ../../nbs/11_probe.guard.ipynb #417f17dd
 import os
@@ -23,7 +23,7 @@ import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/11_probe.guard.ipynb #4d1c0a6e
+# %% ../../nbs/11_probe.guard.ipynb #ed798eff
 @contextmanager
 def released(
     release:Callable[[],None] # Puts something back; it may be called again when it was interrupted, and when nothing is left to do
@@ -34,9 +34,11 @@ def released(
         finally: release()
     finally: release()
 
+# %% ../../nbs/11_probe.guard.ipynb #4d1c0a6e
 _LOCKS,_LOCKS_GUARD = WeakKeyDictionary(),threading.Lock() # beside the modules: one that held its lock could not be copied or saved
 
-def _forget_locks(): # a thread that held one when the process was forked does not exist in the child
+def _forget_locks():
+    "A thread that held one when the process was forked does not exist in the child"
     global _LOCKS,_LOCKS_GUARD
     _LOCKS,_LOCKS_GUARD = WeakKeyDictionary(),threading.Lock()
 
@@ -52,6 +54,7 @@ def _locks_of(model):
 
 @contextmanager
 def _holding(first, *others):
+    "All of these locks"
     with first, _holding(*others) if others else nullcontext(): yield # on one line, too
 
 # %% ../../nbs/11_probe.guard.ipynb #d56da85a
@@ -74,19 +77,21 @@ def eval_mode(
 
 @contextmanager
 def _in_eval_mode(model):
+    "Eval mode, for the modules that are not in it"
     # a frozen one has no modes; the others are left alone: another block may have to put them back
     training = [module for module in model.modules() if getattr(module, 'training', False)]
     def restore():
         for module in training: module.training = True
     with released(restore): model.eval(); yield
 
-def _is_compiled(module): # by `module.compile()`, or by `torch.compile(module)`
+def _is_compiled(module):
+    "By `module.compile()`, or by `torch.compile(module)`"
     return getattr(module, '_compiled_call_impl', None) is not None or isinstance(getattr(module, '_orig_mod', None), nn.Module)
 
 # %% ../../nbs/11_probe.guard.ipynb #6e3b19d4
 def in_this_thread(
     hook:Callable # Hook of a module
-):
+) -> Callable:
     "`hook`, for calls from the thread that made it: what other threads run meanwhile is theirs"
     thread = threading.get_ident()
     return lambda *args: hook(*args) if threading.get_ident()==thread else None
@@ -97,12 +102,15 @@ def register_hook(
     hook:Callable, # What is called
     kind:str='forward_hook', # Which of its hooks
     **kwargs # Passed on
-):
+) -> None:
     "Register a hook that is in the list `ours` before it is registered: an interrupt may come before there is a handle"
     ours.append((module, f'_{kind}s', hook))
     getattr(module, f'register_{kind}')(hook, **kwargs)
 
-def remove_hooks(*ours):
+def remove_hooks(
+    *ours:list # As `register_hook` filled them
+) -> None:
+    "Remove hooks; called again after an interrupt, it goes on with those that are left"
     for of_kind in ours:
         while of_kind:
             module,kind,hook = of_kind[-1]
@@ -111,10 +119,11 @@ def remove_hooks(*ours):
                 for registry in registries: registry.pop(key, None)
             of_kind.pop() # forgotten only when it is gone
 
+# %% ../../nbs/11_probe.guard.ipynb #6073d98d
 def weak_hook(
     method:Callable, # Bound method to call
     *args:Any # What it is called with
-):
+) -> Callable:
     "A hook that does not keep its probe alive: a probe that an interrupt has cut off from its block goes, and takes its hooks along"
     found = WeakMethod(method)
     def hook(*called, **kwargs):
@@ -148,11 +157,33 @@ def returning(
         yield
 
 def _forward_returning(own, outs, thread):
+    "A forward that returns `outs`, one a call, before it runs `own` again; of other threads it always runs"
     def forward(*args, **kwargs):
         if threading.get_ident() != thread or not outs: return own(*args, **kwargs)
         out = outs.pop(0)
         return own(*args, **kwargs) if out is None else out()
     return forward
+
+# %% ../../nbs/11_probe.guard.ipynb #0f47018e
+class ProbeHooks:
+    "Where a probe listens: its hooks on the model and on layers, for passes of one thread, and whether it looks away"
+    def __init__(self): self.on_model,self.on_layers,self.thread,self.is_paused = [],[],None,False
+    def begin(self) -> None: self.thread = threading.get_ident() # passes of other threads are not ours
+    def remove(self) -> None: remove_hooks(self.on_layers, self.on_model)
+    @property
+    def is_own_thread(self) -> bool: return threading.get_ident()==self.thread
+
+@contextmanager
+def paused(
+    probes:Iterable # Whatever has `hooks`
+) -> Iterator[None]:
+    "While the block runs, the probes look away; those that did already are left alone"
+    watching = [probe.hooks for probe in probes if not probe.hooks.is_paused]
+    def restore():
+        for hooks in watching: hooks.is_paused = False
+    with released(restore):
+        for hooks in watching: hooks.is_paused = True
+        yield
 
 # %% ../../nbs/11_probe.guard.ipynb #0b41dfda
 def unwrap_model(
@@ -183,6 +214,7 @@ def _own_part(value, memo):
     return new
 
 def _own_cell(cell, memo):
+    "A variable of an enclosing function, with a value of its own"
     if id(cell) not in memo:
         memo[id(cell)] = new = CellType()
         try: new.cell_contents = _own(cell.cell_contents, memo)
@@ -220,37 +252,18 @@ HOOK_KINDS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backwa
 def foreign_hooks(
     module:nn.Module, # Module to look at
     kind:str # Attribute that holds hooks
-):
+) -> dict[int,Callable]:
     "The hooks of `module` that this room did not register, by their number"
     return {key: hook for key,hook in getattr(module, kind).items() if not str(getattr(hook, '__module__', '')).startswith(__package__)}
 
 def copy_model(
     model:nn.Module # Model to look into
-):
+) -> nn.Module:
     "A copy of `model` that computes what it does and that this room does not watch"
-    memo = {id(hooks): type(hooks)() for module in model.modules() for hooks in (getattr(module, kind) for kind in HOOK_KINDS)}
+    memo = {} # no hook is copied with its module
+    for module in model.modules():
+        for kind in HOOK_KINDS: memo[id(getattr(module, kind))] = type(getattr(module, kind))()
     with _CopyOfGraphs(): twin = deepcopy(model, memo)
     for module,own in zip(model.modules(), twin.modules()):
         for kind in HOOK_KINDS: getattr(own, kind).update({key: _own(hook, memo) for key,hook in foreign_hooks(module, kind).items()})
     return twin
-
-# %% ../../nbs/11_probe.guard.ipynb #0f47018e
-class ProbeHooks:
-    "Where a probe listens: its hooks on the model and on layers, for passes of one thread, and whether it looks away"
-    def __init__(self): self.on_model,self.on_layers,self.thread,self.is_paused = [],[],None,False
-    def begin(self) -> None: self.thread = threading.get_ident() # passes of other threads are not ours
-    def remove(self) -> None: remove_hooks(self.on_layers, self.on_model)
-    @property
-    def is_own_thread(self) -> bool: return threading.get_ident()==self.thread
-
-@contextmanager
-def paused(
-    probes:Iterable # Whatever has `hooks`
-) -> Iterator[None]:
-    "While the block runs, the probes look away; those that did already are left alone"
-    watching = [probe.hooks for probe in probes if not probe.hooks.is_paused]
-    def restore():
-        for hooks in watching: hooks.is_paused = False
-    with released(restore):
-        for hooks in watching: hooks.is_paused = True
-        yield

@@ -39,37 +39,49 @@ def is_body_and_head(
     conv = nn.modules.conv._ConvNd
     return isinstance(model, nn.Sequential) and len(model)==2 and not any(isinstance(module, conv) for module in model[1].modules())
 
+# %% ../../nbs/12_probe.layers.ipynb #71867c1b
+EVERY_STAGE,LAST_TWO_STAGES = 'stages','last_stages' # names of layers that a pass finds
+RENAMED_LAYERS = {'every stage': EVERY_STAGE, 'last two stages': LAST_TWO_STAGES}
+
+def _layer_given(model, layer):
+    "Name and module of a layer that is given itself"
+    modules = model.named_modules(remove_duplicate=False)
+    found = next(((name,module) for name,module in modules if module is layer), None)
+    if found is not None: return found
+    raise ValueError(f'the layer given, a {type(layer).__name__}, is not part of this model; '
+                     f'its layers are {describe_layers(model)}')
+
+def _layer_named(model, layer):
+    "Name and module of a layer that is named, perhaps as a wrapper calls it"
+    modules,plain = dict(model.named_modules(remove_duplicate=False)),layer
+    while plain not in modules and plain.startswith(('module.', '_orig_mod.')): plain = plain.partition('.')[2]
+    if plain in modules and plain: return plain, modules[plain]
+    if layer in RENAMED_LAYERS: raise ValueError(f'the layers {layer!r} are called {RENAMED_LAYERS[layer]!r} now')
+    close = get_close_matches(layer, [name for name in modules if name], n=3)
+    hint = f'did you mean {" or ".join(map(repr, close))}? ' if close else ''
+    raise ValueError(f'the model has no layer named {layer!r}: {hint}Its layers are {describe_layers(model)}')
+
+def _layer_at(model, layer):
+    "Name and module of a layer of the body, by its index"
+    body = body_of(model)
+    if body is None:
+        raise ValueError(f'layer={layer} is an index into model[0], but this {type(model).__name__} is not nn.Sequential(body, head) '
+                         f'with layers in its body: give a name instead, one of {describe_layers(model)}')
+    children = list(body.named_children())
+    if not -len(children) <= layer < len(children):
+        raise ValueError(f'layer={layer} is out of range: model[0] has {len(children)} layers, 0 to {len(children)-1}')
+    name,module = children[layer]
+    return f'{next(iter(model._modules))}.{name}', module
+
 # %% ../../nbs/12_probe.layers.ipynb #f78a61f4
 def resolve_layer(
     model:nn.Module, # Model the layer belongs to
     layer:nn.Module|str|int # A module of `model`, its dotted name, or an index into `model[0]`
 ) -> tuple[str,nn.Module]: # Dotted name and module
     "Find one layer of `model`; `ValueError` or `TypeError` with the layers that do exist if there is none"
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(layer, nn.Module):
-        found = next(((name,module) for name,module in modules.items() if module is layer), None)
-        if found is None:
-            raise ValueError(f'the layer given, a {type(layer).__name__}, is not part of this model; '
-                             f'its layers are {describe_layers(model)}')
-        return found
-    if isinstance(layer, str):
-        plain = layer
-        while plain not in modules and plain.startswith(('module.', '_orig_mod.')): plain = plain.partition('.')[2] # as a wrapper calls it
-        if plain in modules and plain: return plain, modules[plain]
-        if layer in RENAMED_LAYERS: raise ValueError(f'the layers {layer!r} are called {RENAMED_LAYERS[layer]!r} now')
-        close = get_close_matches(layer, [name for name in modules if name], n=3)
-        hint = f'did you mean {" or ".join(map(repr, close))}? ' if close else ''
-        raise ValueError(f'the model has no layer named {layer!r}: {hint}Its layers are {describe_layers(model)}')
-    if isinstance(layer, int) and not isinstance(layer, bool):
-        body = body_of(model)
-        if body is None:
-            raise ValueError(f'layer={layer} is an index into model[0], but this {type(model).__name__} is not nn.Sequential(body, head) '
-                             f'with layers in its body: give a name instead, one of {describe_layers(model)}')
-        children = list(body.named_children())
-        if not -len(children) <= layer < len(children):
-            raise ValueError(f'layer={layer} is out of range: model[0] has {len(children)} layers, 0 to {len(children)-1}')
-        name,module = children[layer]
-        return f'{next(iter(model._modules))}.{name}', module
+    if isinstance(layer, nn.Module): return _layer_given(model, layer)
+    if isinstance(layer, str): return _layer_named(model, layer)
+    if isinstance(layer, int) and not isinstance(layer, bool): return _layer_at(model, layer)
     raise TypeError(f'a layer is a module, a dotted name or an index into model[0] (or a list of these), not {type(layer).__name__}')
 
 # %% ../../nbs/12_probe.layers.ipynb #0883e72f
@@ -83,16 +95,25 @@ def resolve_layers(
         raise ValueError('the list of layers is empty: name at least one, or leave layer=None for the last one that still has space')
     return [resolve_layer(model, layer) for layer in layers]
 
-EVERY_STAGE,LAST_TWO_STAGES = 'stages','last_stages' # names of layers that a pass finds
-RENAMED_LAYERS = {'every stage': EVERY_STAGE, 'last two stages': LAST_TWO_STAGES}
+def is_found_by_pass(
+    layers:Any # As `Probe` takes them
+) -> bool:
+    "Do these words stand for layers that only a pass can find?"
+    return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
 
-def is_found_by_pass(layers): return isinstance(layers, str) and layers in (EVERY_STAGE, LAST_TWO_STAGES)
+# %% ../../nbs/12_probe.layers.ipynb #d65d1288
+def is_scripted(module:nn.Module) -> bool: return isinstance(module, torch.jit.ScriptModule)
 
-def is_scripted(module): return isinstance(module, torch.jit.ScriptModule)
+def scripted_part(
+    model:nn.Module # Model to look into
+) -> str|None: # `None`: there is none
+    "The name of its first part that is scripted or traced"
+    return next((name for name,module in model.named_modules() if name and is_scripted(module)), None)
 
-def scripted_part(model): return next((name for name,module in model.named_modules() if name and is_scripted(module)), None)
-
-def check_watchable(model):
+def check_watchable(
+    model:nn.Module # Model to look at
+) -> None:
+    "`ValueError` if the model as a whole is scripted or traced"
     if is_scripted(model):
         raise ValueError('this model is scripted or traced (torch.jit), and what its layers return cannot be seen from outside: '
                          'explain the model that it was made from')

@@ -78,7 +78,6 @@ def __repr__(self:Layout) -> str:
 
 # %% ../../nbs/10_probe.layout.ipynb #9068c5cb
 MAX_EXTRA = 16 # more class and register tokens than any network has
-
 _MAX_EXTRA_OF_LINES = 4 # a sequence of columns has a class token, at most a few
 
 def _distortion(grid, image_size):
@@ -86,24 +85,31 @@ def _distortion(grid, image_size):
     worst = 0.
     for places,pixels in zip(grid[1:], image_size[1:]):
         wanted = math.log(image_size[0]/pixels)
-        lowest,highest = math.log(max(grid[0] - 1, .5)/(places + 1)),math.log((grid[0] + 1)/max(places - 1, .5))
+        lowest = math.log(max(grid[0] - 1, .5)/(places + 1))
+        highest = math.log((grid[0] + 1)/max(places - 1, .5))
         worst = max(worst, lowest - wanted, wanted - highest)
     return worst
 
-def _off(grid, image_size): # by how much they differ as they stand
+def _off(grid, image_size):
+    "By how much they differ as they stand"
     sides = zip(grid[1:], image_size[1:])
     return max((abs(math.log(grid[0]/places) - math.log(image_size[0]/pixels)) for places,pixels in sides), default=0.)
+
+# %% ../../nbs/10_probe.layout.ipynb #e560b040
+def _halves(lengths):
+    "What is left of some lengths when every second place is dropped"
+    return {length//2 for length in lengths} | {-(-length//2) for length in lengths}
+
+def _parts(pixels, patch): return sorted({max(1, pixels//patch), -(-pixels//patch)}) # with whole patches, or with the last one cut off
 
 @lru_cache
 def _patch_grids(n_places, image_size):
     "Grids of `n_places` that a patch size cuts out of an image, with whole patches or with the last one cut off"
-    sides = lambda patch: [sorted({max(1, pixels//patch), -(-pixels//patch)}) for pixels in image_size]
-    found = {grid for patch in range(1, min(image_size) + 1) for grid in _products(sides(patch)) if math.prod(grid)==n_places}
+    def cut(patch): return itertools.product(*[_parts(pixels, patch) for pixels in image_size])
+    grids = itertools.chain.from_iterable(map(cut, range(1, min(image_size) + 1)))
+    found = {grid for grid in grids if math.prod(grid)==n_places}
     return tuple(sorted(found, key=lambda grid: _off(grid, image_size)))
 
-def _products(choices): return [()] if not choices else [(first,*rest) for first in choices[0] for rest in _products(choices[1:])]
-
-# %% ../../nbs/10_probe.layout.ipynb #019f4abb
 @lru_cache
 def _halved(grids):
     "What is left of `grids` when every second place is dropped, once or several times"
@@ -111,36 +117,42 @@ def _halved(grids):
     for grid in grids:
         todo = {tuple(grid)}
         while todo:
-            halved = itertools.chain.from_iterable(_products([sorted({max(1, side//2), -(-side//2)}) for side in one]) for one in todo)
+            halved = itertools.chain.from_iterable(itertools.product(*[_parts(side, 2) for side in one]) for one in todo)
             todo = {grid for grid in halved if math.prod(grid) > 1} - found
             found |= todo
     return frozenset(found - set(grids))
 
+# %% ../../nbs/10_probe.layout.ipynb #a26aa1b6
 def _token_grid(n_tokens, image_size, grids, tolerance):
     "Grid and number of extra tokens; `None` if the tokens fill none"
-    in_proportion = lambda grids: [grid for grid in grids if min(grid) > 1 and _distortion(grid, image_size) <= math.log(tolerance)]
+    def fits(grid): return min(grid) > 1 and _distortion(grid, image_size) <= math.log(tolerance)
     for known,most_extra in ((grids, MAX_EXTRA), (_halved(grids), 2)):
-        over = [(n_tokens - math.prod(grid), _off(grid, image_size), grid) for grid in in_proportion(known)]
+        over = [(n_tokens - math.prod(grid), _off(grid, image_size), grid) for grid in known if fits(grid)]
         fitting = [one for one in over if 0 <= one[0] <= most_extra]
         if fitting:
             n_extra,_,grid = min(fitting)
             return grid, n_extra
-    for n_extra in range(0 if grids else min(MAX_EXTRA + 1, n_tokens - 3)): # four places at least
+    if grids: return None
+    for n_extra in range(min(MAX_EXTRA + 1, n_tokens - 3)): # four places at least
         fitting = [grid for grid in _patch_grids(n_tokens - n_extra, image_size) if min(grid) > 1]
         if fitting: return fitting[0], n_extra
     return None
 
+# %% ../../nbs/10_probe.layout.ipynb #3f51d506
 def _sides(grids, image_size):
-    "How long a row (last) and a column of the image may be in places, after it was made coarser any number of times"
+    "How long a column (first) and a row (last) of the image may be in places, after it was made coarser any number of times"
     found = []
     for side,pixels in enumerate(image_size):
-        lengths = {grid[side] for grid in grids} or {n for patch in range(1, pixels//2 + 1) for n in (pixels//patch, -(-pixels//patch))}
-        todo = lengths = lengths | ({pixels} if pixels > 1 else set())
-        while todo: lengths,todo = lengths | todo,{n for length in todo for n in (length//2, -(-length//2))} - lengths - todo
+        lengths = {grid[side] for grid in grids}
+        if not lengths: lengths.update(*[_parts(pixels, patch) for patch in range(1, pixels//2 + 1)])
+        if pixels > 1: lengths.add(pixels)
+        todo = lengths
+        while todo:
+            todo = _halves(todo) - lengths
+            lengths = lengths | todo
         found.append({length for length in lengths if length > 1})
     return found
 
-# %% ../../nbs/10_probe.layout.ipynb #0ec6d6c0
 def _line_readings(kind, n_tokens, sides, lines):
     "Columns and rows of the image that a sequence may be, with the fewest tokens before them that are none"
     rows,columns = (lengths | {length for length in lines if length > 1} for lengths in sides)
@@ -150,6 +162,7 @@ def _line_readings(kind, n_tokens, sides, lines):
         if grids and (not n_extra or length > 3): return [Layout(kind, grid, n_extra) for grid in grids]
     return []
 
+# %% ../../nbs/10_probe.layout.ipynb #b5afbc70
 def find_layouts(
     shape:Sequence[int], # Shape of what a layer returned
     image_size:Sequence[int], # Height and width (depth, height and width) of the image
@@ -170,8 +183,7 @@ def find_layouts(
         n_tokens = shape[1 if kind=='tokens' else 2]
         found = _token_grid(n_tokens, image_size, grids, tolerance)
         if found is not None: filled.append(Layout(kind, *found))
-        if len(image_size) != 2: continue
-        of_lines += _line_readings(kind, n_tokens, _sides(grids, image_size), lines)
+        if len(image_size)==2: of_lines += _line_readings(kind, n_tokens, _sides(grids, image_size), lines)
     if filled and filled[0].grid in grids:
         of_lines = [line for line in of_lines if line.kind==filled[0].kind or math.prod(line.grid) in lines]
     return filled[:1] + of_lines
@@ -184,7 +196,9 @@ def find_layout(
     tolerance:float=1.3 # How far from the image's the proportions of a grid that was not seen may be
 ) -> Layout|None: # `None` if the output has no space, only one place, or if its shape leaves several readings
     "The layout of an output of this shape"
-    if image_size is None: return Layout('channels first', shape[2:]) if len(shape) in (4,5) and math.prod(shape[2:]) > 1 else None
+    if image_size is None:
+        has_space = len(shape) in (4,5) and math.prod(shape[2:]) > 1
+        return Layout('channels first', shape[2:]) if has_space else None
     image_size,grids = tuple(image_size),tuple(grids)
     if len(shape)==len(image_size) + 2: return next(iter(_grid_readings(tuple(shape), image_size, grids, tolerance)), None)
     readings = [one for one in find_layouts(shape, image_size, grids, tolerance=tolerance) if not (one.is_line and one.n_extra)]

@@ -9,7 +9,7 @@ __all__ = ['differentiable_rnns', 'GuidedReLU', 'AttentionMaps']
 
 # %% ../../nbs/15_probe.modes.ipynb #2bd5c86e
 from contextlib import contextmanager
-from typing import Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .guard import released
 
 # %% ../../nbs/15_probe.modes.ipynb #10a12c0a
-def _is_cuda(inp): return inp.is_cuda
+def _is_cuda(inp): return inp.is_cuda # a function of its own, so that a test can say what is on CUDA
 
 @contextmanager
 def differentiable_rnns(
@@ -46,41 +46,57 @@ class _GuidedBackward(torch.autograd.Function):
 
 class GuidedReLU(TorchFunctionMode):
     "While it is on, every ReLU, module or function, passes positive gradients only; no module is replaced"
-    relus,in_place = {F.relu, torch.relu, Tensor.relu, F.relu6, F.relu_, torch.relu_, Tensor.relu_},{F.relu_, torch.relu_, Tensor.relu_}
+    in_place = {F.relu_, torch.relu_, Tensor.relu_}
+    relus = {F.relu, torch.relu, Tensor.relu, F.relu6, *in_place}
+
     def __init__(self):
         super().__init__()
         self.n_relus = 0
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        named = {**dict(zip(('x', 'min_val', 'max_val', 'inplace') if func is F.hardtanh else ('x', 'inplace'), args)), **(kwargs or {})}
+
+    def __torch_function__(self, func:Callable, types:Any, args:Sequence=(), kwargs:dict|None=None) -> Any:
+        "A ReLU, guided; any other function as it is"
+        names = ('x', 'min_val', 'max_val', 'inplace') if func is F.hardtanh else ('x', 'inplace')
+        named = {**dict(zip(names, args)), **(kwargs or {})}
         is_clipped = func is F.hardtanh and named.get('min_val', -1.)==0 # `nn.ReLU6` is a `hardtanh` from 0 to 6
         if func not in self.relus and not is_clipped: return func(*args, **(kwargs or {}))
         self.n_relus += 1
         x = named.get('x', named.get('input'))
-        out = F.relu6(x) if func is F.relu6 else F.hardtanh(x, 0., named.get('max_val', 1.)) if is_clipped else torch.relu(x)
-        out = _GuidedBackward.apply(out)
+        out = _GuidedBackward.apply(self._forward(func, x, named))
         return x.copy_(out) if named.get('inplace') or func in self.in_place else out # whoever holds `x` is to have what became of it
+
+    def _forward(self, func, x, named):
+        "What the ReLU returns"
+        if func is F.relu6: return F.relu6(x)
+        return F.hardtanh(x, 0., named.get('max_val', 1.)) if func is F.hardtanh else torch.relu(x)
 
 # %% ../../nbs/15_probe.modes.ipynb #bd0e3435
 class AttentionMaps(TorchFunctionMode):
     "While it is on, what every softmax attention pays attention to is kept, also where a fused function would never write it down"
     softmaxes = {F.softmax, torch.softmax, Tensor.softmax}
+
     def __init__(self):
         super().__init__()
-        self.found = [] # `[..., N, N]`, as autograd knows them
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.found:list[Tensor] = [] # `[..., N, N]`, as autograd knows them
+
+    def __torch_function__(self, func:Callable, types:Any, args:Sequence=(), kwargs:dict|None=None) -> Any:
+        "What `func` returns, with its attention kept"
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention: return self._spelled_out(*args, **kwargs)
-        if func is F.multi_head_attention_forward: # `nn.MultiheadAttention`
-            out,attention = func(*args, **{**kwargs, 'need_weights':True, 'average_attn_weights':False})
-            self._keep(attention if attention._base is None else attention._base) # the output was made from what this is a view of
-            if not kwargs.get('need_weights', True): return out, None
-            return out, attention.mean(1) if kwargs.get('average_attn_weights', True) else attention
+        if func is F.multi_head_attention_forward: return self._with_weights(func, args, kwargs)
         out = func(*args, **kwargs)
         if func in self.softmaxes: self._keep(out)
         return out
 
     def _keep(self, attention):
+        "Only what relates things to each other"
         if attention.dim() > 2 and attention.shape[-1]==attention.shape[-2]: self.found.append(attention)
+
+    def _with_weights(self, func, args, kwargs):
+        "`nn.MultiheadAttention`, made to return the weights of each head, and then what was asked for"
+        out,attention = func(*args, **{**kwargs, 'need_weights':True, 'average_attn_weights':False})
+        self._keep(attention if attention._base is None else attention._base) # the output was made from what this is a view of
+        if not kwargs.get('need_weights', True): return out, None
+        return out, attention.mean(1) if kwargs.get('average_attn_weights', True) else attention
 
     def _spelled_out(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         "`F.scaled_dot_product_attention`, by its definition"

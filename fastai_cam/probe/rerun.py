@@ -9,6 +9,7 @@ __all__ = ['Pass', 'modules_after']
 
 # %% ../../nbs/17_probe.rerun.ipynb #e1f52c6f
 from contextlib import contextmanager
+from itertools import chain, product
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
@@ -18,44 +19,8 @@ from fastcore.basics import patch, store_attr
 from ..core import at_least_float, images_in, map_tensors, n_items_of, tensors_in
 from .layout import Layout
 from .guard import copy_model, eval_mode, foreign_hooks, HOOK_KINDS, hooked, paused, returning
-from .scan import activation_in, bias_layers
-
-# %% ../../nbs/17_probe.rerun.ipynb #c73b6f2a
-def _is_hooked_inside(module):
-    "Does somebody's hook have to see what runs inside `module`?"
-    return any(foreign_hooks(part, kind) for part in module.modules() if part is not module for kind in HOOK_KINDS)
-
-# %% ../../nbs/17_probe.rerun.ipynb #c4a9f97b
-class _Recording:
-    "What the modules before a layer returned in one pass, so that a later pass need not run them"
-    def __init__(self, model, name, call, run, batch):
-        self.calls,self.n_calls,done = {},0,[]
-        *above,_ = name.split('.')
-        ancestors = [model.get_submodule('.'.join(above[:i])) for i in range(len(above)+1)]
-        layer = model.get_submodule(name)
-        beside = {child for parent in ancestors for child in parent.children()} - set(ancestors) - {layer}
-        beside = {child for child in beside if not _is_hooked_inside(child)} # as fastai's U-Net hands on its skips
-        def note(module, inputs, out): done.append((module, map_tensors(lambda t: t.detach().clone(), out)))
-        def ended(module, inputs, out):
-            if call is None or self.n_calls <= call: self.n_before,self.out = len(done),map_tensors(lambda t: t.detach().clone(), out)
-            self.n_calls += 1
-        with hooked([*((module, note) for module in beside), (layer, ended)]): run()
-        self.call = self.n_calls - 1 if call is None else call
-        for module,out in done[:self.n_before]: self.calls.setdefault(module, []).append(out)
-        sizes = []
-        for outs in self.calls.values(): map_tensors(lambda t: sizes.append(t.shape[:1]), outs)
-        if any(size != (batch,) for size in sizes): self.calls = {} # not one row an item: all of it has to run
-        self.act = activation_in(self.out, batch)
-
-    def returned(self, act:Tensor, items:Tensor) -> Any:
-        "What the layer returned for `items`, with `act` in the place of its activation"
-        pick = lambda t: t[items] if t.dim() and len(t)==len(self.act) else t
-        return map_tensors(lambda t: act.clone() if t is self.act else pick(t), self.out)
-
-    def spread(self, out:Any, items:Tensor, share:bool) -> Any:
-        "The recorded rows of `items`; a single item's rows share their memory if `share`"
-        one = items[0] if share and bool((items==items[0]).all()) else None
-        return map_tensors(lambda t: t[items] if one is None else t[one].expand(len(items), *t.shape[1:]), out)
+from .readings import activation_in
+from .scan import bias_layers
 
 # %% ../../nbs/17_probe.rerun.ipynb #806992c5
 _renamed = dict(
@@ -87,6 +52,7 @@ class Pass:
         if name in _renamed: raise AttributeError(f'{name!r} of a pass is called {_renamed[name]!r} now')
         raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
 
+# %% ../../nbs/17_probe.rerun.ipynb #c39d1edf
 @patch(as_prop=True)
 def names(self:Pass) -> list[str]: return [name for name,_ in self.layers]
 
@@ -95,22 +61,22 @@ def _all_inputs(self:Pass): return tensors_in((list(self.args), self.kwargs))
 
 @patch(as_prop=True)
 def _own_image(self:Pass):
+    "The images that are explained, as they went in"
     images = images_in(self.args, self.kwargs)
     return images[self.image_index] if images else None
 
-# %% ../../nbs/17_probe.rerun.ipynb #0e69fca4
 @patch(as_prop=True)
 def image(self:Pass) -> Tensor: # `[B, C, H, W]`
     "The batch of images that went in (where several go in, those that are explained); `ValueError` if no input is one"
     if self._own_image is None:
-        raise ValueError(
-            'no input of this model is a batch of images [B, C, H, W], so it cannot be masked or changed: '
-            'use a method that needs only the layer, such as gradcam')
+        raise ValueError('no input of this model is a batch of images [B, C, H, W], so it cannot be masked or changed: '
+                         'use a method that needs only the layer, such as gradcam')
     return self._own_image.detach().as_subclass(Tensor)
 
 @patch
 def __len__(self:Pass) -> int: return n_items_of(self.args, self.kwargs)
 
+# %% ../../nbs/17_probe.rerun.ipynb #45caa20f
 @patch
 def _inputs(self:Pass, image, items):
     "Inputs for `items`, with `image` in the place of the images, laid out channels-last: convolutions run a fifth faster on it"
@@ -132,7 +98,6 @@ def full_precision(self:Pass) -> torch.autocast:
     "A block in which mixed precision is off, for the arithmetic of a method"
     return torch.autocast(self._autocast['device_type'], enabled=False)
 
-# %% ../../nbs/17_probe.rerun.ipynb #62b7b71d
 @patch
 def run(self:Pass,
     image:Tensor, # Images to run instead, `[n, C, H, W]`
@@ -142,6 +107,7 @@ def run(self:Pass,
     args,kwargs = self._inputs(image, items)
     with self._aside(), torch.no_grad(): return self._runs(*args, **kwargs)
 
+# %% ../../nbs/17_probe.rerun.ipynb #62b7b71d
 @patch
 def prepare(self:Pass,
     n_images:int, # How many images are going to be run
@@ -168,6 +134,63 @@ def _in_precision(self:Pass, runs, dtype):
     def run(*args, **kwargs):
         with torch.autocast(self._autocast['device_type'], dtype=dtype): return map_tensors(at_least_float, runs(*args, **kwargs))
     return run
+
+# %% ../../nbs/17_probe.rerun.ipynb #25ae9bcf
+def modules_after(
+    model:nn.Module, # Model the layer belongs to
+    name:str # Dotted name of the layer
+) -> list[nn.Module]|None: # `None` if something else than an `nn.Sequential` is on the way to it
+    "The modules that run after layer `name`, in order"
+    steps,module = [],model
+    for part in name.split('.'):
+        if type(module).forward is not nn.Sequential.forward: return None
+        children = list(module._modules)
+        steps = list(module)[children.index(part)+1:] + steps
+        module = module._modules[part]
+    return steps
+
+# %% ../../nbs/17_probe.rerun.ipynb #c4a9f97b
+def _is_hooked_inside(module):
+    "Does somebody's hook have to see what runs inside `module`?"
+    parts = [part for part in module.modules() if part is not module]
+    return any(foreign_hooks(part, kind) for part,kind in product(parts, HOOK_KINDS))
+
+def _beside(model, name):
+    "The modules that end before the layer does, or after it, as large as they can be: none of them holds the layer"
+    *above,_ = name.split('.')
+    ancestors = [model.get_submodule('.'.join(above[:i])) for i in range(len(above)+1)]
+    children = set(chain.from_iterable(parent.children() for parent in ancestors))
+    beside = children - set(ancestors) - {model.get_submodule(name)}
+    return {child for child in beside if not _is_hooked_inside(child)} # as fastai's U-Net hands on its skips
+
+# %% ../../nbs/17_probe.rerun.ipynb #9004df5e
+class _Recording:
+    "What the modules before a layer returned in one pass, so that a later pass need not run them"
+    def __init__(self, model, name, call, run, batch):
+        self.calls,self.n_calls,done = {},0,[]
+        def copied(out): return map_tensors(lambda t: t.detach().clone(), out)
+        def note(module, inputs, out): done.append((module, copied(out)))
+        def ended(module, inputs, out):
+            if call is None or self.n_calls <= call: self.n_before,self.out = len(done),copied(out)
+            self.n_calls += 1
+        hooks = [(module, note) for module in _beside(model, name)]
+        with hooked([*hooks, (model.get_submodule(name), ended)]): run()
+        self.call = self.n_calls - 1 if call is None else call
+        for module,out in done[:self.n_before]: self.calls.setdefault(module, []).append(out)
+        sizes = []
+        for outs in self.calls.values(): map_tensors(lambda t: sizes.append(t.shape[:1]), outs)
+        if any(size != (batch,) for size in sizes): self.calls = {} # not one row an item: all of it has to run
+        self.act = activation_in(self.out, batch)
+
+    def returned(self, act:Tensor, items:Tensor) -> Any:
+        "What the layer returned for `items`, with `act` in the place of its activation"
+        def pick(t): return t[items] if t.dim() and len(t)==len(self.act) else t
+        return map_tensors(lambda t: act.clone() if t is self.act else pick(t), self.out)
+
+    def spread(self, out:Any, items:Tensor, share:bool) -> Any:
+        "The recorded rows of `items`; a single item's rows share their memory if `share`"
+        one = items[0] if share and bool((items==items[0]).all()) else None
+        return map_tensors(lambda t: t[items] if one is None else t[one].expand(len(items), *t.shape[1:]), out)
 
 # %% ../../nbs/17_probe.rerun.ipynb #8d1b206c
 @patch
@@ -198,8 +221,8 @@ def _resumed(self:Pass, name, module, act, items, call):
         self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
     recording,(args,kwargs) = self._recordings[name],self._inputs(None, items)
     def run(share):
-        replaced = {
-            before: [lambda out=out: recording.spread(out, items, share) for out in outs] for before,outs in recording.calls.items()}
+        def spread(out): return lambda: recording.spread(out, items, share)
+        replaced = {before: [spread(out) for out in outs] for before,outs in recording.calls.items()}
         replaced[module] = [None]*recording.call + [lambda: recording.returned(act, items)]
         with returning(replaced): return self.model(*args, **kwargs)
     try: return run(True)
@@ -212,14 +235,3 @@ def _resumed(self:Pass, name, module, act, items, call):
 def bias_layers(self:Pass) -> list[tuple[str,nn.Module]]: # Names and modules, as they ran
     "The convolutions with a bias and the batch norms that ran in this pass on something with space"
     with self._aside(): return bias_layers(self.model, *self.args, **self.kwargs)
-
-# %% ../../nbs/17_probe.rerun.ipynb #25ae9bcf
-def modules_after(model:nn.Module, name:str) -> list[nn.Module]|None:
-    "The modules that run after layer `name`, in order; `None` if something else than an `nn.Sequential` is on the way to it"
-    steps,module = [],model
-    for part in name.split('.'):
-        if type(module).forward is not nn.Sequential.forward: return None
-        children = list(module._modules)
-        steps = list(module)[children.index(part)+1:] + steps
-        module = module._modules[part]
-    return steps

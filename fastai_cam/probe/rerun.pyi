@@ -3,6 +3,8 @@ from typing import Any
 from typing import Any
 from torch import Tensor
 from contextlib import contextmanager
+from itertools import chain
+from itertools import product
 from typing import Callable
 from typing import Iterable
 from typing import Sequence
@@ -24,19 +26,9 @@ from .guard import HOOK_KINDS
 from .guard import hooked
 from .guard import paused
 from .guard import returning
-from .scan import activation_in
+from .readings import activation_in
 from .scan import bias_layers
 __all__ = ['Pass', 'modules_after']
-class _Recording():
-    def __init__(self, model: Any, name: Any, call: Any, run: Any, batch: Any) -> None: ...
-    def returned(self, act: Tensor, items: Tensor) -> Any: ...
-    def spread(self, out: Any, items: Tensor, share: bool) -> Any: ...
-    act: Any
-    call: Any
-    calls: Any
-    n_before: Any
-    n_calls: Any
-    out: Any
 class Pass():
     def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]], args: Sequence=..., kwargs: dict | None=..., layouts: Sequence[Layout]=..., extras: Sequence[Tensor | None]=..., calls: Sequence[int | None]=..., image_index: int=..., contained: Sequence[bool]=..., probes: Iterable['Probe']=...) -> None: ...
     def __getattr__(self, name: str) -> Any: ...
@@ -63,3 +55,13 @@ class Pass():
     model: Any
     probes: Any
 def modules_after(model: nn.Module, name: str) -> list[nn.Module] | None: ...
+class _Recording():
+    def __init__(self, model: Any, name: Any, call: Any, run: Any, batch: Any) -> None: ...
+    def returned(self, act: Tensor, items: Tensor) -> Any: ...
+    def spread(self, out: Any, items: Tensor, share: bool) -> Any: ...
+    act: Any
+    call: Any
+    calls: Any
+    n_before: Any
+    n_calls: Any
+    out: Any
