@@ -185,6 +185,7 @@ def refuse_item(
     return TypeError('an item is a path, image, array, tensor, bytes, an index into the validation set, a list of these or a DataLoader, '
                      f'not {kind}: other things can be put into learn.dls.test_dl(...), which gives a DataLoader')
 
+# %% ../../nbs/53_source.images.ipynb #9b0afa36
 def as_item(
     learn:Learner, # Learner to look at
     item:Any # One item, as a user gives it

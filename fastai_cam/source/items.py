@@ -47,8 +47,9 @@ def _reads(learn, one):
 
 def _as_row(learn, item):
     "A row of the learner's own table that came as a dict, or as `itertuples` gives it"
-    row = item._asdict() if hasattr(item, '_asdict') else None
+    row = None
     if isinstance(item, Mapping): row = dict(item)
+    elif hasattr(item, '_asdict'): row = item._asdict()
     if row is None or _is_own(learn, item): return item
     columns = getattr(getattr(learn.dls.valid, 'items', None), 'columns', ())
     return pd.Series({name: row.get(name) for name in columns}) if set(columns) & set(row) else item # a reader may count the columns

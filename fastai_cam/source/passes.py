@@ -58,6 +58,7 @@ def n_inputs(
     with random_states_kept(): sample = first_sample(learn) # torch's loaders do not say it, and the loop takes all but the last
     return max(1, len(sample) - 1) if isinstance(sample, (tuple, list)) else 1
 
+# %% ../../nbs/51_source.passes.ipynb #b9b6e31d
 def is_labelled(
     learn:Learner, # Learner to look at
     dl:Any # Loader to look at
