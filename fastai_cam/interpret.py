@@ -38,6 +38,9 @@ from .learner.arguments import ARGUMENT_WORDS, check_words
 from .learner.query import check_rows
 
 # %% ../nbs/65_interpret.ipynb #d23128f7
+_no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
+                   "give it an argument reduction='mean' and let it return one loss per item for 'none'")
+
 class _ItemLosses:
     "One loss per item from a loss function that gives their mean or their sum: each item is a batch of its own"
     def __init__(self, loss): self.loss,self.reduction = loss,'mean'
@@ -51,23 +54,6 @@ class _ItemLosses:
             raise ValueError(_no_item_losses)
         return each
 
-_no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
-                   "give it an argument reduction='mean' and let it return one loss per item for 'none'")
-
-def _actual():
-    "The class that the label names; in segmentation, where the mask says that it is"
-    target = Actual()
-    target.where = 'actual'
-    return target
-
-_words = dict(predicted='pred', prediction='pred', label='actual', targ='actual') # what else `show` may be called
-
-def _refuse(kwargs, method, name):
-    "`TypeError` for arguments that the method `name` does not have, with what was meant"
-    check_words(kwargs, method, ('layer', 'method') if name=='from_learner' else ('layer', 'method', 'k'))
-    if name != 'from_learner': _refuse_class(kwargs)
-    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
-
 # %% ../nbs/65_interpret.ipynb #a337d385
 def _refuse_class(kwargs):
     "`TypeError` for a class that is named where `show` chooses"
@@ -77,6 +63,12 @@ def _refuse_class(kwargs):
     asked = kwargs[named] if isinstance(kwargs[named], (str, int)) else '...'
     raise TypeError(f"there is no argument {named!r} here: show='pred', 'actual' or 'both' chooses whose maps are shown, and "
                     f'learn.show_cam(interp.top_losses(k)[1], cls={asked!r}) asks about one class')
+
+def _refuse(kwargs, method, name):
+    "`TypeError` for arguments that the method `name` does not have, with what was meant"
+    check_words(kwargs, method, ('layer', 'method') if name=='from_learner' else ('layer', 'method', 'k'))
+    if name != 'from_learner': _refuse_class(kwargs)
+    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
 
 def _check_loader(dl):
     "`TypeError` unless `dl` is one loader of labelled items"
@@ -199,6 +191,14 @@ def _ranked(self:CAMInterpretation, k, largest):
     return losses[ranks],idxs[ranks]
 
 # %% ../nbs/65_interpret.ipynb #80cf46e9
+_words = dict(predicted='pred', prediction='pred', label='actual', targ='actual') # what else `show` may be called
+
+def _actual():
+    "The class that the label names; in segmentation, where the mask says that it is"
+    target = Actual()
+    target.where = 'actual'
+    return target
+
 @patch
 def top_losses_cams(self:CAMInterpretation,
     k:int|Sequence[int], # How many items, or their ranks

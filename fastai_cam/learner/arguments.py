@@ -16,18 +16,22 @@ from fastcore.xtras import is_listy
 from ..methods.registry import method_name, METHODS, WRAPPERS
 
 # %% ../../nbs/61_learner.arguments.ipynb #71bcfa82
-ARGUMENT_WORDS = dict(cls=('class_name class_names class_idx class_index class_id class_ target targets target_class target_category '
-                   'category label labels').split(),
-              layer='layers layer_name target_layer target_layers conv_layer module'.split(),
-              method='methods algorithm cam_method cam attribution'.split(),
-              item='items img imgs images input inputs x file files fn path dl idx idxs'.split(), max_n='n n_items max_items k'.split(),
-              k='max_n n n_items max_items'.split())
+ARGUMENT_WORDS = dict(
+    cls=('class_name class_names class_idx class_index class_id class_ target targets target_class target_category '
+         'category label labels').split(),
+    layer='layers layer_name target_layer target_layers conv_layer module'.split(),
+    method='methods algorithm cam_method cam attribution'.split(),
+    item='items img imgs images input inputs x file files fn path dl idx idxs'.split(),
+    max_n='n n_items max_items k'.split(),
+    k='max_n n n_items max_items'.split())
 
 # where several are compared
 ARGUMENT_WORDS.update(methods=['method', *ARGUMENT_WORDS['method'][1:]], layers=['layer', *ARGUMENT_WORDS['layer'][1:]])
 
 # %% ../../nbs/61_learner.arguments.ipynb #45fd6116
-def _parts(method): return [part.strip() for part in method.replace('++', '_pp').split('+')] if isinstance(method, str) else []
+def _parts(method):
+    "The names that a method's name is made of"
+    return [part.strip() for part in method.replace('++', '_pp').split('+')] if isinstance(method, str) else []
 
 def _steps(method):
     "The method and the wrappers in a name, each as `(name, function, number of its arguments that are no options)`"
@@ -35,17 +39,9 @@ def _steps(method):
     if name in METHODS: yield name,METHODS[name],2
     yield from ((wrapper, WRAPPERS[wrapper], 1) for wrapper in wrappers if wrapper in WRAPPERS)
 
-def _options_of(func, n_first): return list(inspect.signature(func).parameters)[n_first:]
-
-def _check_options(method):
-    "`TypeError` if a `partial` of a method has an option that the method does not have"
-    for one in (method if is_listy(method) else [method]):
-        if not isinstance(one, partial) or one.func not in METHODS.values(): continue
-        known = _options_of(one.func, 2)
-        wrong = [name for name in one.keywords if name not in known]
-        if wrong:
-            raise TypeError(
-                f'the method {method_name(one.func)!r} has no option {wrong[0]!r}: its options are {", ".join(known) or "none"}')
+def _options_of(func, n_first):
+    "What a function can be given beside its first arguments"
+    return list(inspect.signature(func).parameters)[n_first:]
 
 def _with_option(method, name, option, value):
     "How to write a method, given by its name, with this option of it or of one of its wrappers"
@@ -57,6 +53,28 @@ def _with_option(method, name, option, value):
     return given
 
 # %% ../../nbs/61_learner.arguments.ipynb #b157ef10
+def _each(method):
+    "One method, or several, as a list"
+    return method if is_listy(method) else [method]
+
+def _check_options(method):
+    "`TypeError` if a `partial` of a method has an option that the method does not have"
+    for one in _each(method):
+        if not isinstance(one, partial) or one.func not in METHODS.values(): continue
+        known = _options_of(one.func, 2)
+        wrong = [name for name in one.keywords if name not in known]
+        if wrong:
+            raise TypeError(
+                f'the method {method_name(one.func)!r} has no option {wrong[0]!r}: its options are {", ".join(known) or "none"}')
+
+def _check_no_option(name, value, method):
+    "`TypeError` if the argument `name` is an option of the method, or of one of its wrappers"
+    for one in _each(method):
+        for step,func,n_first in _steps(one):
+            if name not in _options_of(func, n_first): continue
+            raise TypeError(f'{name!r} is an option of the method {step!r} and is given with it: '
+                            f'from functools import partial, then method={_with_option(one, step, name, value)}')
+
 def check_words(
     kwargs:dict, # Arguments that a function does not know
     method:Any=None, # What was given as `method`
@@ -65,11 +83,7 @@ def check_words(
     "`TypeError` that says what was meant, if `kwargs` holds another library's word for an argument, or an option of the method"
     _check_options(method)
     for name,value in kwargs.items():
-        for one in (method if is_listy(method) else [method]):
-            for step,func,n_first in _steps(one):
-                if name not in _options_of(func, n_first): continue
-                raise TypeError(f'{name!r} is an option of the method {step!r} and is given with it: '
-                                f'from functools import partial, then method={_with_option(one, step, name, value)}')
+        _check_no_option(name, value, method)
         for word,others in ARGUMENT_WORDS.items():
             if name in others and word in has:
                 raise TypeError(f'there is no argument {name!r} here: it is called {word!r}, so write {word}=...')
@@ -83,7 +97,6 @@ def refuse_arguments(
 ) -> None:
     "`TypeError` for arguments that a function does not have"
     check_words(kwargs, method, has)
-    if kwargs:
-        raise TypeError(
-            f'there is no argument {next(iter(kwargs))!r} here: '
-            f'the arguments are {", ".join(has)} and {rest[-1] if len(rest)==1 else ", ".join(rest)}')
+    if not kwargs: return
+    others = rest[-1] if len(rest)==1 else ', '.join(rest)
+    raise TypeError(f'there is no argument {next(iter(kwargs))!r} here: the arguments are {", ".join(has)} and {others}')

@@ -49,6 +49,11 @@ def maps_of_batch(
                 task=target.parts[0].task.of(target.read(cap.out)))
 
 # %% ../../nbs/63_learner.cams.ipynb #5059a58e
+def _joined(batches, name):
+    "One kind of result of all batches; `None` where they have none"
+    parts = [batch[name] for batch in batches if batch[name] is not None]
+    return torch.cat(parts) if parts else None
+
 def join_maps(
     batches:list[dict], # What `maps_of_batch` gave
     query:Query # What was asked
@@ -60,9 +65,8 @@ def join_maps(
         raise ValueError(f'the batches gave maps of different sizes ({", ".join("×".join(map(str, s)) for s in sorted(sizes))}): '
                          'add Resize to item_tfms so that all images have one size')
     task = batches[-1]['task']
-    found = {
-        name: torch.cat(parts) for name in ('maps', 'classes', 'regions')
-        if (parts := [batch[name] for batch in batches if batch[name] is not None])}
+    found = {name: _joined(batches, name) for name in ('maps', 'classes', 'regions')}
+    found = {name: part for name,part in found.items() if part is not None}
     asked = (found['classes'] != NOT_ASKED).any(0)
     asked[0] = True
     found = {name: part[:,asked] for name,part in found.items()}
@@ -97,6 +101,7 @@ class CAMCallback(CaptureCallback):
 
 # %% ../../nbs/63_learner.cams.ipynb #8104bf6a
 def _cams_of(learn, item, query, max_n):
+    "The maps of `item`, at most `max_n` of them, by a query that was checked"
     with preserve_state(learn) as quiet:
         source = item if isinstance(item, Source) else as_source(learn, item, max_n, query.image)
         if query.target.needs_labels and not source.labelled:
@@ -133,7 +138,9 @@ def get_cams(self:Learner,
 def show_cam(self:Learner,
     # Path, image, array, tensor, bytes, index into the validation set, a list of these, a `DataLoader`, or `None` for a validation batch
     item:Any=None,
-    cls:Any=None, # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these (one column each); `None`: the predicted class
+    # Class name, index, `'predicted'`, `'actual'`, `'all'`, a function of the output, or a list of these (one column each);
+    # `None`: the predicted class
+    cls:Any=None,
     method:str|Callable|Sequence='gradcam', # Name of a method, a function `(cap, score) -> maps`, or a list of these (one column each)
     # Module, dotted name, index into `learn.model[0]`, or a list of these; `'stages'`; `None`: the last layer that still has space
     layer:Any=None,

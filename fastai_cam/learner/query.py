@@ -9,6 +9,7 @@ __all__ = ['NO_BATCH', 'Query', 'query_of', 'check_single', 'CaptureCallback', '
 
 # %% ../../nbs/62_learner.query.ipynb #045f48d5
 from dataclasses import dataclass
+from itertools import product
 from time import perf_counter
 from typing import Any, Callable, Sequence
 
@@ -42,7 +43,9 @@ class Query:
     def __len__(self) -> int: return len(self.target)*len(self.methods)
 
     @property
-    def needs_grad(self) -> bool: return any(facts_of(method).grad for method in self.methods)
+    def needs_grad(self) -> bool:
+        "Does any of the methods need gradients?"
+        return any(facts_of(method).grad for method in self.methods)
 
     @property
     def layers(self) -> Any:
@@ -54,10 +57,12 @@ class Query:
     def labels(self) -> list[str]:
         "What each map of an item answers"
         if len(self.methods)==1: return list(self.target.labels)
-        return [f'{method_name(method)}: {label}' for method in self.methods for label in self.target.labels]
+        return [f'{method_name(method)}: {label}' for method,label in product(self.methods, self.target.labels)]
 
     @property
-    def is_several(self) -> bool: return isinstance(self.target, (Several, AllClasses)) or self.is_list
+    def is_several(self) -> bool:
+        "Has an item a list of maps, be it of one?"
+        return isinstance(self.target, (Several, AllClasses)) or self.is_list
 
 # %% ../../nbs/62_learner.query.ipynb #4ccfa103
 def query_of(
@@ -84,6 +89,7 @@ def check_single(
 class CaptureCallback(Callback):
     "Capture every batch that passes through fastai's validation loop, in the same forward pass as its prediction, and do some work with it"
     run_train,remove_on_fetch = False,True
+
     def __init__(self,
         query:Query|None, # What is asked
         work:Callable, # `work(cap, scores, callback)` for each batch: what it returns is kept in `results`

@@ -25,18 +25,21 @@ from ..targets.lookup import as_target
 from ..state import valid_loader
 
 # %% ../../nbs/60_learner.task.ipynb #8a8a2786
+def _vocab_of_masks(dls):
+    "Names of the classes of masks, which are known to a transform; `None` if no transform knows any"
+    tfms = getattr(getattr(dls, 'after_item', None), 'fs', [])
+    vocab = next((tfm.vocab for tfm in tfms if getattr(tfm, 'vocab', None) is not None), None)
+    return vocab.tolist() if isinstance(vocab, np.ndarray) else vocab
+
 def class_names(
     dls:Any # `DataLoaders` of a learner
 ) -> Sequence|None: # `None` where the data has no vocab
     "Names of the classes, in the order of the model's output"
     vocab = getattr(dls, 'vocab', None)
-    if vocab is None: # the classes of masks are known to a transform
-        vocab = next(
-            (tfm.vocab for tfm in getattr(getattr(dls, 'after_item', None), 'fs', []) if getattr(tfm, 'vocab', None) is not None), None)
-        vocab = vocab.tolist() if isinstance(vocab, np.ndarray) else vocab
-    if isinstance(vocab, (list, tuple, L)) and len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__'):
-        vocab = vocab[-1]
-    return vocab
+    if vocab is None: vocab = _vocab_of_masks(dls)
+    is_filled = isinstance(vocab, (list, tuple, L)) and len(vocab) > 0
+    is_of_several = is_filled and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__')
+    return vocab[-1] if is_of_several else vocab
 
 # %% ../../nbs/60_learner.task.ipynb #518f0729
 _of_values = nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss
@@ -44,29 +47,18 @@ _of_labels = nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss, F.bi
 _of_embeddings = nn.MarginRankingLoss, F.margin_ranking_loss
 _embedding_words = 'triplet', 'contrastive', 'embedding', 'ntxent', 'infonce', 'simclr'
 
-def _is_loss(loss, known): return any(isinstance(loss, one) if isinstance(one, type) else loss is one for one in known)
+def _is_loss(loss, known):
+    "Is `loss` one of the `known` functions, or of one of the `known` classes?"
+    return any(isinstance(loss, one) if isinstance(one, type) else loss is one for one in known)
 
 def _task_of_loss(loss, thresh, vocab):
+    "The task that `loss` is for, with the threshold of its labels and the names of its classes"
     name = getattr(loss, '__name__', type(loss).__name__).lower().replace('_', '')
     if _is_loss(loss, _of_embeddings) or any(word in name for word in _embedding_words): return NoAnswer('embedding')
     if _is_loss(loss, _of_labels): return MultiLabel(vocab, thresh)
     return Values() if _is_loss(loss, _of_values) else SingleLabel(vocab)
 
-# %% ../../nbs/60_learner.task.ipynb #3ed07b57
-def task_of(
-    learn:Learner # Learner whose output is to be understood
-) -> Task:
-    """What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points,
-    or no answer; or what it was told with `learn.cam_task = MyTask()`, a task of your own"""
-    if getattr(learn, 'cam_task', None) is not None: return check_task(learn.cam_task)
-    loss,vocab = getattr(learn.loss_func, 'func', learn.loss_func),class_names(learn.dls) # fastai wraps torch's
-    found,types = _task_of_loss(loss, getattr(learn.loss_func, 'thresh', .5), vocab),_label_types(learn)
-    drawn = [_drawn(kind) for kind in types]
-    if drawn and all(drawn): return NoAnswer(drawn[0]) # boxes beside names are another matter: classes can be asked about
-    if types and isinstance(types[-1], type) and issubclass(types[-1], TensorPoint): return Points()
-    is_number = types and types[-1] is RegressionSetup and isinstance(found, SingleLabel) # whatever the loss function is called
-    return Values() if is_number else found
-
+# %% ../../nbs/60_learner.task.ipynb #06cb415d
 def _drawn(kind):
     "What labels of this type show that has no class: a picture, or boxes"
     if not isinstance(kind, type) or issubclass(kind, (PILMask, TensorMask)): return None
@@ -80,6 +72,22 @@ def _label_types(learn):
         if any(isinstance(tfm, RegressionSetup) for tfm in getattr(tl.tfms, 'fs', [])): return RegressionSetup
         return (getattr(tl, 'types', None) or [None])[-1]
     return [what(tl) for tl in sets[getattr(learn.dls, 'n_inp', 1):]]
+
+# %% ../../nbs/60_learner.task.ipynb #3ed07b57
+def task_of(
+    learn:Learner # Learner whose output is to be understood
+) -> Task:
+    """What the learner's loss function and data say about its outputs: classes that exclude each other, several labels, values, points,
+    or no answer; or what it was told with `learn.cam_task = MyTask()`, a task of your own"""
+    if getattr(learn, 'cam_task', None) is not None: return check_task(learn.cam_task)
+    loss = getattr(learn.loss_func, 'func', learn.loss_func) # fastai wraps torch's
+    found = _task_of_loss(loss, getattr(learn.loss_func, 'thresh', .5), class_names(learn.dls))
+    types = _label_types(learn)
+    drawn = [_drawn(kind) for kind in types]
+    if drawn and all(drawn): return NoAnswer(drawn[0]) # boxes beside names are another matter: classes can be asked about
+    if types and isinstance(types[-1], type) and issubclass(types[-1], TensorPoint): return Points()
+    is_number = types and types[-1] is RegressionSetup and isinstance(found, SingleLabel) # whatever the loss function is called
+    return Values() if is_number else found
 
 # %% ../../nbs/60_learner.task.ipynb #364c8934
 def target_of(
@@ -95,10 +103,11 @@ def activation_of(
 ) -> Any: # A function of the output, or `None`
     "Turns the output into probabilities where fastai's loss function does not know how to; `None` where it does"
     loss = learn.loss_func
+    func = getattr(loss, 'func', loss)
     if hasattr(loss, 'activation'): return lambda out: loss.activation(out) if isinstance(out, Tensor) else out
-    if _is_loss(getattr(loss, 'func', loss), (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)): return lambda out: out.sigmoid()
-    is_cross_entropy = isinstance(loss, nn.CrossEntropyLoss) or getattr(loss, 'func', loss) is nn.functional.cross_entropy
-    return (lambda out: out.softmax(1)) if is_cross_entropy else None
+    if _is_loss(func, (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)): return lambda out: out.sigmoid()
+    if isinstance(loss, nn.CrossEntropyLoss) or func is F.cross_entropy: return lambda out: out.softmax(1)
+    return None
 
 def has_item_losses(
     learn:Learner # Learner to look at

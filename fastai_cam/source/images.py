@@ -12,25 +12,30 @@ __all__ = ['FILE_TYPES', 'check_finite', 'first_pipeline', 'is_picture', 'is_of_
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from fastai.data.core import Datasets
+from fastai.learner import Learner
 from fastai.vision.core import PILBase, PILImage
 from .passes import reason, shortened
-from typing import Any
-from fastai.learner import Learner
 
 # %% ../../nbs/53_source.images.ipynb #50a7ce28
-def check_finite(x, what):
+def check_finite(
+    x:Tensor|np.ndarray, # Numbers
+    what:str # What they are called in the message
+) -> None:
+    "`ValueError` if `x` has values that are no numbers"
     finite = torch.isfinite(x).all() if isinstance(x, Tensor) else np.isfinite(x).all()
     if not bool(finite): raise ValueError(f'the {what} has NaN or infinite values: clean it before asking what the model looks at')
 
 def _channels_last(array, what):
     "An image as `[H, W]` or `[H, W, C]`"
-    shape,is_number = list(array.shape),np.issubdtype(array.dtype, np.number) or array.dtype==bool
+    shape = list(array.shape)
+    is_number = np.issubdtype(array.dtype, np.number) or array.dtype==bool
     if array.ndim not in (2,3):
         raise ValueError(f'an image {what} is [H, W], [H, W, C] or [C, H, W], not of rank {array.ndim} (shape {shape})')
     if not is_number: raise ValueError(f'an image {what} holds numbers, not {array.dtype}')
@@ -57,6 +62,7 @@ def _pixels(array):
 
 # %% ../../nbs/53_source.images.ipynb #50a7ce43
 def _check_file(file):
+    "An error that names `file`, unless it is an image that can be read"
     if str(file)=='': raise ValueError('the path is empty: pass the file to explain')
     if re.match('data:|[a-z][a-z0-9+.-]+:/', str(file), re.IGNORECASE): # a `Path` has lost one of the slashes
         raise ValueError(f"{shortened(file)!r} is an address, not a file: download it first, e.g. with urlsave(address, 'photo.jpg'), "
@@ -91,7 +97,7 @@ def _from_bytes(item):
 # %% ../../nbs/53_source.images.ipynb #50a7ce29
 def first_pipeline(
     learn:Learner # Learner to look at
-):
+) -> Any:
     "The transforms that make the first input of an item"
     ds = learn.dls.valid_ds
     return ds.tls[0] if isinstance(ds, Datasets) else ds
@@ -115,19 +121,26 @@ def _as_image(learn, item):
 
 # %% ../../nbs/53_source.images.ipynb #50a7ce31
 FILE_TYPES = str, Path
-
 _pictures = Image.Image, np.ndarray, Tensor, bytes, bytearray, memoryview
 
-def is_picture(item): return isinstance(item, _pictures) or hasattr(item, 'read')
+def is_picture(
+    item:Any # One item, as a user gives it
+) -> bool:
+    "Is `item` a picture by itself, or an open file?"
+    return isinstance(item, _pictures) or hasattr(item, 'read')
 
-def is_of_types(item, kind):
+def is_of_types(
+    item:Any, # One item, as a user gives it
+    kind:Any # What a transform says that it takes
+) -> bool:
+    "Is `item` of this type, or of one of these types?"
     try: return isinstance(item, kind)
     except TypeError: return False # an annotation that is no class
 
 def entry_of(
     tl:Any, # Pipeline of transforms
     item:Any # One item, as a user gives it
-):
+) -> tuple[Any,int|None]:
     "The item, and the index of the transform that takes it; a path is a string where the learner's items are, and the other way round"
     forms = [item] if not isinstance(item, FILE_TYPES) else [item, Path(item).expanduser() if isinstance(item, str) else str(item)]
     for form in forms:
@@ -137,20 +150,21 @@ def entry_of(
 
 def opens_pictures(
     tl:Any # Pipeline of transforms
-):
+) -> int|None:
     "Index of the transform that opens files as pictures; `None` where the learner reads its items itself"
     types = list(tl.types or [])
     def opens(kind, made):
-        return isinstance(kind, tuple) and {str, Image.Image} <= set(kind) and isinstance(made, type) and issubclass(made, PILBase)
+        takes_files = isinstance(kind, tuple) and {str, Image.Image} <= set(kind)
+        return takes_files and isinstance(made, type) and issubclass(made, PILBase)
     return next((at for at,pair in enumerate(zip(types, types[1:])) if opens(*pair)), None)
 
 # %% ../../nbs/53_source.images.ipynb #50a7ce44
 def through_pipeline(
     tl:Any, # Pipeline of transforms
     item:Any, # One item, as a user gives it
-    start:Any, # Where to begin
-    stop:Any # Where to end
-):
+    start:int, # Index of the first of the transforms
+    stop:int|None # Index behind the last; `None`: all that follow
+) -> Any:
     "`item` behind some of the transforms, which are the learner's own getters and readers"
     found = item
     try:
@@ -158,7 +172,11 @@ def through_pipeline(
     except Exception as e: raise ValueError(f'the item given, {shortened(repr(item))}, cannot be read: {reason(e)}') from e
     return found
 
-def refuse_item(learn, item):
+def refuse_item(
+    learn:Learner, # Learner to look at
+    item:Any # One item, as a user gives it
+) -> TypeError: # To be raised
+    "What to say of an item that this learner cannot read"
     kind,own = type(item).__name__,first_pipeline(learn).types
     if opens_pictures(first_pipeline(learn)) is None and own:
         reads = getattr(own[0], '__name__', own[0])
@@ -167,10 +185,11 @@ def refuse_item(learn, item):
     return TypeError('an item is a path, image, array, tensor, bytes, an index into the validation set, a list of these or a DataLoader, '
                      f'not {kind}: other things can be put into learn.dls.test_dl(...), which gives a DataLoader')
 
+# %% ../../nbs/53_source.images.ipynb #9b0afa36
 def as_item(
     learn:Learner, # Learner to look at
     item:Any # One item, as a user gives it
-):
+) -> tuple[Any,int]:
     "The item as it enters the learner's pipeline, and where"
     tl = first_pipeline(learn)
     stage,(own,entry) = opens_pictures(tl),entry_of(tl, item)
@@ -181,5 +200,6 @@ def as_item(
     made = next((at for at,kind in enumerate(tl.types or []) if isinstance(kind, type) and issubclass(kind, PILBase)), None)
     if made is not None and is_picture(item): return _as_image(learn, item),made
     last = tl.types[-1] if tl.types else None
-    if isinstance(item, Tensor) and isinstance(last, type) and issubclass(last, Tensor): return item.as_subclass(last),len(tl.types) - 1
+    makes_tensors = isinstance(last, type) and issubclass(last, Tensor)
+    if isinstance(item, Tensor) and makes_tensors: return item.as_subclass(last),len(tl.types) - 1
     raise refuse_item(learn, item)

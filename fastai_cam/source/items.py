@@ -11,7 +11,7 @@ __all__ = ['n_shown', 'as_source']
 import os
 import warnings
 from collections.abc import KeysView, Mapping, ValuesView
-from itertools import islice
+from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Iterator
@@ -20,69 +20,51 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from ..core import tensors_in
-from .passes import first_sample, image_position, is_fastai_data, ItemError, n_inputs
+from .passes import first_sample, image_position, is_fastai_data, n_inputs
 from .loaders import (
-    as_loader, batch_source, ChosenItems, dl_source, HeldBatches, new_watched, own_valid_loader, says_its_items, Source, WatchedLoader)
+    as_loader, batch_source, ChosenItems, dl_source, HeldBatches, own_valid_loader, says_its_items, Source)
 from .images import (
     as_item, check_finite, entry_of, FILE_TYPES, first_pipeline, is_of_types, is_picture, opens_pictures, refuse_item, through_pipeline)
 
-# %% ../../nbs/54_source.items.ipynb #735c89bf
-@patch
-def _named_errors(self:WatchedLoader):
-    self._note = None
-    try: yield from super(WatchedLoader, self).__iter__()
-    except ItemError as e: # out of a worker process it comes at the end of a traceback
-        raise ValueError(str(e).strip().splitlines()[-1].split('ItemError: ')[-1]) from e
-
-@patch
-def _noted(self:WatchedLoader):
-    seen,n = self.anew(),0
-    if not self.seen.starts: self.seen = seen
-    for batch in self._named_errors():
-        positions,states = self._note or (list(range(n, min(n + self.bs, len(seen.items)))), None) # worker processes skip nothing
-        seen.add(batch, positions, states)
-        n += len(positions)
-        yield batch
-    seen.finished,self.seen = True,seen
-
-# %% ../../nbs/54_source.items.ipynb #2ea5fe89
-@patch
-def __reduce_ex__(self:WatchedLoader, protocol):
-    own = {key:val for key,val in self.__dict__.items() if key not in ('seen', 'anew', 'it', '_note')}
-    return new_watched, (self.plain,), own
-
 # %% ../../nbs/54_source.items.ipynb #50a7ce33
-def _is_index(one): return isinstance(one, Integral) and not isinstance(one, (bool, np.bool_))
+def _is_index(one):
+    "Is it the number of an item? True and false are none"
+    return isinstance(one, Integral) and not isinstance(one, (bool, np.bool_))
 
 def _is_own(learn, item):
     "Is a tuple, dict or row what this learner's items are?"
     return is_fastai_data(learn) and entry_of(first_pipeline(learn), item)[1] is not None
 
+def _reads(learn, one):
+    "Is an array what this learner's items are, rather than a picture for it to open?"
+    return _is_own(learn, one) and opens_pictures(first_pipeline(learn)) is None
+
 def _as_row(learn, item):
     "A row of the learner's own table that came as a dict, or as `itertuples` gives it"
-    row = dict(item) if isinstance(item, Mapping) else item._asdict() if hasattr(item, '_asdict') else None
+    row = None
+    if isinstance(item, Mapping): row = dict(item)
+    elif hasattr(item, '_asdict'): row = item._asdict()
     if row is None or _is_own(learn, item): return item
     columns = getattr(getattr(learn.dls.valid, 'items', None), 'columns', ())
     return pd.Series({name: row.get(name) for name in columns}) if set(columns) & set(row) else item # a reader may count the columns
 
+# %% ../../nbs/54_source.items.ipynb #3a9462bb
 def _as_line(one):
     "An array of indices, or a mask of items, that came as a row or a column (`nonzero` and `argwhere` give it), as `[n]`; else as it is"
     if not isinstance(one, (Tensor, np.ndarray)) or one.ndim != 2 or 1 not in one.shape: return one
     kind = str(one.dtype)
-    return one.reshape(-1) if 'bool' in kind or 'int' in kind and 'uint8' not in kind else one # bytes are pixels
+    is_of_items = 'bool' in kind or 'int' in kind and 'uint8' not in kind # bytes are pixels
+    return one.reshape(-1) if is_of_items else one
 
-def _is_line(one): return isinstance(one, (Tensor, np.ndarray)) and one.ndim==1 and 'int' in str(one.dtype)
-
-def _reads(learn, one):
-    "Is an array what this learner's items are, rather than a picture for it to open?"
-    return _is_own(learn, one) and opens_pictures(first_pipeline(learn)) is None
+def _is_line(one):
+    "Is it an array of indices, in one dimension?"
+    return isinstance(one, (Tensor, np.ndarray)) and one.ndim==1 and 'int' in str(one.dtype)
 
 def _spread(learn, items):
     "The items, and those that arrays of indices among them name: `list(mask.nonzero())`, `np.where(mask)`, `np.argwhere(mask).tolist()`"
@@ -90,11 +72,13 @@ def _spread(learn, items):
         if isinstance(one, list) and len(one)==1 and _is_index(one[0]): return one
         line = _as_line(one)
         return line.tolist() if _is_line(line) and not _reads(learn, one) else [one]
-    return [part for one in items for part in named_by(one)]
+    return list(chain.from_iterable(named_by(one) for one in items))
 
 # %% ../../nbs/54_source.items.ipynb #153b5735
 def _is_truth(one):
-    return isinstance(one, (bool, np.bool_)) or isinstance(one, (Tensor, np.ndarray)) and one.ndim==0 and 'bool' in str(one.dtype)
+    "Is it true or false, be it as a tensor?"
+    is_scalar = isinstance(one, (Tensor, np.ndarray)) and one.ndim==0
+    return isinstance(one, (bool, np.bool_)) or is_scalar and 'bool' in str(one.dtype)
 
 def _are_losses(item):
     "Is it what `top_losses` gives: losses, the indices of their items, and maybe the items?"
@@ -151,6 +135,7 @@ def _as_scalar(one):
 
 # %% ../../nbs/54_source.items.ipynb #785e5f2b
 def _check_index(learn, one):
+    "`IndexError` unless the validation set has item `one`"
     n = _n_valid(learn)
     if n is None or -n <= one < n: return
     known = f'the validation set has {n} items, 0 to {n-1}'
@@ -168,10 +153,12 @@ def _is_sample(learn, item):
     ds = learn.dls.valid_ds
     if isinstance(ds, Datasets):
         return len(item)==len(ds.tls) and all(tl.types and is_of_types(part, tl.types[-1]) for part,tl in zip(item, ds.tls))
-    sample,form = first_sample(learn),lambda sample: [(type(part), getattr(part, 'ndim', 0)) for part in sample]
+    sample = first_sample(learn)
+    def form(sample): return [(type(part), getattr(part, 'ndim', 0)) for part in sample]
     return isinstance(sample, tuple) and form(item)==form(sample)
 
 def _sample_source(learn, samples, image):
+    "Samples of the learner's data set, labels and all"
     valid = own_valid_loader(learn)
     ds = _Samples(samples)
     if not is_fastai_data(learn): ds.split_idx = getattr(valid.dataset, 'split_idx', None)
@@ -185,7 +172,9 @@ def _model_batch(learn):
     return None
 
 # %% ../../nbs/54_source.items.ipynb #50a7ce46
-def _is_input(item): return isinstance(item, Tensor) and item.is_floating_point()
+def _is_input(item):
+    "Is it a tensor that goes into the model as it is?"
+    return isinstance(item, Tensor) and item.is_floating_point()
 
 def _as_row_of_batch(learn, item):
     "A tuple of what a batch holds for one item, label and all (`xb[0], yb[0]`), as a batch of it; `None` if it is something else"
@@ -230,17 +219,20 @@ def _as_batches(learn, items):
     "Float tensors, each an input as the model gets it or a batch of these, as one batch"
     like = _model_batch(learn)
     one = None if like is None or not tensors_in(like) else tensors_in(like)[image_position(like)]
-    rank = (4 if any(item.dim()==5 for item in items) else 3) if one is None else one.dim() - 1
+    if one is not None: rank = one.dim() - 1
+    else: rank = 4 if any(item.dim()==5 for item in items) else 3 # of volumes, or of images
     _check_ranks(items, rank, one)
     items = [item if item.dim()==rank + 1 else item[None] for item in items]
     shapes = [list(item.shape[1:]) for item in items]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f'tensors of different shapes make no batch: {", ".join(map(str, shapes))}')
     x = torch.cat([item.detach() for item in items])
-    return x.to(one.dtype) if x.dtype==torch.float64 and one is not None and one.is_floating_point() else x # NumPy's numbers are double
+    is_double = x.dtype==torch.float64 and one is not None and one.is_floating_point() # as NumPy's numbers are
+    return x.to(one.dtype) if is_double else x
 
 # %% ../../nbs/54_source.items.ipynb #50a7ce36
 def _input_source(learn, items, max_n):
+    "Float tensors, which go into the model as they are"
     if not all(map(_is_input, items)):
         raise TypeError('float tensors are model inputs and cannot be mixed with files, images or indices in one list: '
                         'ask for them separately')
@@ -258,9 +250,8 @@ def _item_source(learn, items, image):
         raise TypeError(f"this learner's data ({type(learn.dls.valid_ds).__name__}) has no transforms that turn a file or an image into an "
                         'input: pass a float tensor, as its DataLoader gives it')
     tl = first_pipeline(learn)
-    known = tl.items
-    raw = [(known.iloc[one] if hasattr(known, 'iloc') else known[one]) if _is_index(one) else one for one in items]
-    entered = [as_item(learn, one) for one in raw]
+    known = tl.items.iloc if hasattr(tl.items, 'iloc') else tl.items
+    entered = [as_item(learn, known[one] if _is_index(one) else one) for one in items]
     values,starts = [value for value,_ in entered],{start for _,start in entered}
     start = starts.pop()
     if starts: # they enter at different places: all of them go to the end
@@ -268,11 +259,14 @@ def _item_source(learn, items, image):
     return dl_source(learn, learn.dls.test_dl(values, rm_type_tfms=start), items=items, image=image)
 
 def _batch_of_user(learn, item, max_n, image):
+    "A batch of the learner's, as `dls.one_batch()` gives it"
     batch = tuple(part[:max_n] for part in item)
     return batch_source(learn, [batch], len(batch) > n_inputs(learn), list(range(len(batch[0]))), image, own_valid_loader(learn))
 
 # %% ../../nbs/54_source.items.ipynb #50a7ce48
-def _takes_several(learn): return n_inputs(learn) > 1 and is_fastai_data(learn)
+def _takes_several(learn):
+    "Do several things go into the model for one item, each with a getter of its own?"
+    return n_inputs(learn) > 1 and is_fastai_data(learn)
 
 def _is_stack(learn, one):
     "A tensor of integers with several pictures, where the learner opens pictures"
@@ -288,11 +282,13 @@ def _checked_items(learn, item, max_n):
         if _is_index(one): _check_index(learn, one)
         elif isinstance(one, FILE_TYPES) or is_picture(one) or several or _is_own(learn, one) or _is_sample(learn, one): continue
         else: raise refuse_item(learn, one)
-    items = [(int(one) if n is None else int(one) % n) if _is_index(one) else one for one in items]
-    return [part for one in items for part in (one if _is_stack(learn, one) else [one])]
+    def from_the_front(one): return int(one) if n is None else int(one) % n
+    items = [from_the_front(one) if _is_index(one) else one for one in items]
+    return list(chain.from_iterable(one if _is_stack(learn, one) else [one] for one in items))
 
 # %% ../../nbs/54_source.items.ipynb #50a7ce61
 _most_listed,_most_of_loader = 36,9
+_LISTS = list, tuple, L, range, KeysView, ValuesView, Iterator, pd.Series, pd.DataFrame, pd.Index
 
 def n_shown(
     learn:Learner, # Learner whose loop will run
@@ -301,10 +297,8 @@ def n_shown(
     "How many items one picture shows where nobody says it: those that were listed, as long as they can be read, or a few of a set"
     is_array = isinstance(item, (Tensor, np.ndarray))
     if is_array: item = _as_line(item)
-    is_list = (
-        isinstance(item, (list, tuple, L, range, KeysView, ValuesView, Iterator, pd.Series, pd.DataFrame, pd.Index))
-        and not hasattr(item, 'read'))
-    holds_batches = is_list and isinstance(item, (list, tuple, L)) and any(isinstance(part, Tensor) and part.dim() > 3 for part in item)
+    is_list = isinstance(item, _LISTS) and not hasattr(item, 'read')
+    holds_batches = isinstance(item, (list, tuple, L)) and any(isinstance(part, Tensor) and part.dim() > 3 for part in item)
     if holds_batches or isinstance(item, HeldBatches) or not (is_list or is_array and item.ndim==1): return _most_of_loader
     n = 0 if isinstance(item, Iterator) else len(_listed(learn, item, None))
     if n > _most_listed:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import KeysView
 from collections.abc import Mapping
 from collections.abc import ValuesView
+from itertools import chain
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader
@@ -24,18 +24,15 @@ from ..core import tensors_in
 from .passes import first_sample
 from .passes import image_position
 from .passes import is_fastai_data
-from .passes import ItemError
 from .passes import n_inputs
 from .loaders import as_loader
 from .loaders import batch_source
 from .loaders import ChosenItems
 from .loaders import dl_source
 from .loaders import HeldBatches
-from .loaders import new_watched
 from .loaders import own_valid_loader
 from .loaders import says_its_items
 from .loaders import Source
-from .loaders import WatchedLoader
 from .images import as_item
 from .images import check_finite
 from .images import entry_of

@@ -37,6 +37,7 @@ from .passes import (
 class WatchedLoader:
     "Comes before a loader's class: notes what goes out, and names what cannot be read"
     _note = None
+
     def do_item(self, s):
         try: found = super().do_item(s)
         except Exception as e: raise ItemError(f'{self._named(s)} cannot be read: {reason(e)}') from e
@@ -51,11 +52,13 @@ class WatchedLoader:
                              'item_tfms, or a call each') from e
 
 @patch
-def _named(self:WatchedLoader, s): return name_of_item(getattr(self.dataset, 'items', []), s)
+def _named(self:WatchedLoader, s):
+    "What to call the item at position `s`"
+    return name_of_item(getattr(self.dataset, 'items', []), s)
 
 # %% ../../nbs/52_source.loaders.ipynb #f15b53b9
 @patch
-def create_batches(self:WatchedLoader, samps): # as fastai's, and it notes which items are in a batch, and where its random numbers begin
+def create_batches(self:WatchedLoader, samps): # as fastai's, and with a note
     self.it,done = iter(self.dataset),[]
     def items():
         for place,s in enumerate(samps):
@@ -78,14 +81,46 @@ def __iter__(self:WatchedLoader):
     if 'anew' not in self.__dict__: return self._named_errors() # a copy that somebody made
     return self._noted()
 
-# %% ../../nbs/52_source.loaders.ipynb #50a7ce39
-@lru_cache(maxsize=None)
-def _watched(cls): return cls if issubclass(cls, WatchedLoader) else type(cls.__name__, (WatchedLoader, cls), dict(plain=cls))
+# %% ../../nbs/52_source.loaders.ipynb #735c89bf
+@patch
+def _named_errors(self:WatchedLoader):
+    "The batches; what cannot be read is named, in this process and in others"
+    self._note = None
+    try: yield from super(WatchedLoader, self).__iter__()
+    except ItemError as e: # out of a worker process it comes at the end of a traceback
+        raise ValueError(str(e).strip().splitlines()[-1].split('ItemError: ')[-1]) from e
 
-def new_watched(cls): return object.__new__(_watched(cls))
+@patch
+def _noted(self:WatchedLoader):
+    "The batches, each noted in `seen` before it is given"
+    seen,n = self.anew(),0
+    if not self.seen.starts: self.seen = seen
+    for batch in self._named_errors():
+        positions,states = self._note or (list(range(n, min(n + self.bs, len(seen.items)))), None) # worker processes skip nothing
+        seen.add(batch, positions, states)
+        n += len(positions)
+        yield batch
+    seen.finished,self.seen = True,seen
+
+# %% ../../nbs/52_source.loaders.ipynb #2ea5fe89
+@lru_cache(maxsize=None)
+def _watched(cls):
+    "The class of the loaders of class `cls` that are watched"
+    return cls if issubclass(cls, WatchedLoader) else type(cls.__name__, (WatchedLoader, cls), dict(plain=cls))
+
+def new_watched(
+    cls:type # Class of the loader, without the mixin
+) -> Any:
+    "A watched loader without attributes, as unpickling needs it"
+    return object.__new__(_watched(cls))
+
+@patch
+def __reduce_ex__(self:WatchedLoader, protocol):
+    own = {key:val for key,val in self.__dict__.items() if key not in ('seen', 'anew', 'it', '_note')}
+    return new_watched, (self.plain,), own
 
 def _watch(dl, anew):
-    "`dl`, a loader of our own, from now on watched"
+    "`dl`, a loader of our own, from now on watched; `anew` begins the record of a pass"
     dl.__class__ = _watched(type(dl))
     dl.anew,dl.seen = anew,anew()
     return dl
@@ -93,7 +128,12 @@ def _watch(dl, anew):
 # %% ../../nbs/52_source.loaders.ipynb #50a7ce40
 class HeldBatches(list):
     "Batches that are held, as a watched loader"
-    def __init__(self, batches, items, decode, image=0):
+    def __init__(self,
+        batches:Sequence, # Batches of model inputs
+        items:Sequence, # Items, in order
+        decode:Callable, # Gives the images of a batch
+        image:int=0 # Which of the images of an item
+    ):
         super().__init__(batches)
         self.items,self.dataset,self.n = items,items,len(items)
         self.anew = partial(PassRecord, items, self._read, decode, image)
@@ -110,6 +150,7 @@ class HeldBatches(list):
         seen.finished,self.seen = True,seen
 
     def _read(self, places, states):
+        "The items at `places`, each as a batch; no random states are needed"
         starts = np.cumsum([0] + [len(tensors_in(batch)[0]) for batch in super().__iter__()]).tolist()
         for i in places:
             b = bisect_right(starts, i) - 1
@@ -138,7 +179,7 @@ class Source:
 class ChosenItems:
     "The indices that a loader goes through; unlike a lambda it can be sent to worker processes"
     def __init__(self, idxs:list): self.idxs = idxs
-    def __call__(self): return self.idxs
+    def __call__(self) -> list: return self.idxs
 
 class _Part(GetAttr):
     "Some samples of a data set that is not fastai's"
@@ -146,9 +187,11 @@ class _Part(GetAttr):
     def __init__(self, dataset, idxs): self.dataset,self.idxs = dataset,idxs
     def __len__(self): return len(self.idxs)
     def __getitem__(self, i): return self.dataset[self.idxs[i]]
+
     @property
     def items(self):
-        items = getattr(self.dataset, 'items', self.dataset if isinstance(self.dataset, (list, tuple, L)) else range(len(self.dataset)))
+        as_they_are = self.dataset if isinstance(self.dataset, (list, tuple, L)) else range(len(self.dataset))
+        items = getattr(self.dataset, 'items', as_they_are)
         return items.iloc[self.idxs] if hasattr(items, 'iloc') else [items[i] for i in self.idxs]
 
 def _part_of(ds, idxs, tfms=None, split_idx=None):
@@ -163,7 +206,7 @@ _makes_items = 'sample', 'create_batches', 'create_item' # methods of a loader t
 
 def says_its_items(
     dl:Any # Loader to look at
-):
+) -> bool:
     "Is it known which items are in a loader's batches?"
     cls = getattr(type(dl), 'plain', type(dl))
     own = any(name in vars(dl) or getattr(cls, name) is not getattr(DataLoader, name) for name in _makes_items)
@@ -186,8 +229,8 @@ class _TorchData(_Part):
     @property
     def items(self):
         files = getattr(self.dataset, 'samples', None) # torchvision's folders of images
-        if isinstance(files, list) and len(files)==len(self) and files and isinstance(files[0], tuple): return [file for file,*_ in files]
-        return range(len(self))
+        is_list = isinstance(files, list) and len(files)==len(self) and len(files) > 0
+        return [file for file,*_ in files] if is_list and isinstance(files[0], tuple) else range(len(self))
 
 class _Collate:
     "PyTorch's `collate_fn`, giving batches as fastai's loop has them"
@@ -196,7 +239,9 @@ class _Collate:
         batch = self.collate(samples)
         return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
-def _as_it_is(batch, samples): return batch
+def _as_it_is(batch, samples):
+    "What `retain` of a loader does where batches keep the types that they have"
+    return batch
 
 def _sampled(dl):
     "Indices that the sampler of PyTorch's loader chooses, without the order of shuffling; `None`: all"
@@ -225,7 +270,7 @@ def _from_torch(dl):
 # %% ../../nbs/52_source.loaders.ipynb #50a7ce23
 def own_valid_loader(
     learn:Learner # Learner to look at
-):
+) -> Any:
     "The validation loader, as fastai's where it is PyTorch's"
     if len(learn.dls.loaders) < 2:
         raise ValueError('learn.dls has a single DataLoader, and items go through the transforms of the validation set: '
@@ -235,7 +280,7 @@ def own_valid_loader(
 def as_loader(
     learn:Learner, # Learner to look at
     dl:Any # Loader to look at
-):
+) -> Any:
     "`dl` as a loader that can be gone through; `None` if it is nothing of the kind"
     if isinstance(dl, (DataLoader, HeldBatches)): return dl
     if isinstance(dl, TorchLoader): return _from_torch(dl)
@@ -247,8 +292,8 @@ def as_loader(
     if isinstance(dl, Subset): return as_loader(learn, dl.dataset).new(get_idxs=ChosenItems(list(dl.indices)))
     valid = own_valid_loader(learn)
     if is_indexed(dl) and isinstance(getattr(valid, 'dataset', None), _TorchData):
-        every = list(range(len(dl)))
-        return valid.new(_TorchData(dl, every), n=len(dl), get_idxs=ChosenItems(every)) # not those that the sampler of another set chose
+        every = list(range(len(dl))) # not those that the sampler of another set chose
+        return valid.new(_TorchData(dl, every), n=len(dl), get_idxs=ChosenItems(every))
     if isinstance(dl, (Datasets, TfmdLists)) and is_fastai_data(learn): return valid.new(dl)
     raise TypeError(f'a {type(dl).__name__} is a data set, and this learner does not say how its batches are made: pass a DataLoader of it')
 
@@ -257,8 +302,8 @@ def _texts(learn, dl, n_items):
     "What goes into the model beside images, as far as it decodes to text (a question about the picture); `None` if nothing does"
     n = n_inputs(learn)
     if n < 2 or not hasattr(dl, 'decode_batch'): return None
-    decoded = [item[:n] for batch in dl for item in dl.decode_batch(batch, max_n=n_items)]
-    found = [' '.join(str(part) for part in item if isinstance(part, str)) for item in decoded]
+    decoded = chain.from_iterable(dl.decode_batch(batch, max_n=n_items) for batch in dl)
+    found = [' '.join(str(part) for part in item[:n] if isinstance(part, str)) for item in decoded]
     return found if any(found) else None
 
 class _SeedGenerator(torch.Generator):
@@ -285,6 +330,7 @@ def _read(learn, dl, idxs, places, states):
 
 # %% ../../nbs/52_source.loaders.ipynb #50a7ce24
 def _names_of(dl, idxs):
+    "The items `idxs` of a loader, as its data set has them; their positions where it has none"
     known = getattr(dl, 'items', dl.dataset)
     if not hasattr(known, '__getitem__'): return idxs
     return [(known.iloc[i] if hasattr(known, 'iloc') else known[i]) for i in idxs]
@@ -333,13 +379,15 @@ def batch_source(
     labelled:bool, # Do they have labels?
     items:Sequence, # Items, in order
     image:int=0, # Which of the images of an item
-    dl:Any=None # Loader to look at
-):
+    dl:Any=None # Loader that could have made them; `None`: the learner's own
+) -> Source:
     "Batches of model inputs"
     decode = partial(_decode_foreign, own_valid_loader(learn)) if dl is None else partial(decode_images, dl)
     return Source(HeldBatches(batches, items, partial(decode, image=image), image), labelled)
 
-def _size(batch): return len(tensors_in(batch)[0])
+def _size(batch):
+    "How many items are in a batch"
+    return len(tensors_in(batch)[0])
 
 def _went_through(dl, max_n):
     "The batches of a loader as they come, of at most `max_n` items, and how many these are"
