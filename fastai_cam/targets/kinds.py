@@ -113,7 +113,7 @@ def __repr__(self:Target) -> str: return f'{type(self).__name__}({", ".join(self
 # %% ../../nbs/22_targets.kinds.ipynb #d1f7333d
 def plain_value(
     value:Any # A number or name, in whatever holds it
-):
+) -> Any:
     "A scalar of numpy's or torch's as the Python value it holds; anything else as it is"
     if not (hasattr(value, 'item') and getattr(value, 'shape', None)==()): return value
     found = value.item()
