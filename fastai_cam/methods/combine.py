@@ -68,6 +68,7 @@ def principal_component(
     maps = torch.where(side < 0, -maps, maps)*size[...,0]
     return nan_unless_finite(maps.to(dtype).unflatten(-1, space), given)
 
+# %% ../../nbs/30_methods.combine.ipynb #b0e6f6dc
 def _leading(gram, n_squarings=10):
     """Largest eigenvalue `[..., 1, 1]` and its eigenvector `[..., n, 1]` of Gram matrices:
     by squaring, three times faster than all of them by `eigh`, which steps in where squaring does not converge"""
