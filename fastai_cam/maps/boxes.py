@@ -90,8 +90,9 @@ def _object_numbers(values, threshold, split, n_levels=100):
         islands,n = ndimage.label(values >= level, _touching)
         on_island = [[] for _ in range(n + 1)]
         for number,place in places.items(): on_island[islands[place]].append(number)
-        bare = [island for island in range(1, n + 1) if not on_island[island]]
-        for island,place in zip(bare, ndimage.maximum_position(values, islands, bare) if bare else []): # it has just come up
+        risen = [island for island in range(1, n + 1) if not on_island[island]] # they have just come up
+        tops = ndimage.maximum_position(values, islands, risen) if risen else []
+        for island,place in zip(risen, tops):
             number = next(new_number)
             places[number],heights[number] = place,values[place]
             on_island[island].append(number)
