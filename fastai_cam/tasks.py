@@ -41,12 +41,15 @@ def parts_of(
     return ', '.join(map(repr, names)) or 'its parts'
 
 def _several_outputs(out):
+    "Say of an output with several parts how one of them is asked about"
     which = parts_of(out)
     raise ValueError(f"a class is a column of a [batch, classes] output, but this model's output is a {type(out).__name__} ({which}): "
                      'say which part is meant with cls=Output(part, class), or pass cls=a function of the output that returns one score '
                      'per item')
 
+# %% ../nbs/21_tasks.ipynb #a566f769
 def _check_labels(y, what, ok):
+    "The labels `y` as a plain tensor; `ValueError` where there are none, or `ok` does not find them to be `what` is needed"
     if y is None:
         raise ValueError("cls='actual' needs labels, and these items have none: use a labelled DataLoader (learn.dls.valid, or "
                          'learn.dls.test_dl(items, with_labels=True)) or name the class')
@@ -144,7 +147,7 @@ def score_fn(self:Task,
     classes:Tensor, # `[B, K]`
     where:Any='predicted' # What `Region` takes
 ) -> Callable: # `func(other, items)`: scores `[n, K]` of another output, whose rows belong to `items`; `None`: one row an item
-    "The question about these classes, settled: it can be asked of other outputs"
+    "The question about these classes, which can be asked of other outputs too"
     regions = self.regions(out, y, classes, where)
     def ask(other, items):
         if items is None: return self.scores(other, classes, regions)
@@ -248,7 +251,7 @@ class MultiLabel(Task):
     def predicted(self, out:Any) -> Tensor:
         logits = as_logits(out).detach()
         chosen = logits.sigmoid() >= self.thresh
-        chosen[torch.arange(len(logits)), logits.argmax(1)] = True # if nothing reaches the threshold: what comes closest
+        chosen[torch.arange(len(logits)), logits.argmax(1)] = True # what comes closest, if nothing reaches the threshold
         return self._first(chosen, logits)
 
     def actual(self, out:Any, y:Any) -> Tensor:
@@ -289,12 +292,14 @@ class Segmentation(Task):
 
 @patch
 def _logits(self:Segmentation, out):
+    "One channel of logits for each class"
     if not isinstance(out, Tensor): _several_outputs(out)
     return _no_and_yes(out) if out.shape[1]==1 else out
 
 @patch
 def n_classes(self:Segmentation, out:Any) -> int: return self._logits(out).shape[1]
 
+# %% ../nbs/21_tasks.ipynb #d1febd96
 @patch
 def _largest(self:Segmentation, indices, n):
     "The class that most pixels have; the background only if there is nothing else"
@@ -316,6 +321,7 @@ def actual(self:Segmentation, out:Any, y:Any) -> Tensor: return self._largest(se
 
 @patch
 def _mask(self:Segmentation, out, y):
+    "Labels as a mask of class indices, of the size of the output"
     y = _check_labels(y, 'a mask of class indices per item', lambda y: not y.is_floating_point() or y.dim()==out.dim())
     y = y.to(out.device).long()
     y = y[:,0] if y.dim()==out.dim() and y.shape[1]==1 else y
@@ -339,6 +345,7 @@ def regions(self:Segmentation, out:Any, y:Any, classes:Tensor, where:Any) -> Ten
                          'a region is a mask [height, width] of the size of the output, or one for each item')
     return mask[:,None].expand(len(out), classes.shape[1], *mask.shape[1:])
 
+# %% ../nbs/21_tasks.ipynb #12292aa0
 @patch
 def scores(self:Segmentation, out:Any, classes:Tensor, regions:Tensor|None=None) -> Tensor:
     logits = self._logits(out).flatten(2)
@@ -347,12 +354,12 @@ def scores(self:Segmentation, out:Any, classes:Tensor, regions:Tensor|None=None)
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1)
     return torch.where(classes >= 0, (chosen*weights).sum(-1)/weights.sum(-1), 0)
 
+# %% ../nbs/21_tasks.ipynb #5e2edb50
 def _is_picture(out):
     "Is it a number at every pixel, rather than a list of numbers or of points?"
     if not isinstance(out, Tensor) or out.dim() < 3: return False
     return out.shape[2:].numel() > 1 if out.dim() > 3 else min(out.shape[1:]) > 4
 
-# %% ../nbs/21_tasks.ipynb #5e2edb50
 def _at_every_pixel(vocab, y):
     "What logits with a place are: classes, unless the labels are pictures of something else"
     may_be_picture = vocab is None and isinstance(y, Tensor) and y.is_floating_point() and _is_picture(y)
@@ -370,7 +377,8 @@ class Values(Task):
         names:Sequence[str]|None=None # Names of the values, in the order of the output
     ): store_attr()
     def of(self, out:Any, y:Any=None) -> Task:
-        return NoAnswer('picture') if _is_picture(out) or isinstance(y, Tensor) and y.dim() > 3 and _is_picture(y) else self
+        is_of_pictures = isinstance(y, Tensor) and y.dim() > 3 and _is_picture(y)
+        return NoAnswer('picture') if is_of_pictures or _is_picture(out) else self
     def n_classes(self, out:Any) -> int: return out[0].numel()
     def column_names(self,
         out:Tensor # Output of the model, `[B]` or `[B, ...]`

@@ -13,9 +13,9 @@ from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Resize, get_
 from fastai_cam.trust.sanity import SanityCheck
 from fastai_cam.trust.compare import CAMTable
 from fastai_cam.trust.verdict import CAMTrust
-from fastai_cam.maps.draw import CAMMap, wrapped_title
+from fastai_cam.maps.draw import CAMMap
 from fastai_cam.maps.cams import CAMs
-from fastai_cam.maps.words import plain_html, plain_legend, plain_text
+from fastai_cam.maps.words import plain_html, plain_legend, plain_text, wrapped_title
 from fastai_cam.shortcuts import Measurement, Shortcut, Shortcuts
 
 

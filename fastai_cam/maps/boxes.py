@@ -47,9 +47,13 @@ class Peak(NamedTuple):
     y:int # Row
     score:float # Strength, as a share of the map's peak
 
-_touching = np.ones((3,3), dtype=int) # pixels that meet at a corner are neighbours too
-
-def check_finding(size, max_n, **shares):
+# %% ../../nbs/43_maps.boxes.ipynb #66c1688f
+def check_finding(
+    size:tuple[int,int]|None, # Height and width of the picture in pixels
+    max_n:int|None, # How many are wanted at most
+    **shares # Shares from 0 to 1, by their names
+) -> None:
+    "`ValueError` for arguments of `boxes` or `peaks` that find nothing"
     for name,share in shares.items():
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise ValueError(f'{name} is a share from 0 to 1, not {share!r}')
@@ -60,6 +64,8 @@ def check_finding(size, max_n, **shares):
         raise ValueError(f'size is (height, width) in pixels, not {size!r}')
 
 # %% ../../nbs/43_maps.boxes.ipynb #4fe442f4
+_touching = np.ones((3,3), dtype=int) # pixels that meet at a corner are neighbours too
+
 def _peak_numbers(values, threshold):
     "Number of the local maximum that each place belongs to, 0 where there is none; a plateau is one maximum"
     on_top = (values==ndimage.maximum_filter(values, 3)) & (values >= threshold)
@@ -77,14 +83,16 @@ def _middle(places):
 def _object_numbers(values, threshold, split, n_levels=100):
     "Number of the object that each place belongs to, 0 where there is none: connected places, split where a dip parts two peaks"
     objects,n = ndimage.label(values >= threshold, _touching)
-    if split==0 or len(np.unique(_peak_numbers(values, threshold))) - 1 <= n: return objects
+    n_peaks = len(np.unique(_peak_numbers(values, threshold))) - 1
+    if split==0 or n_peaks <= n: return objects
     new_number,heights,places,cores = count(1),{},{},np.zeros_like(objects)
     for level in np.linspace(values.max(), threshold, n_levels): # as if water that covers the map sank
         islands,n = ndimage.label(values >= level, _touching)
         on_island = [[] for _ in range(n + 1)]
         for number,place in places.items(): on_island[islands[place]].append(number)
-        bare = [island for island in range(1, n + 1) if not on_island[island]]
-        for island,place in zip(bare, ndimage.maximum_position(values, islands, bare) if bare else []): # it has just come up
+        risen = [island for island in range(1, n + 1) if not on_island[island]] # they have just come up
+        tops = ndimage.maximum_position(values, islands, risen) if risen else []
+        for island,place in zip(risen, tops):
             number = next(new_number)
             places[number],heights[number] = place,values[place]
             on_island[island].append(number)
@@ -92,10 +100,16 @@ def _object_numbers(values, threshold, split, n_levels=100):
         for island,numbers in enumerate(on_island):
             for number in sorted(numbers, key=heights.get)[:-1]: # islands that have just met: does the dip part them?
                 if level > split*heights[number]:
-                    numbers.remove(number); places.pop(number); cores[cores==number] = 0
+                    numbers.remove(number)
+                    places.pop(number)
+                    cores[cores==number] = 0
             if len(numbers)==1: owner[island] = numbers[0]
         cores = np.where(owner[islands] > 0, owner[islands], cores)
-    for number in np.unique(objects[(objects > 0) & (cores==0)]): # below the dip: to the nearest of the parts
+    return _with_slopes(cores, objects)
+
+def _with_slopes(cores, objects):
+    "The cores of objects with all places of their objects: those below the dip belong to the nearest core"
+    for number in np.unique(objects[(objects > 0) & (cores==0)]):
         inside = objects==number
         nearest = ndimage.distance_transform_edt(~(inside & (cores > 0)), return_distances=False, return_indices=True)
         cores[inside] = cores[tuple(nearest)][inside]

@@ -32,7 +32,7 @@ from .draw import save_figure
 from .draw import warn_not_finite
 from .draw import warn_of_cells
 from .boxes import check_finding
-__all__ = ['Images', 'ItemMaps', 'plain_values', 'CAMs']
+__all__ = ['Images', 'plain_values', 'CAMs', 'ItemMaps']
 class Images():
     def __init__(self, fetch: Callable, idxs: Sequence[int]) -> None: ...
     def __len__(self) -> int: ...
@@ -43,8 +43,6 @@ class Images():
     def __reduce__(self) -> Any: ...
     fetch: Any
     idxs: Any
-class ItemMaps(L):
-    def show(self, figsize: tuple | None=..., save: str | Path | None=..., **kwargs: Any) -> list[Axes]: ...
 def plain_values(values: Any) -> Any: ...
 class CAMs():
     def __init__(self, maps: Tensor, images: 'Images|Sequence|None'=..., classes: Tensor | None=..., labels: Sequence[str] | None=..., preds: Tensor | None=..., targs: Tensor | None=..., losses: Tensor | None=..., items: Sequence | None=..., vocab: Sequence | None=..., n_space: int=..., task: str | Task=..., regions: Tensor | None=..., signed: bool | None=..., thresh: float | None=..., texts: Sequence | None=..., sizes: Tensor | None=...) -> None: ...
@@ -83,3 +81,5 @@ class CAMs():
     targs: Any
     texts: Any
     vocab: Any
+class ItemMaps(L):
+    def show(self, figsize: tuple | None=..., save: str | Path | None=..., **kwargs: Any) -> list[Axes]: ...

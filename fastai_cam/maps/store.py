@@ -27,9 +27,7 @@ from .cams import CAMs
 
 # %% ../../nbs/46_maps.store.ipynb #0dc26d2a
 _format = 1 # raised when a file can no longer be read by an earlier version
-
 _saved_tensors = ('maps', 'classes', 'preds', 'targs', 'losses', 'regions')
-
 _saved_words = ('labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')
 
 def _as_json(value):
@@ -49,9 +47,11 @@ def _as_array(name, values):
     except TypeError: return values.view({1: torch.uint8, 2: torch.int16}[values.element_size()]).numpy()
 
 def _as_bytes(image, n_space, depth):
+    "A decoded image, or volume whose map has this depth, as it is written"
     pixels = to_pixels(image) if n_space==2 else to_slices(image, depth)
     return pixels if pixels.dtype==np.uint8 else (pixels*255).round().astype(np.uint8)
 
+# %% ../../nbs/46_maps.store.ipynb #7161ffe0
 def _header_of(cams, tensors, n_images):
     "What is written beside the arrays"
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
@@ -80,6 +80,7 @@ def _sizes_of(cams):
     return found
 
 def _is_size(value):
+    "Is it height and width of a picture?"
     is_pair = isinstance(value, list) and len(value)==2 and all(isinstance(side, int) and side >= 0 for side in value)
     return is_pair and math.prod(value) <= 1 << 28 # more would take gigabytes
 
@@ -96,7 +97,7 @@ def save(self:CAMs,
     images:bool=False # Write the decoded images too, as bytes?
 ) -> Path: # The file
     """Write everything to one file that holds no code; what is there is replaced when the new file is complete,
-    and keeps permissions and links.    Of the images only their sizes are written where `images` is not set, for which they are read"""
+    and keeps permissions and links. Of the images only their sizes are written where `images` is not set, for which they are read"""
     path = as_path(file)
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')
@@ -186,6 +187,7 @@ def _check_lengths(header, shapes):
     if classes not in (None, (n,), maps[:-n_space]): raise ValueError(f'classes have the shape {list(classes)} for maps {list(maps)}')
     if header['n_images'] not in (0, n): raise ValueError(f'there are {header["n_images"]} images for {n} items')
 
+# %% ../../nbs/46_maps.store.ipynb #cc091bfd
 def _array_head(archive, name):
     "Shape, dtype and bytes of an array in a file, which is not unpacked for it"
     try: info = archive.getinfo(f'{name}.npy')
@@ -209,6 +211,7 @@ def _unpacked(archive, name, allowed):
     return array.astype(dtype.newbyteorder('='), copy=False)
 
 def _header_in(archive, allowed):
+    "The header of a file, checked"
     shape,dtype,_ = _array_head(archive, 'header')
     if shape or dtype.kind != 'U': raise ValueError('its header is no text')
     header = json.loads(str(_unpacked(archive, 'header', allowed)))

@@ -9,12 +9,13 @@ __all__ = []
 
 # %% ../../nbs/45_maps.titles.ipynb #eae9932b
 import textwrap
+from itertools import chain
 
 from torch import Tensor
 from fastcore.basics import patch
 from ..captions import as_text, printable, Row
 from ..tasks import NOT_ASKED
-from .draw import wrapped_title
+from .words import wrapped_title
 from .cams import CAMs
 
 # %% ../../nbs/45_maps.titles.ipynb #dc0a655e
@@ -24,14 +25,18 @@ def _of_item(values, i):
     return values[i] if isinstance(values, Tensor) and values.dim() and i < len(values) else None
 
 @patch
-def _row(self:CAMs, i, width=1000): return Row(_of_item(self.preds, i), _of_item(self.targs, i), self.task.class_names(self.vocab), width)
+def _row(self:CAMs, i, width=1000):
+    "What is known about item `i`"
+    return Row(_of_item(self.preds, i), _of_item(self.targs, i), self.task.class_names(self.vocab), width)
 
 @patch
-def _class(self:CAMs, i, k): # -1 where map `k` of item `i` is no class's
+def _class(self:CAMs, i, k):
+    "The class of map `k` of item `i`; -1 where it is no class's"
     return -1 if self.classes is None else int(self.classes[i] if self.classes.dim()==1 else self.classes[i,k])
 
 @patch
-def _predicted(self:CAMs, i): # where one class is meant
+def _predicted(self:CAMs, i):
+    "The class that is predicted for item `i`, where one is meant"
     row = self._row(i)
     return self.task.row_class(row) if self.task.reads(row) else None
 
@@ -40,6 +45,7 @@ def _points(self:CAMs, i): return self.task.points(self._row(i))
 
 @patch
 def _text(self:CAMs, i, width=120):
+    "What else went into the model with item `i`, in a line"
     text = printable(self.texts[i] or '') if self.texts is not None else ''
     return textwrap.shorten(text, width, placeholder=' …')
 
@@ -59,13 +65,13 @@ def item_title(self:CAMs,
     "Prediction/actual/loss/probability of item `i`, as fastai writes them, as far as they are known"
     return ' · '.join(part for part in (self._text(i, min(120, max(30, 2*width))), self._known(i, loss, width)) if part)
 
-# %% ../../nbs/45_maps.titles.ipynb #c25912da
 @patch
 def legend(self:CAMs, loss:bool=False) -> str:
     "What the parts of an item's title are, and of the marks in its picture"
     i = next((i for i in range(len(self)) if self._row(i).is_finite), 0) # one of whose parts something can be said
     return self.task.legend(self._row(i), bool(loss) and self.losses is not None)
 
+# %% ../../nbs/45_maps.titles.ipynb #d66cc3dc
 @patch
 def question(self:CAMs,
     i:int, # Index of the item
@@ -92,11 +98,22 @@ def title(self:CAMs, i:int, k:int=0) -> str:
 # %% ../../nbs/45_maps.titles.ipynb #cea4b12d
 @patch
 def _panel_title(self:CAMs, i, j, loss, is_first):
-    if self.n_questions > 1: # the item's title stands over its first map and may run on over the others
-        asked = [wrapped_title(f'▸ {asked}') if asked else [] for asked in (self.question(i, k, 26) for k in range(self.n_questions))]
-        spare = [''] * (max(map(len, asked)) - len(asked[j])) # so that the item's title stands above them all
-        item = self.item_title(i, loss, 11*self.n_questions) if is_first else ''
-        return '\n'.join([item, *spare, *asked[j]])
+    "Title of map `j` of item `i` in a grid, in lines that fit over it; `is_first`: is it the first map of its item?"
+    if self.n_questions > 1: return self._title_of_several(i, j, loss, is_first)
     explains = self.title(i)==self.item_title(i)
     parts = [self._text(i), self._known(i, loss), '' if explains else '▸ ' + self.question(i, j)]
-    return '\n'.join(line for part in parts for line in textwrap.wrap(part, 34))
+    return '\n'.join(chain.from_iterable(textwrap.wrap(part, 34) for part in parts))
+
+@patch
+def _title_of_several(self:CAMs, i, j, loss, is_first):
+    "The item's title stands over its first map and may run on over the others, which have their question only"
+    asked = [self._wrapped_question(i, k) for k in range(self.n_questions)]
+    spare = [''] * (max(map(len, asked)) - len(asked[j])) # so that the item's title stands above them all
+    item = self.item_title(i, loss, 11*self.n_questions) if is_first else ''
+    return '\n'.join([item, *spare, *asked[j]])
+
+@patch
+def _wrapped_question(self:CAMs, i, k):
+    "Lines of what map `k` of item `i` explains"
+    asked = self.question(i, k, 26)
+    return wrapped_title(f'▸ {asked}') if asked else []

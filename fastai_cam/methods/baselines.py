@@ -64,7 +64,8 @@ def edge_map(
     """Magnitude of the Sobel gradient of the grey image, averaged over blocks of 4 pixels: a baseline for measures, not an explanation.
     Adebayo et al. 2018 compare with edges, https://arxiv.org/abs/1810.03292"""
     grey = at_least_float(cap.image).mean(1).cpu()
-    edges = torch.stack(
-        [torch.from_numpy(ndimage.generic_gradient_magnitude(image.numpy(), ndimage.sobel, mode='nearest')) for image in grey])
+    edges = torch.stack([_sobel(image) for image in grey])
     pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}[grey.dim() - 1]
     return for_all_scores(pool(edges[:,None], [max(1, n//4) for n in grey.shape[1:]]).to(scores.device), scores)
+
+def _sobel(image): return torch.from_numpy(ndimage.generic_gradient_magnitude(image.numpy(), ndimage.sobel, mode='nearest'))

@@ -12,6 +12,7 @@ __all__ = ['cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 
 
 # %% ../../nbs/32_methods.catalogue.ipynb #92d7b92c
 import math
+from itertools import product
 from typing import Callable, Sequence
 
 import torch
@@ -46,7 +47,7 @@ def gradcam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed
 # %% ../../nbs/32_methods.catalogue.ipynb #c44230db
 @cam_weights(cost='what Grad-CAM costs')
 def hirescam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed
-    r"""$\sum_k g^k \circ A^k$: activation × gradient, place by place. Equal to Grad-CAM where the tail is GAP + one linear layer;
+    r"""$\sum_k g^k \circ A^k$: activation × gradient, place by place. Equal to Grad-CAM where the head is GAP + one linear layer;
     elsewhere it does not point at places that Grad-CAM's averaging lends evidence to.
     Draelos & Carin 2020, https://arxiv.org/abs/2011.08891"""
     return grads
@@ -69,7 +70,8 @@ def xgradcam(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, signed; it 
     r"""$\sum_k \left(\sum_{ij} g^k A^k / \sum_{ij} A^k\right) A^k$: gradients averaged where the channel is active.
     Channels that add up to 0 (as far as their rounding errors tell) have no weight.
     Fu et al. 2020, equation 8, https://arxiv.org/abs/2008.02312"""
-    total,rounding = acts.sum(-1, keepdim=True),acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
+    total = acts.sum(-1, keepdim=True)
+    rounding = acts.shape[-1]*torch.finfo(acts.dtype).eps*acts.abs().sum(-1, keepdim=True)
     return torch.where(total.abs() > rounding, (grads*acts).sum(-1, keepdim=True)/total, 0)
 
 @cam_weights(cost='what Grad-CAM costs')
@@ -78,7 +80,7 @@ def gradcam_pp(acts:Tensor, grads:Tensor) -> Tensor: # `[B, K, h, w]`, not negat
     Grad-CAM++ for several objects. The third derivatives in $\alpha$ are those of $\exp(s)$, so the map depends on the scale of the score,
     which is to be a logit. Chattopadhay et al. 2018, equations 10 and 19, https://arxiv.org/abs/1710.11063"""
     alpha = 1/(2 + grads*acts.sum(-1, keepdim=True)) # no need for g != 0: such places have no weight
-    return (torch.where(grads > 0, alpha*grads, 0)).sum(-1, keepdim=True)
+    return torch.where(grads > 0, alpha*grads, 0).sum(-1, keepdim=True)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #29fa9032
 @cam_method(reduces=True, cost='two more backward passes of what follows the layer for each score')
@@ -88,7 +90,7 @@ def shapleycam(
     reduce:Callable=weighted_sum # `weighted_sum` or `principal_component` of the weighted channels
 ) -> Tensor: # `[B, K, h, w]`, signed
     r"""$\sum_k \alpha_k A^k$ with $\alpha_k$ the spatial mean of $g - \frac12 H A$: the second-order estimate of a channel's Shapley value.
-    Equal to Grad-CAM where the tail is piecewise linear. Cai 2025, https://arxiv.org/abs/2501.06261"""
+    Equal to Grad-CAM where the head is piecewise linear. Cai 2025, https://arxiv.org/abs/2501.06261"""
     maps = []
     for piece in scores.chunks():
         weights = [(slope - bend/2).flatten(3).mean(-1) for slope,bend in zip(cap.grads(piece), cap.curvatures(piece))]
@@ -141,6 +143,12 @@ def eigengradcam(
     return per_layer(cap, scores, lambda acts, grads: grads, principal_component)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #a8d80353
+_kernels = dict( # of points `[B, P, C]`, and their scale
+    sigmoid=lambda x, scale: (scale*x @ x.mT + 1).tanh(),
+    rbf=lambda x, scale: (-scale*torch.cdist(x, x)**2).exp(),
+    cosine=lambda x, scale: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT,
+    linear=lambda x, scale: x @ x.mT)
+
 @cam_method(grad=False, class_free=True, cost='an eigendecomposition of HW×HW')
 def kpca_cam(
     cap:Capture, # Pass that ran with or without autograd
@@ -150,17 +158,13 @@ def kpca_cam(
 ) -> Tensor: # `[B, K, h, w]`, of mean 0
     r"""First *kernel* principal component of the activations over the places (sigmoid: $\tanh(\gamma x\cdot y + 1)$).
     The class plays no part. The mean is taken off first. Karmani et al. 2024, https://arxiv.org/abs/2410.00267"""
-    kernels = dict(
-        sigmoid=lambda x, g: (g*x @ x.mT + 1).tanh(), rbf=lambda x, g: (-g*torch.cdist(x, x)**2).exp(),
-        cosine=lambda x, g: F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT, linear=lambda x, g: x @ x.mT)
-    if kernel not in kernels: raise ValueError(f'kernel is one of {", ".join(map(repr, kernels))}, not {kernel!r}')
+    if kernel not in _kernels: raise ValueError(f'kernel is one of {", ".join(map(repr, _kernels))}, not {kernel!r}')
     def one_layer(act):
         points = at_least_float(act).flatten(2).mT # [B, P, C]
         points = (points - points.mean(1, keepdim=True)).to(torch.float32 if act.device.type=='mps' else torch.float64)
-        gram = kernels[kernel](points, 1/points.shape[-1] if gamma is None else gamma)
+        gram = _kernels[kernel](points, 1/points.shape[-1] if gamma is None else gamma)
         gram = gram - gram.mean(1, keepdim=True) - gram.mean(2, keepdim=True) + gram.mean((1,2), keepdim=True)
-        finite = gram.isfinite().flatten(1).all(1)[:,None]
-        # NaN has no eigenvector, and the other items would get none
+        finite = gram.isfinite().flatten(1).all(1)[:,None] # of NaN there is no eigenvector, and the other items would get none
         values,vectors = torch.linalg.eigh(torch.where(finite[...,None], gram, 0))
         maps = torch.where(finite, vectors[...,-1]*values[...,-1:].clamp(min=0).sqrt(), math.nan)
         side = (maps*at_least_float(act).abs().sum(1).flatten(1)).sum(-1, keepdim=True)
@@ -214,8 +218,7 @@ def ablationcam(
 def reciprocam(
     cap:Capture, # Pass that ran with or without autograd
     scores:Scores, # What is explained
-    # Keep a place at ¼, those beside it at ⅛, those at its corners at 1/16, as the paper does? Otherwise the place itself, whole
-    gaussian:bool=True,
+    gaussian:bool=True, # Keep a place at ¼, those beside it at ⅛, its corners at 1/16, as the paper does? Otherwise the place alone, whole
     bs:int=64 # How many variants to run at once
 ) -> Tensor: # `[B, K, h, w]`, signed
     r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept.
@@ -229,17 +232,19 @@ def reciprocam(
             for dim in range(1, n_space + 1): masks = masks/4*2 + (_shifted(masks, 1, dim) + _shifted(masks, -1, dim))/4
         masks = torch.cat([masks, torch.zeros_like(masks[:1])])
         values = torch.stack([
-            torch.cat([_tail_scores(cap, scores, layer, act*some[:,None], item) for some in masks.split(bs)])
+            torch.cat([_scores_from(cap, scores, layer, act*some[:,None], item) for some in masks.split(bs)])
             for item,act in enumerate(cap.bar(acts))])
         maps.append((values[:,:-1] - values[:,-1:]).mT.unflatten(-1, size))
     return fuse_maps(cap, maps)
 
-def _shifted(masks, by, dim): # what leaves the map is lost, not wrapped around
+def _shifted(masks, by, dim):
+    "Masks moved by one place; what leaves the map is lost, not wrapped around"
     moved = masks.roll(by, dim)
     moved.select(dim, 0 if by > 0 else -1).zero_()
     return moved
 
-def _tail_scores(cap, scores, layer, acts, item):
+def _scores_from(cap, scores, layer, acts, item):
+    "The scores of one item with other activations at a layer, `[n, K]`"
     items = torch.full((len(acts),), item)
     return at_least_float(scores.of(cap.run_from(acts, layer, items), items))
 
@@ -277,6 +282,7 @@ def _most_active(acts, top):
     return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(min(top, strength.shape[1])).indices, True)
 
 def _lit(cap, scores, changes, reduce, bs, top):
+    "The maps of Score-CAM whose light is changed so, layers together"
     return fuse_maps(cap, [reduce(acts, _score_weights(cap, scores, acts, changes, bs, top)) for acts in cap.acts])
 
 # %% ../../nbs/32_methods.catalogue.ipynb #79f290db
@@ -342,7 +348,8 @@ def fullgrad(
     The layer plays no part. Srinivas & Fleuret 2019, equation 7, https://arxiv.org/abs/1905.00780"""
     layers = cap.bias_layers()
     whole,image = cap.recapture(layers=[module for _,module in layers] or None, from_input=True),cap.image
-    asked,n_space,biases = whole.score(scores),image.dim() - 2,[effective_bias(module) for _,module in layers]
+    asked,n_space = whole.score(scores),image.dim() - 2
+    biases = [effective_bias(module) for _,module in layers]
     maps = []
     for one in asked.chunks(1): # one score at a time: all layers' gradients are large
         total = _stretched(whole.image_grads(one)*at_least_float(image)[:,None], n_space)
@@ -353,6 +360,7 @@ def fullgrad(
         maps.append(sum((enlarge(part, image.shape[2:]) for part in by_size.values()), total))
     return torch.cat(maps, dim=1)
 
+# %% ../../nbs/32_methods.catalogue.ipynb #595095c6
 @cam_method(grad=False, resolution='image', cost='a forward and a backward pass of the whole network')
 def guided_backprop(
     cap:Capture, # Any pass: the model is run again
@@ -363,7 +371,6 @@ def guided_backprop(
     **It hardly depends on the class or even the weights.** Springenberg et al. 2014, https://arxiv.org/abs/1412.6806"""
     return _guided_gradients(cap, scores).abs().amax(2)
 
-# %% ../../nbs/32_methods.catalogue.ipynb #c7a8a709
 @cam_method(resolution='image', cost='what Grad-CAM and guided backpropagation cost')
 def guided_gradcam(
     cap:Capture, # Pass that ran with autograd from the layer on
@@ -374,6 +381,7 @@ def guided_gradcam(
     return (_guided_gradients(cap, scores)*enlarge(gradcam(cap, scores).clamp(min=0), cap.image.shape[2:])[:,:,None]).abs().amax(2)
 
 def _guided_gradients(cap, scores):
+    "The gradient of the scores with respect to the image, with every ReLU guided"
     guided = cap.recapture(from_input=True, guided=True)
     return guided.image_grads(guided.score(scores))
 
@@ -476,7 +484,7 @@ def tta(
     many copies in one batch, and the class is the image's own"""
     def smoothed(cap, scores):
         image,n = cap.image,len(cap.image)
-        looks = [(factor, flipped) for flipped in ((False, True) if flip else (False,)) for factor in factors]
+        looks = [(factor, flipped) for flipped,factor in product((False, True) if flip else (False,), factors)]
         n_looks,per_run = len(looks),max(1, bs//n)
         total = method(cap, scores) if (1., False) in looks else 0 # the image itself has been run
         looks = [look for look in looks if look != (1., False)]

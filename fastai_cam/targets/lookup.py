@@ -12,6 +12,7 @@ from collections.abc import Hashable, Mapping, Set
 from copy import copy
 from difflib import get_close_matches
 from enum import Enum
+from itertools import chain
 from numbers import Integral, Number
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
@@ -22,12 +23,73 @@ from ..core import batch_size
 from ..tasks import NoAnswer, parts_of, Task, Values
 from .kinds import Actual, AllClasses, AllValues, ClassIndex, is_mask, plain_value, Predicted, Score, Several, Target
 
+# %% ../../nbs/23_targets.lookup.ipynb #3d9ac57e
+def _as_number(name):
+    "The number that a name is or reads as; `None` for other names"
+    if isinstance(name, bool) or not isinstance(name, (Number, str)): return None
+    try: return float(name) if isinstance(name, str) else name
+    except ValueError: return None
+
+class _Names:
+    "The names of the classes, looked up by value: it makes no difference whether 2 is an `int`, a float or a scalar of numpy's"
+    def __init__(self,
+        vocab:Any=None, # Names, in the order of the output
+        n_classes:int|None=None, # How many classes there are, where no vocab says so
+        is_sure:bool=True # Are they the names of the output that is asked about, and not of another one?
+    ):
+        self.is_sure = is_sure
+        self.by_value,self.by_text,self.by_number = {},{},{} # of each, the positions that have it
+        values = vocab.values if isinstance(vocab, _Names) else vocab
+        self.values = None if values is None else [plain_value(value) for value in values]
+        if isinstance(vocab, _Names): self.n = vocab.n
+        else: self.n = n_classes if values is None else len(self.values)
+        for i,value in enumerate(self.values or []):
+            if isinstance(value, Hashable): self.by_value.setdefault(value, []).append(i)
+            texts = {str(value), value.name if isinstance(value, Enum) else str(value)}
+            for text in texts: self.by_text.setdefault(text, []).append(i)
+            if _as_number(value) is not None: self.by_number.setdefault(_as_number(value), []).append(i)
+        numbers = [value for value in self.values or [] if isinstance(value, Number)]
+        self.is_numeric,self.is_boolean = bool(numbers),all(isinstance(value, bool) for value in numbers)
+        self.is_binary = all(number in (0, 1) for number in numbers) # so that True and False may be meant by them
+
+@patch(as_prop=True)
+def texts(self:_Names) -> list[str]: return [str(value) for value in self.values or []]
+
+# %% ../../nbs/23_targets.lookup.ipynb #c43bdaab
+@patch
+def find(self:_Names,
+    asked:Any # Name
+) -> int|None: # Its position; `None` where no class has that name
+    "Look a name up: as it is, as it is written, and as a number"
+    found = self.by_value.get(asked, []) if isinstance(asked, Hashable) else []
+    exact = [i for i in found if isinstance(self.values[i], bool)==isinstance(asked, bool)] # 1 and True are equal
+    found = exact or (found if self.is_binary else []) or self.by_text.get(str(asked), []) or self.by_number.get(_as_number(asked), [])
+    if len(found) > 1:
+        where = ', '.join(map(str, found))
+        raise ValueError(
+            f'{len(found)} classes are named {str(asked)!r}, at the positions {where}: say which is meant, e.g. cls=ClassIndex({found[0]})')
+    return found[0] if found else None
+
+@patch
+def target(self:_Names,
+    index:int, # Position of a class
+    by_name:bool=False # Was it asked for by its name?
+) -> ClassIndex:
+    "The target of a class, with its name"
+    is_known = by_name or self.is_sure and self.values is not None and index < self.n
+    return ClassIndex(index, str(self.values[index]) if is_known else None)
+
+@patch(as_prop=True)
+def listed(self:_Names) -> str:
+    "The first ten names, for messages"
+    return ', '.join(repr(name) for name in self.values[:10]) + (f', … ({self.n} in all)' if self.n > 10 else '')
+
 # %% ../../nbs/23_targets.lookup.ipynb #536c52e9
 class Region(Target):
     "A class over a part of the picture, for models that say something at every pixel (Seg-Grad-CAM, https://arxiv.org/abs/2002.11434)"
     def __init__(self,
         cls:Any, # Class name, index, `'predicted'`, `'actual'` or `Target`, or a list of these
-        where:Any='actual' # `'predicted'`: where the model says the class is; `'actual'`: where the mask says so; `'everywhere'`; or a mask `[H, W]`, or one for each item
+        where:Any='actual' # `'predicted'`, `'actual'`: where the model, or the mask, has the class; `'everywhere'`; a mask, or one an item
     ):
         if not is_mask(where) and not (isinstance(where, str) and where in ('predicted', 'actual', 'everywhere')):
             got = f'shape {list(where.shape)}' if hasattr(where, 'shape') else repr(where)
@@ -42,14 +104,16 @@ class Region(Target):
         parts = target.parts
         if any(isinstance(part, Score) for part in parts) or isinstance(target, Versus):
             raise ValueError('a Region is about a class: give its name or index, not a function or a Versus')
+        reads_mask = isinstance(self.where, str) and self.where=='actual'
         def placed(one):
             found = copy(one)
-            found.is_region,found.where,found.needs_labels = (
-                True,self.where,one.needs_labels or isinstance(self.where, str) and self.where=='actual')
+            found.is_region,found.where = True,self.where
+            found.needs_labels = one.needs_labels or reads_mask
             return found
         return Several([placed(part) for part in parts]) if isinstance(target, Several) else placed(target)
     def of_task(self, task:Task) -> Target: return self.resolved(getattr(task, 'vocab', None)).of_task(task)
 
+# %% ../../nbs/23_targets.lookup.ipynb #8eaa44ab
 class Output(Target):
     "A question about one of several things that a model returns"
     n_known:int|None = None # how many classes the vocab names
@@ -70,7 +134,8 @@ def resolved(self:Output,
     return found
 
 @patch
-def _target(self:Output): return self.cls if isinstance(self.cls, Target) else as_target(self.cls)
+def _target(self:Output): # what is asked of the part
+    return self.cls if isinstance(self.cls, Target) else as_target(self.cls)
 
 @patch
 def read(self:Output, out:Any) -> Any:
@@ -121,6 +186,7 @@ def of_task(self:Output, task:Task) -> Target:
     found.cls = self._target().of_task(task.of_part())
     return found
 
+# %% ../../nbs/23_targets.lookup.ipynb #2f9f218b
 class Versus(Target):
     "Why `one` rather than `other`: the difference of their scores, in which what speaks for both cancels out"
     def __init__(self,
@@ -128,7 +194,6 @@ class Versus(Target):
         other:Any # The same, or a list of these: rather than their mean
     ): store_attr()
 
-# %% ../../nbs/23_targets.lookup.ipynb #30703569
 @patch
 def resolved(self:Versus,
     vocab:Sequence|None=None, # Names of the classes
@@ -144,28 +209,35 @@ def resolved(self:Versus,
 @patch
 def _resolved(self:Versus): return self if isinstance(self.one, Target) and isinstance(self.other, Target) else self.resolved()
 
+@patch(as_prop=True)
+def _sides(self:Versus):
+    "Both sides, as targets"
+    found = self._resolved()
+    return found.one,found.other
+
 @patch
 def of_task(self:Versus, task:Task) -> Target:
-    found,sides = copy(self),self._resolved()
-    found.one,found.other = sides.one.of_task(task),sides.other.of_task(task)
+    found = copy(self)
+    found.one,found.other = (side.of_task(task) for side in self._sides)
     return found
 
 @patch
-def regions(self:Versus, out:Any, y:Any=None) -> Tensor|None: return self._resolved().one.regions(out, y)
+def regions(self:Versus, out:Any, y:Any=None) -> Tensor|None: return self._sides[0].regions(out, y)
 
+# %% ../../nbs/23_targets.lookup.ipynb #8bf83f2a
 @patch(as_prop=True)
 def labels(self:Versus) -> list[str]:
     def name(side):
         if not isinstance(side, Target): return str(side)
-        return ' or '.join(side.labels) if len(side) <= 3 else f'{" or ".join(side.labels[:2])} or {len(side) - 2} others'
+        if len(side) <= 3: return ' or '.join(side.labels)
+        return f'{" or ".join(side.labels[:2])} or {len(side) - 2} others'
     return [f'{name(self.one)} rather than {name(self.other)}']
 
 @patch(as_prop=True)
-def needs_labels(self:Versus) -> bool: return any(side.needs_labels for side in (self._resolved().one, self._resolved().other))
+def needs_labels(self:Versus) -> bool: return any(side.needs_labels for side in self._sides)
 
-# %% ../../nbs/23_targets.lookup.ipynb #568afde2
 @patch(as_prop=True)
-def parts(self:Versus) -> list[Target]: return [part for side in (self._resolved().one, self._resolved().other) for part in side.parts]
+def parts(self:Versus) -> list[Target]: return list(chain.from_iterable(side.parts for side in self._sides))
 
 @patch
 def classes(self:Versus, out:Any, y:Any=None) -> Tensor: return self.item_classes(out, y, batch_size(out))
@@ -175,12 +247,13 @@ def item_classes(self:Versus, out:Any, y:Any, n_items:int) -> Tensor: return tor
 
 @patch
 def score_fn(self:Versus, out:Any, y:Any=None) -> Callable:
-    sides = self._resolved()
-    if sides.one.item_classes(out, y, 1).shape[1] != 1:
+    one,other = self._sides
+    if one.item_classes(out, y, 1).shape[1] != 1:
         raise ValueError('a Versus is about one class, and several labels are predicted for some item: name the label to explain')
-    one,other = sides.one.score_fn(out, y),sides.other.score_fn(out, y)
-    return lambda new, items: one(new, items) - other(new, items).mean(1, keepdim=True)
+    ask_one,ask_other = one.score_fn(out, y),other.score_fn(out, y)
+    return lambda new, items: ask_one(new, items) - ask_other(new, items).mean(1, keepdim=True)
 
+# %% ../../nbs/23_targets.lookup.ipynb #398b9852
 class WhyNot(Versus):
     "Why the predicted class and not `other`; empty where `other` is what was predicted"
     def __init__(self,
@@ -188,103 +261,6 @@ class WhyNot(Versus):
     ): super().__init__(Predicted(), other) # not by its keyword, which may be the name of a class
     @property
     def labels(self) -> list[str]: return [super().labels[0].replace('predicted rather than', 'why not')]
-
-# %% ../../nbs/23_targets.lookup.ipynb #3d9ac57e
-def _as_number(name):
-    "The number that a name is or reads as; `None` for other names"
-    if isinstance(name, bool) or not isinstance(name, (Number, str)): return None
-    try: return float(name) if isinstance(name, str) else name
-    except ValueError: return None
-
-class _Names:
-    "The names of the classes, looked up by value: it makes no difference whether 2 is an `int`, a float or a scalar of numpy's"
-    def __init__(self,
-        vocab:Any=None, # Names, in the order of the output
-        n_classes:int|None=None, # How many classes there are, where no vocab says so
-        is_sure:bool=True # Are they the names of the output that is asked about, and not of another one?
-    ):
-        self.is_sure,self.by_value,self.by_text,self.by_number = is_sure,{},{},{}
-        values = vocab.values if isinstance(vocab, _Names) else vocab
-        self.values = None if values is None else [plain_value(value) for value in values]
-        self.n = vocab.n if isinstance(vocab, _Names) else n_classes if values is None else len(self.values)
-        for i,value in enumerate(self.values or []):
-            if isinstance(value, Hashable): self.by_value.setdefault(value, []).append(i)
-            for text in {str(value), value.name if isinstance(value, Enum) else str(value)}: self.by_text.setdefault(text, []).append(i)
-            if _as_number(value) is not None: self.by_number.setdefault(_as_number(value), []).append(i)
-        numbers = [value for value in self.values or [] if isinstance(value, Number)]
-        self.is_numeric,self.is_boolean = bool(numbers),all(isinstance(value, bool) for value in numbers)
-        self.is_binary = all(number in (0, 1) for number in numbers) # so that True and False may be meant by them
-
-@patch(as_prop=True)
-def texts(self:_Names) -> list[str]: return [str(value) for value in self.values or []]
-
-# %% ../../nbs/23_targets.lookup.ipynb #c43bdaab
-@patch
-def find(self:_Names,
-    asked:Any # Name
-) -> int|None: # Its position; `None` where no class has that name
-    "Look a name up: as it is, as it is written, and as a number"
-    found = self.by_value.get(asked, []) if isinstance(asked, Hashable) else []
-    exact = [i for i in found if isinstance(self.values[i], bool)==isinstance(asked, bool)] # 1 and True are equal
-    found = exact or (found if self.is_binary else []) or self.by_text.get(str(asked), []) or self.by_number.get(_as_number(asked), [])
-    if len(found) > 1:
-        where = ', '.join(map(str, found))
-        raise ValueError(
-            f'{len(found)} classes are named {str(asked)!r}, at the positions {where}: say which is meant, e.g. cls=ClassIndex({found[0]})')
-    return found[0] if found else None
-
-@patch
-def target(self:_Names,
-    index:int, # Position of a class
-    by_name:bool=False # Was it asked for by its name?
-) -> ClassIndex:
-    "The target of a class, with its name"
-    is_known = by_name or self.is_sure and self.values is not None and index < self.n
-    return ClassIndex(index, str(self.values[index]) if is_known else None)
-
-@patch(as_prop=True)
-def listed(self:_Names) -> str:
-    return ', '.join(repr(name) for name in self.values[:10]) + (f', … ({self.n} in all)' if self.n > 10 else '')
-
-# %% ../../nbs/23_targets.lookup.ipynb #acd35b6a
-def _of_number(number, names):
-    "A number: a name where classes have numbers for names, else a position; `ValueError` where it may be either"
-    position,is_index = names.find(number),isinstance(number, Integral) and not isinstance(number, bool)
-    if position is not None and (not is_index or position==number or names.is_sure and names.is_numeric and not names.is_boolean):
-        return names.target(position, by_name=True)
-    if position is not None and names.is_sure and not 0 <= number < names.n:
-        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, '
-                         f'and cls={names.texts[position]!r} asks for the one of that name')
-    if position is not None:
-        other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure else '')
-        raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: '
-                         f'write cls={names.texts[position]!r} or cls=ClassIndex({number})')
-    if names.is_numeric and not names.is_boolean:
-        raise ValueError(f'no class is named {number}: the classes are {names.listed}, '
-                         f'and cls=ClassIndex(position) asks for one by its position, 0 to {names.n-1}')
-    if not is_index: raise TypeError(_what_cls_is(number))
-    n = names.n if names.is_sure else None
-    if number < 0 or (n is not None and number >= n):
-        raise ValueError(f'class {number} does not exist: ' + (f'the classes are 0 to {n-1}' if n is not None else 'indices start at 0'))
-    return names.target(int(number))
-
-_keywords = dict(predicted=Predicted, actual=Actual)
-
-# %% ../../nbs/23_targets.lookup.ipynb #4656978a
-def _of_name(name, names):
-    position = names.find(name)
-    if position is not None: return names.target(position, by_name=True)
-    if name in _keywords: return _keywords[name]()
-    if name=='all':
-        if names.n is None:
-            raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
-        return AllClasses(names.texts or range(names.n))
-    if not names.values: raise ValueError(f'there is no vocab to look up class {name!r} in: give its index instead')
-    lower = {known.lower(): known for known in names.texts}
-    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)]
-    close = close or [known for known in names.texts if name.lower() in known.lower()][:3]
-    hint = f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {names.listed}'
-    raise ValueError(f'no class is named {name!r}: {hint}')
 
 # %% ../../nbs/23_targets.lookup.ipynb #4fb66d0e
 def as_target(
@@ -314,9 +290,54 @@ def as_target(
     return Score(cls)
 
 def _what_cls_is(cls):
+    "What is said to one that is none"
     return (
         "cls is a class name, an index, 'predicted', 'actual', 'all', a function of the output or a list of these, "
         f"not {type(cls).__name__}")
+
+# %% ../../nbs/23_targets.lookup.ipynb #4656978a
+_keywords = dict(predicted=Predicted, actual=Actual)
+
+def _of_name(name, names):
+    "A name: of a class, or one of the keywords; `ValueError` with the names that come close"
+    position = names.find(name)
+    if position is not None: return names.target(position, by_name=True)
+    if name in _keywords: return _keywords[name]()
+    if name=='all':
+        if names.n is None:
+            raise ValueError("cls='all' needs to know the classes, and the learner has no vocab: give their indices as a list")
+        return AllClasses(names.texts or range(names.n))
+    if not names.values: raise ValueError(f'there is no vocab to look up class {name!r} in: give its index instead')
+    raise ValueError(f'no class is named {name!r}: {_near(name, names)}')
+
+def _near(name, names):
+    "The names that come close to one that does not exist, or all of them"
+    lower = {known.lower(): known for known in names.texts}
+    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)]
+    close = close or [known for known in names.texts if name.lower() in known.lower()][:3]
+    return f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {names.listed}'
+
+# %% ../../nbs/23_targets.lookup.ipynb #acd35b6a
+def _of_number(number, names):
+    "A number: a name where classes have numbers for names, else a position; `ValueError` where it may be either"
+    position,is_index = names.find(number),isinstance(number, Integral) and not isinstance(number, bool)
+    if position is not None and (not is_index or position==number or names.is_sure and names.is_numeric and not names.is_boolean):
+        return names.target(position, by_name=True)
+    if position is not None and names.is_sure and not 0 <= number < names.n:
+        raise ValueError(f'class {number} does not exist: the classes are 0 to {names.n-1}, '
+                         f'and cls={names.texts[position]!r} asks for the one of that name')
+    if position is not None:
+        other = f'the class at position {number}' + (f', which is named {names.texts[number]!r}' if names.is_sure else '')
+        raise ValueError(f'cls={number} may mean the class named {names.texts[position]!r}, at position {position}, or {other}: '
+                         f'write cls={names.texts[position]!r} or cls=ClassIndex({number})')
+    if names.is_numeric and not names.is_boolean:
+        raise ValueError(f'no class is named {number}: the classes are {names.listed}, '
+                         f'and cls=ClassIndex(position) asks for one by its position, 0 to {names.n-1}')
+    if not is_index: raise TypeError(_what_cls_is(number))
+    n = names.n if names.is_sure else None
+    if number < 0 or (n is not None and number >= n):
+        raise ValueError(f'class {number} does not exist: ' + (f'the classes are 0 to {n-1}' if n is not None else 'indices start at 0'))
+    return names.target(int(number))
 
 # %% ../../nbs/23_targets.lookup.ipynb #2fe9a847
 def _of_list(cls, names):

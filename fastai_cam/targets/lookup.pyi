@@ -6,6 +6,7 @@ from collections.abc import Set
 from copy import copy
 from difflib import get_close_matches
 from enum import Enum
+from itertools import chain
 from numbers import Integral
 from numbers import Number
 from typing import Any
@@ -33,6 +34,23 @@ from .kinds import Score
 from .kinds import Several
 from .kinds import Target
 __all__ = ['Region', 'Output', 'Versus', 'WhyNot', 'as_target']
+class _Names():
+    def __init__(self, vocab: Any=..., n_classes: int | None=..., is_sure: bool=...) -> None: ...
+    @property
+    def texts(self) -> list[str]: ...
+    def find(self, asked: Any) -> int | None: ...
+    def target(self, index: int, by_name: bool=...) -> ClassIndex: ...
+    @property
+    def listed(self) -> str: ...
+    by_number: Any
+    by_text: Any
+    by_value: Any
+    is_binary: Any
+    is_boolean: Any
+    is_numeric: Any
+    is_sure: Any
+    n: Any
+    values: Any
 class Region(Target):
     def __init__(self, cls: Any, where: Any=...) -> None: ...
     def resolved(self, vocab: Sequence | None=..., n_classes: int | None=...) -> Target: ...
@@ -77,21 +95,4 @@ class WhyNot(Versus):
     def __init__(self, other: Any) -> None: ...
     @property
     def labels(self) -> list[str]: ...
-class _Names():
-    def __init__(self, vocab: Any=..., n_classes: int | None=..., is_sure: bool=...) -> None: ...
-    @property
-    def texts(self) -> list[str]: ...
-    def find(self, asked: Any) -> int | None: ...
-    def target(self, index: int, by_name: bool=...) -> ClassIndex: ...
-    @property
-    def listed(self) -> str: ...
-    by_number: Any
-    by_text: Any
-    by_value: Any
-    is_binary: Any
-    is_boolean: Any
-    is_numeric: Any
-    is_sure: Any
-    n: Any
-    values: Any
 def as_target(cls=..., vocab: Sequence | None=..., n_classes: int | None=..., task: Task | None=...) -> Target: ...
