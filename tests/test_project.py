@@ -23,7 +23,7 @@ from readme import render
 
 WIDE_LINES, LARGE_CELLS = 432, 8 # lines over 140 characters, export cells over 40 lines: to be lowered
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ['core', 'files', 'probe.layout', 'probe.guard', 'probe.layers', 'probe.evidence', 'probe.reasons', 'probe.modes', 'probe.scan',
+ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers', 'probe.evidence', 'probe.reasons', 'probe.modes', 'probe.scan',
          'probe.rerun', 'probe.capture', 'probe.watch', 'captions', 'tasks', 'targets.kinds', 'targets.lookup', 'methods.combine',
          'methods.registry', 'methods.catalogue', 'methods.baselines', 'maps.words', 'maps.pixels', 'maps.draw', 'maps.boxes',
          'maps.cams', 'maps.titles', 'maps.store', 'state', 'source.passes', 'source.loaders', 'source.images', 'source.items',

@@ -145,6 +145,7 @@ def _is_complete(self:CAMTable):
     for name in self.metrics: needed |= {name, f'{name}_low', f'{name}_high'}
     return needed <= set(self.columns)
 
+# %% ../../nbs/78_trust.compare.ipynb #8d32e825
 @patch
 def _spread(self:CAMTable, name):
     "Mean and interval of a measure, as they are read"

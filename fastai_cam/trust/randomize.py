@@ -120,6 +120,7 @@ def _made_by_hooks(module):
         name for name,value in vars(module).items()
         if isinstance(value, Tensor) and any(param.startswith(name) for param in module._parameters)]
 
+# %% ../../nbs/76_trust.randomize.ipynb #7e4cbeaa
 def _own_tensors(module): return dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
 
 def _as_before_training(module, generator):
@@ -222,7 +223,8 @@ def randomized(
     how:str='cascading', # 'cascading': what was randomised before stays so; 'independent': each step by itself
     seed:int=0, # Of the new weights
     n_steps:int=8, # As `randomization_steps` takes it
-    # Inputs of a batch: batch norms that follow take their statistics from it; without, those that are randomised have mean 0 and variance 1
+    # Inputs of a batch: batch norms that follow take their statistics from it;
+    # without, those that are randomised have mean 0 and variance 1
     args:Sequence=(),
     kwargs:dict|None=None # Named inputs
 ) -> Iterator[tuple[str,nn.Module]]: # Name of the step, and a copy of the model of its own

@@ -78,6 +78,7 @@ def _at_steps_that_count(self:SanityCheck, method):
         found[when] = MapComparison(similar, self._chance[method])
     return found
 
+# %% ../../nbs/77_trust.sanity.ipynb #c6796ada
 @patch(as_prop=True)
 def table(self:SanityCheck) -> pd.DataFrame:
     """One row a method and step: mean similarity to the model's own maps with its 95% interval (`…_low`, `…_high`),
@@ -331,6 +332,7 @@ class RandomClass(Target):
         predicted = predicted.clamp(min=0)
         return (predicted + shifts.to(predicted.device)[predicted]) % n
 
+# %% ../../nbs/77_trust.sanity.ipynb #e9e820d9
 def _compared(pairs):
     "One row a method: its maps, and those they are compared with"
     rows = []
