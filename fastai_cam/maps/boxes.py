@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..checks import check_share
 from ..methods.combine import enlarge
 from .pixels import normalize
 from .draw import CAMMap, warn_of_cells
@@ -50,9 +51,7 @@ class Peak(NamedTuple):
 _touching = np.ones((3,3), dtype=int) # pixels that meet at a corner are neighbours too
 
 def check_finding(size, max_n, **shares):
-    for name,share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f'{name} is a share from 0 to 1, not {share!r}')
+    for name,share in shares.items(): check_share(share, f'{name} is a share from 0 to 1', zero=True, one=True)
     if shares.get('threshold')==0: raise ValueError('threshold=0 finds the whole picture: give a share of the peak above 0')
     if max_n is not None and (not isinstance(max_n, int) or max_n < 1):
         raise ValueError(f'max_n={max_n!r} leaves nothing to find: give at least 1')

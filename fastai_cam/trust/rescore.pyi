@@ -13,6 +13,7 @@ from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
 from ..core import at_least_float
 from ..core import look_up
+from ..checks import check_choice
 from ..probe.capture import Capture
 from ..probe.capture import Scores
 from ..methods.combine import enlarge
