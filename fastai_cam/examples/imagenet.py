@@ -26,7 +26,10 @@ from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, Im
 from ..interpret import CAMInterpretation
 
 # %% ../../nbs/90_examples.imagenet.ipynb #06b71d58
-def find_package(package, extra='dev'):
+def find_package(
+    package:str, # Its name when it is imported
+    extra:str='dev' # The extra that it is part of
+) -> Path:
     "Folder of an installed package; `ImportError` that says what to install"
     spec = importlib.util.find_spec(package)
     if spec is None:

@@ -202,7 +202,14 @@ def _renew(model, names, seed, args, kwargs):
         if any(_made_by_hooks(model.get_submodule(name)) for name in names): Pass(model, [], args, kwargs).run(None)
     for name in names: _check_changed(model.get_submodule(name), name, before[name], has_run)
 
-def randomized_copies(model, steps, how, seed, args, kwargs):
+def randomized_copies(
+    model:nn.Module, # Model to copy
+    steps:dict[str,list[str]], # As `randomization_steps` gives them
+    how:str, # As `randomized` takes it
+    seed:int, # Of the new weights
+    args:Sequence, # Inputs of a batch
+    kwargs:dict # Named inputs
+):
     "As `randomized`, of steps that are known: the name of each, and a copy"
     current = model
     for step,names in steps.items():
@@ -211,7 +218,9 @@ def randomized_copies(model, steps, how, seed, args, kwargs):
         yield step,current
 
 # %% ../../nbs/76_trust.randomize.ipynb #193ef475
-def check_how(how):
+def check_how(
+    how:str # As `randomized` takes it
+):
     "`ValueError` for what is no way to randomise"
     check_choice(
         how, ('cascading', 'independent'),

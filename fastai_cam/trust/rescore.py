@@ -179,7 +179,11 @@ def variant_scores(
         found.append(rescore(make(items, variants), items))
     return torch.cat(found).reshape(len(images), n_variants)
 
-def whole_scores(rescore, images, bs):
+def whole_scores(
+    rescore:Callable, # `rescore(images, items)`
+    images:Tensor, # `[B, C, H, W]`
+    bs:int|None # How many images at once
+):
     "Scores `[B]` of the images as they are"
     return variant_scores(rescore, images, 1, lambda items, _: images[items], bs)[:,0]
 
@@ -231,7 +235,11 @@ def ranks_of(
     order = lot[values[:,lot].argsort(dim=1, descending=True, stable=True)]
     return torch.empty_like(order).scatter_(1, order, torch.arange(n, device=values.device).expand_as(order))
 
-def pixel_ranks(maps, images, seed):
+def pixel_ranks(
+    maps:Tensor, # `[B, h, w]`
+    images:Tensor, # `[B, C, H, W]`
+    seed:int # Of the order of ties
+):
     "Place of each pixel `[B, H, W]` in the order of its map"
     size = images.shape[-2:]
     return ranks_of(at_pixels(maps, size).flatten(1), seed).unflatten(1, size)

@@ -98,10 +98,16 @@ class MapComparison:
                 f'{name}_kept': self.kept[name][0]})
         self.columns['n'] = len(own)
 
-def all_similarities(a, b):
+# %% ../../nbs/75_trust.similarity.ipynb #716edff7
+def all_similarities(
+    a:Tensor, # Raw maps `[n, *space]`
+    b:Tensor # As many others, of the same size
+):
     "How similar each map of `a` is to its counterpart, `[n]` by measure"
     return {name: measure(a, b).numpy() for name,measure in MEASURES.items()}
 
-def chance_similarities(maps):
+def chance_similarities(
+    maps:Tensor # Raw maps of different images, `[n, *space]`
+):
     "How similar each map is to those of other images, `[n]` by measure"
     return {name: _of_other_images(measure, maps).numpy() for name,measure in MEASURES.items()}
