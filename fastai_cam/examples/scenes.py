@@ -208,7 +208,9 @@ def compose(
     for _ in range(50): # sizes and places are drawn anew until there is room for all
         image,objects = backdrop.copy(),[]
         for name in names:
-            how = dict(variant=int(rng.integers(n_variants(name))), side=round(size*rng.uniform(*scale)), flip=bool(rng.random() < .5), brightness=float(rng.uniform(.75, 1.2)))
+            how = dict(
+                variant=int(rng.integers(n_variants(name))), side=round(size*rng.uniform(*scale)),
+                flip=bool(rng.random() < .5), brightness=float(rng.uniform(.75, 1.2)))
             pixels,inside = cut_out(name, **how)
             box = _place(rng, size, [obj.box for obj in objects], *inside.shape, fits)
             if box is None: break
@@ -216,7 +218,8 @@ def compose(
             left,top,right,bottom = box
             image[top:bottom,left:right][inside] = pixels[inside]
         else: return Scene(image, objects, seed)
-    raise ValueError(f'found no room for {len(names)} objects of {scale[0]:.0%} to {scale[1]:.0%} of the side: take fewer or smaller ones')
+    raise ValueError(
+        f'found no room for {len(names)} objects of {scale[0]:.0%} to {scale[1]:.0%} of the side: take fewer or smaller ones')
 
 # %% ../../nbs/91_examples.scenes.ipynb #928ea6c9
 def random_scene(
@@ -226,7 +229,9 @@ def random_scene(
     **kwargs # Passed to `compose`
 ) -> Scene:
     "A scene of objects chosen by chance"
-    if not len(always) <= n <= len(OBJECTS): raise ValueError(f'n={n} must lie between {len(always)}, the objects that are always there, and {len(OBJECTS)}, all that there are')
+    if not len(always) <= n <= len(OBJECTS):
+        raise ValueError(
+            f'n={n} must lie between {len(always)}, the objects that are always there, and {len(OBJECTS)}, all that there are')
     rng = np.random.default_rng((seed, 1))
     others = [name for name in OBJECTS if name not in always]
     names = [*always, *rng.permutation(others)[:n-len(always)].tolist()]
@@ -239,12 +244,16 @@ def _image_of(scene): return scene.image
 
 def _scenes(make:Callable[[int], Any], n_train:int, n_valid:int) -> list:
     "Items for training, then items for validation, of seeds that no two of them share"
-    if n_train > FIRST_VALID_SEED: raise ValueError(f'n_train={n_train}: at most {FIRST_VALID_SEED} training seeds, the ones beyond are for validation')
-    return [make(seed) for seed in (*range(n_train), *range(FIRST_VALID_SEED, FIRST_VALID_SEED+n_valid))]
+    if n_train > FIRST_VALID_SEED:
+        raise ValueError(f'n_train={n_train}: at most {FIRST_VALID_SEED} training seeds, the ones beyond are for validation')
+    seeds = *range(n_train),*range(FIRST_VALID_SEED, FIRST_VALID_SEED+n_valid)
+    return [make(seed) for seed in seeds]
 
 def _dataloaders(blocks, getters, make, n_train, n_valid, bs, n_inp=1) -> DataLoaders:
     "`DataLoaders` of composed items, kept in memory"
-    block = DataBlock(blocks, getters=getters, n_inp=n_inp, splitter=IndexSplitter(range(n_train, n_train+n_valid)), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
+    block = DataBlock(
+        blocks, getters=getters, n_inp=n_inp, splitter=IndexSplitter(range(n_train, n_train+n_valid)),
+        batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
     return block.dataloaders(_scenes(make, n_train, n_valid), bs=bs, num_workers=0)
 
 def _names_of(scene): return scene.names
@@ -256,7 +265,8 @@ def multi_label_dls(
     bs:int=32 # Batch size
 ) -> DataLoaders:
     "Picture → which objects it shows: one to three of them"
-    return _dataloaders((ImageBlock, MultiCategoryBlock(vocab=OBJECTS)), [_image_of, _names_of], lambda seed: random_scene(seed, n=1+seed%3, size=size), n_train, n_valid, bs)
+    def make(seed): return random_scene(seed, n=1+seed%3, size=size)
+    return _dataloaders((ImageBlock, MultiCategoryBlock(vocab=OBJECTS)), [_image_of, _names_of], make, n_train, n_valid, bs)
 
 CODES = ['background', *OBJECTS]
 
@@ -270,7 +280,8 @@ def segmentation_dls(
     bs:int=16 # Batch size
 ) -> DataLoaders:
     "Picture → which object each pixel belongs to, of `CODES`"
-    return _dataloaders((ImageBlock, MaskBlock(CODES)), [_image_of, _codes_of], lambda seed: random_scene(seed, n=2+seed%2, size=size), n_train, n_valid, bs)
+    def make(seed): return random_scene(seed, n=2+seed%2, size=size)
+    return _dataloaders((ImageBlock, MaskBlock(CODES)), [_image_of, _codes_of], make, n_train, n_valid, bs)
 
 def _covered_of(scene, name): return 100*float((scene.codes()==1 + OBJECTS.index(name)).mean())
 
@@ -285,7 +296,8 @@ def regression_dls(
     _check_name(name)
     others = [other for other in OBJECTS if other != name]
     def make(seed): return compose([others[seed//4%len(others)], *([name] if seed%4 else [])], size=size, seed=seed)
-    return _dataloaders((ImageBlock, RegressionBlock()), [_image_of, partial(_covered_of, name=name)], make, n_train, n_valid, bs)
+    getters = [_image_of, partial(_covered_of, name=name)]
+    return _dataloaders((ImageBlock, RegressionBlock()), getters, make, n_train, n_valid, bs)
 
 def _center_of(scene, name): return [scene.object(name).center]
 
@@ -299,7 +311,8 @@ def points_dls(
 ) -> DataLoaders:
     "Picture → the centre of one kind of object; another object is there too"
     _check_name(name)
-    return _dataloaders((ImageBlock, PointBlock), [_image_of, partial(_center_of, name=name)], lambda seed: random_scene(seed, n=2, always=[name], size=size), n_train, n_valid, bs)
+    def make(seed): return random_scene(seed, n=2, always=[name], size=size)
+    return _dataloaders((ImageBlock, PointBlock), [_image_of, partial(_center_of, name=name)], make, n_train, n_valid, bs)
 
 # %% ../../nbs/91_examples.scenes.ipynb #3a714750
 class Asked(NamedTuple):
@@ -310,9 +323,7 @@ class Asked(NamedTuple):
     name:str # The object that is asked about
 
 ANSWERS = ['left', 'right', 'yes', 'no']
-
 question_vocab = ['where', 'is', 'there', 'the', 'a', *OBJECTS]
-
 QUESTION_LENGTH = 4
 
 def encode_question(
@@ -321,8 +332,12 @@ def encode_question(
     "The words of a question as numbers"
     words = question.lower().replace('?', '').split()
     unknown = [word for word in words if word not in question_vocab]
-    if unknown: raise ValueError(f'unknown words in {question!r}: {", ".join(unknown)}; the words are {", ".join(question_vocab)}')
-    if len(words) != QUESTION_LENGTH: raise ValueError(f'{question!r} has {len(words)} words and must have {QUESTION_LENGTH}, such as "where is the cat?" or "is there a cat?"')
+    if unknown:
+        raise ValueError(f'unknown words in {question!r}: {", ".join(unknown)}; the words are {", ".join(question_vocab)}')
+    if len(words) != QUESTION_LENGTH:
+        raise ValueError(
+            f'{question!r} has {len(words)} words and must have {QUESTION_LENGTH}, '
+            'such as "where is the cat?" or "is there a cat?"')
     return torch.tensor([question_vocab.index(word) for word in words])
 
 def decode_question(
@@ -393,7 +408,8 @@ def pair(
     rng = np.random.default_rng((seed, 3))
     one,other = rng.permutation(OBJECTS)[:2].tolist()
     same = rng.random() < .5
-    scenes = [compose([name], size=size, seed=2*seed+i, scale=(.3, .6)) for i,name in enumerate((one, one if same else other))]
+    names = one,one if same else other
+    scenes = [compose([name], size=size, seed=2*seed+i, scale=(.3, .6)) for i,name in enumerate(names)]
     return Pair(*scenes, SAME[int(same)])
 
 def _first_image(pair): return pair.first.image
@@ -409,7 +425,8 @@ def pair_dls(
     bs:int=32 # Batch size
 ) -> DataLoaders:
     "Two pictures → do they show the same kind of object? Two inputs"
-    return _dataloaders((ImageBlock, ImageBlock, CategoryBlock(vocab=SAME, sort=False)), [_first_image, _second_image, _is_same], partial(pair, size=size), n_train, n_valid, bs, n_inp=2)
+    blocks = ImageBlock, ImageBlock, CategoryBlock(vocab=SAME, sort=False)
+    return _dataloaders(blocks, [_first_image, _second_image, _is_same], partial(pair, size=size), n_train, n_valid, bs, n_inp=2)
 
 # %% ../../nbs/91_examples.scenes.ipynb #877c8b25
 class _Frozen(nn.Sequential):
@@ -442,23 +459,28 @@ def _places(features):
     return torch.stack([right, down]).to(features.dtype).expand(n, 2, height, width)
 
 # %% ../../nbs/91_examples.scenes.ipynb #7240bbf5
+def _linear_head(n_out): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, n_out))
+
 def multi_label_learner(
     dls:DataLoaders|None=None # As `multi_label_dls()` gives
 ) -> Learner:
     "Untrained; `fit_one_cycle(4, 1e-2)`. Body, global average pooling and one linear layer"
     dls = dls or multi_label_dls()
-    return Learner(dls, nn.Sequential(scene_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(OBJECTS)))), metrics=accuracy_multi)
+    return Learner(dls, nn.Sequential(scene_body(), _linear_head(len(OBJECTS))), metrics=accuracy_multi)
 
 def regression_learner(
     dls:DataLoaders|None=None # As `regression_dls()` gives
 ) -> Learner:
     "Untrained; `fit_one_cycle(4, 1e-2)`. Body, global average pooling and one linear layer"
     dls = dls or regression_dls()
-    return Learner(dls, nn.Sequential(scene_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1))), metrics=mae)
+    return Learner(dls, nn.Sequential(scene_body(), _linear_head(1)), metrics=mae)
 
 class _Expected(nn.Module):
     "A heat map, and the place that it means"
-    def __init__(self, width): super().__init__(); self.heat = nn.Conv2d(width, 1, 1)
+    def __init__(self, width):
+        super().__init__()
+        self.heat = nn.Conv2d(width, 1, 1)
+
     def forward(self, features:Tensor) -> Tensor: # `[B, 2]`: x and y from -1 to 1, as fastai scales points
         heat = self.heat(features).flatten(2).softmax(dim=2)
         return (heat*_places(features).flatten(2)).sum(2)
@@ -471,6 +493,9 @@ def points_learner(
     return Learner(dls, nn.Sequential(scene_body(), _Expected(128)), metrics=mae)
 
 # %% ../../nbs/91_examples.scenes.ipynb #98f3b27d
+def _merge(width):
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
 class SegmentationNet(nn.Module):
     "A class for every pixel, from three resolutions of `pretrained_body`, the coarser ones enlarged and added"
     def __init__(self,
@@ -480,7 +505,7 @@ class SegmentationNet(nn.Module):
         super().__init__()
         self.body = pretrained_body()
         self.lateral = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(n), nn.Conv2d(n, width, 1)) for n in (24, 40, 80)])
-        self.merge = nn.ModuleList([nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()) for _ in range(3)])
+        self.merge = nn.ModuleList([_merge(width) for _ in range(3)])
         self.classify = nn.Conv2d(width, n_classes, 1)
 
     def forward(self, image:Tensor) -> Tensor: # `[B, n_classes, H, W]`

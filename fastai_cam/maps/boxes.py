@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..checks import check_share
 from ..methods.combine import enlarge
 from .pixels import normalize
 from .draw import CAMMap, warn_of_cells
@@ -54,9 +55,7 @@ def check_finding(
     **shares # Shares from 0 to 1, by their names
 ) -> None:
     "`ValueError` for arguments of `boxes` or `peaks` that find nothing"
-    for name,share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f'{name} is a share from 0 to 1, not {share!r}')
+    for name,share in shares.items(): check_share(share, f'{name} is a share from 0 to 1', zero=True, one=True)
     if shares.get('threshold')==0: raise ValueError('threshold=0 finds the whole picture: give a share of the peak above 0')
     if max_n is not None and (not isinstance(max_n, int) or max_n < 1):
         raise ValueError(f'max_n={max_n!r} leaves nothing to find: give at least 1')

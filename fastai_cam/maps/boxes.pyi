@@ -9,6 +9,7 @@ from scipy import ndimage
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..checks import check_share
 from ..methods.combine import enlarge
 from .pixels import normalize
 from .draw import CAMMap

@@ -25,6 +25,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
+from ..checks import check_share
 from ..tasks import as_task, NOT_ASKED, Task
 from .words import as_text, plain_text
 from .pixels import as_volume
@@ -85,9 +86,7 @@ def _check(maps, n_space, regions, thresh, texts):
         got = f'{regions.dtype} {list(regions.shape)}' if isinstance(regions, Tensor) else f'a {type(regions).__name__}'
         shapes = f'[n, {space.upper()}] or [n, K, {space.upper()}]'
         raise ValueError(f'regions are a bool tensor {shapes} for n = {n} items, not {got}')
-    is_number = isinstance(thresh, (int, float)) and not isinstance(thresh, bool)
-    if thresh is not None and not (is_number and 0 <= thresh <= 1):
-        raise ValueError(f'thresh is a probability from 0 to 1, not {thresh!r}')
+    if thresh is not None: check_share(thresh, 'thresh is a probability from 0 to 1', zero=True, one=True)
     if texts is not None and (isinstance(texts, str) or len(texts) != n):
         raise ValueError(f'texts are one for each of the {n} items: give None for an item without one')
 

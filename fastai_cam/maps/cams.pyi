@@ -19,6 +19,7 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
+from ..checks import check_share
 from ..tasks import as_task
 from ..tasks import NOT_ASKED
 from ..tasks import Task

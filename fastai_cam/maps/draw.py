@@ -32,6 +32,7 @@ from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
 from ..files import as_path, write_file
+from ..checks import check_share, is_int
 from ..methods.combine import enlarge
 from .words import plain_text
 from .pixels import as_drawn, fading, normalize, saturated, to_pixels, to_slices
@@ -76,16 +77,14 @@ def _check_look(interpolation, cmap, alpha, saturate):
         raise ValueError(f"cmap {cmap!r} is not known to matplotlib: use e.g. 'magma', 'turbo', 'jet' or 'viridis'")
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ValueError(f'alpha is an opacity from 0 to 1, not {alpha!r}')
-    is_number = isinstance(saturate, (int, float)) and not isinstance(saturate, bool)
-    if saturate is not None and not (is_number and 0 <= saturate < 1):
-        raise ValueError(f'saturate is a share of the places, from 0 to below 1, not {saturate!r}')
+    if saturate is not None: check_share(saturate, 'saturate is a share of the places, from 0 to below 1', zero=True)
 
 def _check_layout(slice, **counts):
     "`ValueError` or `TypeError` for numbers of places, and for a slice, that leave nothing to show"
     for name,value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f'{name}={value!r} leaves nothing to show: give at least 1')
-    if slice is not None and (not isinstance(slice, int) or isinstance(slice, bool)):
+    if slice is not None and not is_int(slice):
         raise TypeError(f'slice is the index of one slice of a volume, not {slice!r}: slices=6 shows several')
 
 # %% ../../nbs/42_maps.draw.ipynb #a7fa89a6

@@ -28,6 +28,8 @@ from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
 from ..files import as_path
 from ..files import write_file
+from ..checks import check_share
+from ..checks import is_int
 from ..methods.combine import enlarge
 from .words import plain_text
 from .pixels import as_drawn

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..files import as_path, write_file
+from ..checks import is_int, is_number
 from ..tasks import BinaryLabel, NOT_ASKED, task_named
 from .pixels import to_pixels, to_slices
 from .cams import CAMs
@@ -119,8 +120,6 @@ def save(self:CAMs,
 # %% ../../nbs/46_maps.store.ipynb #d5b4afdf
 _dtypes = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
-def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
-
 def _is_list(value, *types): return value is None or isinstance(value, list) and all(isinstance(one, types) for one in value)
 
 _is_right = dict( # what a word of the header can be
@@ -130,10 +129,10 @@ _is_right = dict( # what a word of the header can be
     items=lambda value: _is_list(value, str),
     vocab=lambda value: _is_list(value, object),
     texts=lambda value: _is_list(value, str, type(None)),
-    n_space=lambda value: _is_number(value) and value in (2,3),
+    n_space=lambda value: is_number(value) and value in (2,3),
     task=lambda value: isinstance(value, str),
     signed=lambda value: isinstance(value, bool),
-    thresh=lambda value: _is_number(value) and 0 <= value <= 1)
+    thresh=lambda value: is_number(value) and 0 <= value <= 1)
 
 class _TooLarge(ValueError):
     "A file that would take more memory than is allowed"
@@ -142,7 +141,7 @@ def _check_header(header):
     "`ValueError` where a header is none that `save` writes; of a newer format, only that is known"
     if not isinstance(header, dict): raise ValueError('its header is no dictionary')
     number = header.get('format')
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1: raise ValueError('its header names no format')
+    if not is_int(number) or number < 1: raise ValueError('its header names no format')
     if number > _format: return
     for name,is_right in _is_right.items():
         if name not in header: raise ValueError(f'its header lacks {name!r}')

@@ -15,6 +15,8 @@ from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..files import as_path
 from ..files import write_file
+from ..checks import is_int
+from ..checks import is_number
 from ..tasks import BinaryLabel
 from ..tasks import NOT_ASKED
 from ..tasks import task_named

@@ -22,6 +22,7 @@ from fastcore.basics import GetAttr, patch, store_attr
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
 from ..core import evenly_spaced
+from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
 from ..probe.watch import Probe
@@ -237,13 +238,11 @@ def as_shortcut(
                     candidate.mask, boxes, tuple(decode(torch.cat([original, edited]))))
 
 # %% ../../nbs/85_shortcuts.report.ipynb #f06c3b58
-def _is_int(value): return isinstance(value, int) and not isinstance(value, bool)
-
 def _check_counts(n, min_items):
-    if not _is_int(min_items) or min_items < FEWEST:
-        raise ValueError(f'min_items={min_items!r} is too few to see what pictures have in common: use at least {FEWEST}')
-    if n is not None and (not _is_int(n) or n < 2*min_items):
-        raise ValueError(f'n={n!r} items are too few to look for what they share: use at least {2*min_items}, or None for all')
+    "`ValueError` for fewer pictures than can have something in common"
+    check_int(min_items, 'min_items', FEWEST, f'is too few to see what pictures have in common: use at least {FEWEST}')
+    least = 2*min_items
+    if n is not None: check_int(n, 'n', least, f'items are too few to look for what they share: use at least {least}, or None for all')
 
 def _checked_task(learn):
     "The learner's task, if pictures of it can have something in common"

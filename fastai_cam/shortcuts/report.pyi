@@ -19,6 +19,7 @@ from fastcore.basics import store_attr
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
 from ..core import evenly_spaced
+from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
 from ..probe.watch import Probe

@@ -9,6 +9,7 @@ __all__ = ['USUAL_METHODS', 'probability_rescorer', 'CAMTable']
 
 # %% ../../nbs/78_trust.compare.ipynb #8a4a9ff9
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Callable, Sequence
@@ -27,8 +28,10 @@ from fastai.data.core import Datasets, TfmdDL
 from fastai.torch_core import TensorMask
 from fastai.vision.core import PILMask, TensorBBox
 from ..core import evenly_spaced, map_tensors, mean_interval
+from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers, resolve_layer
+from ..probe.capture import Capture, Scores
 from ..tasks import BinaryLabel, MultiLabel, Values
 from ..targets.kinds import Target, AllClasses, Score, Several
 from ..targets.lookup import Versus
@@ -41,14 +44,11 @@ from ..source.loaders import Source, dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, Query, query_of, run_query
 from ..interpret import CAMInterpretation
-from .rescore import as_metrics, Explainer, Rescorer
+from .rescore import as_metrics, Explainer, NEEDS, Rescorer
 from .masks import boxes_to_masks
-from ..probe.capture import Capture, Scores
-from fastai.learner import Learner
-
 
 # %% ../../nbs/78_trust.compare.ipynb #1cc71402
-def _softmax(out): return out.softmax(1) if out.dim() > 1 else out
+def _softmax(out): return out.softmax(1) if out.dim() > 1 else out # what has no classes stays as it is
 
 def probability_rescorer(
     target:Target, # What is asked
@@ -77,38 +77,52 @@ def _as_mask_image(found, image_size):
     values = found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
     if values.ndim==2 and values.shape[1] != 4 or values.dtype==bool: mask = values > 0
     elif values.size==0 or values.shape[-1:]==(4,):
-        mask = boxes_to_masks([[tuple(box) for box in np.asarray(values, dtype=float).reshape(-1, 4)]], image_size())[0].numpy()
+        boxes = [tuple(box) for box in np.asarray(values, dtype=float).reshape(-1, 4)]
+        mask = boxes_to_masks([boxes], image_size())[0].numpy()
     else:
+        got = f'an array of shape {list(values.shape)}' if values.ndim else type(found).__name__
         raise ValueError(
             'masks must give a mask [H, W], an image or file, or boxes [[left, top, right, bottom], …] for an item, '
-            f'not {f"an array of shape {list(values.shape)}" if values.ndim else type(found).__name__}: [] where it has none')
+            f'not {got}: [] where it has none')
     return PILMask.create(Image.fromarray(mask.astype(np.uint8)))
 
 def _masks_of_items(learn, source, get_mask):
     "Masks of the items through the transforms of the learner's images, batch by batch"
     positions = source.dl.get_idxs()
     def mask_of(i): return _as_mask_image(get_mask(source.items[i]), lambda: source.dl.dataset[positions[i]][0].size[::-1])
-    # of the validation set, where crops are in the middle
+    # split 1 is the validation set, where crops are in the middle
     masks = Datasets(range(len(source.items)), [[mask_of]], split_idx=1, do_setup=False)
     # to set transforms up again would take them from the learner
-    dl = TfmdDL(masks, bs=source.dl.bs, after_item=source.dl.after_item, after_batch=source.dl.after_batch, num_workers=0, do_setup=False)
+    dl = TfmdDL(
+        masks, bs=source.dl.bs, after_item=source.dl.after_item, after_batch=source.dl.after_batch, num_workers=0, do_setup=False)
     return [batch[0].as_subclass(Tensor) > 0 for batch in dl]
+
+# %% ../../nbs/78_trust.compare.ipynb #841611c6
+def _mask_of_codes(codes, classes, is_segmentation):
+    "Masks `[B, H, W]` of the classes that are asked about, or of all that is no background"
+    codes = codes.as_subclass(Tensor).reshape(len(codes), *codes.shape[-2:])
+    return codes==classes[:,None,None].to(codes.device) if is_segmentation else codes > 0
+
+def _mask_of_boxes(boxes, names, classes, size):
+    "Masks `[B, H, W]` of boxes `[B, n, 4]` as fastai scales them: those of the class that is asked about, if there are any"
+    corners = (boxes.as_subclass(Tensor) + 1)/2*torch.tensor([size[1], size[0]]*2, device=boxes.device)
+    def of_item(i):
+        left,top,right,bottom = corners[i].T
+        is_meant = (right > left) & (bottom > top) # what fills up a batch has no size
+        if names is not None and (names[i]==classes[i]).any(): is_meant &= names[i]==classes[i]
+        return corners[i][is_meant].tolist()
+    return boxes_to_masks([of_item(i) for i in range(len(boxes))], size).to(boxes.device)
 
 def _masks_in_labels(labels, classes, size):
     "Masks `[B, H, W]` that the labels of a batch hold; `None` if they hold none"
     for part in labels:
-        if isinstance(part, TensorMask) or isinstance(part, Tensor) and not part.is_floating_point() and part.shape[-2:]==tuple(size):
-            codes = part.as_subclass(Tensor).reshape(len(part), *part.shape[-2:])
-            # of a segmentation, the class that is asked about
-            return codes==classes[:,None,None].to(codes.device) if len(labels)==1 else codes > 0
+        is_integer = isinstance(part, Tensor) and not part.is_floating_point()
+        if isinstance(part, TensorMask) or is_integer and part.shape[-2:]==tuple(size):
+            return _mask_of_codes(part, classes, len(labels)==1)
         if isinstance(part, TensorBBox):
-            corners = (part.as_subclass(Tensor) + 1)/2*torch.tensor([size[1], size[0]]*2, device=part.device)
-            named = next((other.as_subclass(Tensor) for other in labels if isinstance(other, Tensor) and other.shape==part.shape[:2]), None)
-            def of_item(i):
-                real = (corners[i,:,2] > corners[i,:,0]) & (corners[i,:,3] > corners[i,:,1])
-                if named is not None and (named[i]==classes[i]).any(): real &= named[i]==classes[i]
-                return corners[i][real].tolist()
-            return boxes_to_masks([of_item(i) for i in range(len(part))], size).to(part.device)
+            same_length = (other for other in labels if isinstance(other, Tensor) and other.shape==part.shape[:2])
+            names = next((other.as_subclass(Tensor) for other in same_length), None)
+            return _mask_of_boxes(part, names, classes, size)
     return None
 
 # %% ../../nbs/78_trust.compare.ipynb #c4d0bf5d
@@ -124,19 +138,30 @@ def _constructor(self:CAMTable): return CAMTable
 def _has_layers(self:CAMTable): return self.loc[~self['method'].isin(BASELINES), 'layer'].nunique() > 1
 
 @patch
+def _is_complete(self:CAMTable):
+    "Has the table all columns that it is shown by? A part of it may have lost some"
+    if not hasattr(self, 'metrics'): return False
+    needed = {'method', 'layer'}
+    for name in self.metrics: needed |= {name, f'{name}_low', f'{name}_high'}
+    return needed <= set(self.columns)
+
+# %% ../../nbs/78_trust.compare.ipynb #8d32e825
+@patch
+def _spread(self:CAMTable, name):
+    "Mean and interval of a measure, as they are read"
+    rows = zip(self[name], self[f'{name}_low'], self[f'{name}_high'])
+    return [f'{mean:.3f} ({low:.3f}–{high:.3f})' if np.isfinite(mean) else '–' for mean,low,high in rows]
+
+@patch
 def _shown(self:CAMTable):
-    "Mean and interval in one column, as it is read"
-    if (not hasattr(self, 'metrics')
-            or not {'method', 'layer', *(name + end for name in self.metrics for end in ('', '_low', '_high'))} <= set(self.columns)):
-        return None
-    spread = lambda name: [
-        f'{mean:.3f} ({low:.3f}–{high:.3f})' if np.isfinite(mean) else '–'
-        for mean,low,high in zip(self[name], self[f'{name}_low'], self[f'{name}_high'])]
-    arrows = {name: f'{name} {"↑" if higher else "↓"}' for name,higher in self.metrics.items()}
-    rest = [column for column in ('seconds', 'items') if column in self.columns]
-    return pd.DataFrame({
-        'method': self['method'], **({'layer': self['layer']} if self._has_layers else {}),
-        **{arrows[name]: spread(name) for name in self.metrics}, **{name: self[name] for name in rest}})
+    "Mean and interval in one column; `None` where some are missing"
+    if not self._is_complete(): return None
+    columns = ['method', 'layer'] if self._has_layers else ['method']
+    shown = {name: self[name] for name in columns}
+    for name,higher in self.metrics.items(): shown[f'{name} {"↑" if higher else "↓"}'] = self._spread(name)
+    for name in ('seconds', 'items'):
+        if name in self.columns: shown[name] = self[name]
+    return pd.DataFrame(shown)
 
 @patch
 def __repr__(self:CAMTable) -> str:
@@ -150,6 +175,25 @@ def _repr_html_(self:CAMTable) -> str:
 
 # %% ../../nbs/78_trust.compare.ipynb #a3dc7408
 @patch
+def _draw_metric(self:CAMTable, ax, name, colours):
+    "A measure of all rows, from top to bottom"
+    higher,n = self.metrics[name],len(self)
+    for i,colour in enumerate(colours):
+        row = self.iloc[i]
+        spread = [[row[name] - row[f'{name}_low']], [row[f'{name}_high'] - row[name]]]
+        ax.errorbar(row[name], n - 1 - i, xerr=spread, fmt='o', color=colour, ms=4, capsize=2)
+    baselines = self.loc[self['method'].isin(BASELINES), name].dropna()
+    if len(baselines): ax.axvline(baselines.max() if higher else baselines.min(), color='grey', lw=1, ls=':')
+    if not higher: ax.invert_xaxis()
+    plain_text(ax.set_title(name.replace('_', ' ') + ('' if higher else ' (less is better)'), fontsize=9))
+    ax.tick_params(labelsize=8)
+
+@patch
+def _row_label(self:CAMTable, row):
+    "Method, and layer where there are several"
+    return f'{row.method} · {row.layer}' if self._has_layers and row.method not in BASELINES else row.method
+
+@patch
 def plot(self:CAMTable,
     figsize:tuple|None=None, # Size of the figure in inches
     save:str|Path|None=None # File to write the figure to
@@ -158,128 +202,65 @@ def plot(self:CAMTable,
     maps that know nothing of the model are grey, and the best of them is a line to be beaten"""
     check_style(figsize=figsize, save=save)
     names,n = list(self.metrics),len(self)
-    fig,axes = plt.subplots(
-        1, len(names), figsize=figsize or (2.6*len(names) + 1.5, .3*n + 1), sharey=True, layout='constrained', squeeze=False)
-    labels = [
-        f'{row.method} · {row.layer}' if self._has_layers and row.method not in BASELINES else row.method for row in self.itertuples()]
+    size = figsize or (2.6*len(names) + 1.5, .3*n + 1)
+    fig,(axes,) = plt.subplots(1, len(names), figsize=size, sharey=True, layout='constrained', squeeze=False)
     colours = ['grey' if method in BASELINES else 'C0' for method in self['method']]
-    for ax,name in zip(axes[0], names):
-        higher = self.metrics[name]
-        for i,colour in enumerate(colours):
-            row = self.iloc[i]
-            ax.errorbar(
-                row[name], n - 1 - i, xerr=[[row[name] - row[f'{name}_low']], [row[f'{name}_high'] - row[name]]], fmt='o', color=colour,
-                ms=4, capsize=2)
-        baselines = self.loc[self['method'].isin(BASELINES), name].dropna()
-        if len(baselines): ax.axvline(baselines.max() if higher else baselines.min(), color='grey', lw=1, ls=':')
-        if not higher: ax.invert_xaxis()
-        plain_text(ax.set_title(name.replace('_', ' ') + ('' if higher else ' (less is better)'), fontsize=9))
-        ax.tick_params(labelsize=8)
-    axes[0][0].set_yticks(range(n - 1, -1, -1), labels)
-    plain_text(*axes[0][0].get_yticklabels())
+    for ax,name in zip(axes, names): self._draw_metric(ax, name, colours)
+    axes[0].set_yticks(range(n - 1, -1, -1), [self._row_label(row) for row in self.itertuples()])
+    plain_text(*axes[0].get_yticklabels())
     save_figure(fig, save)
     return fig
 
-def _measure(metric, maps, masks, cap, rescore, explain):
-    needs = dict(images=cap.image, masks=masks, rescore=rescore, explain=explain)
-    return metric(maps, **{name: needs[name] for name in metric.needs}).double().cpu()
+# %% ../../nbs/78_trust.compare.ipynb #3c8e78e0
+def _needs(metrics, name): return [metric.__name__ for metric in metrics if name in metric.needs]
+
+def _masks_of_batch(metrics, masks, cap, callback):
+    "Masks of the batch, from what was given or from its labels"
+    if masks is not None: return masks[len(callback.results)].to(cap.image.device)
+    classes = callback.query.target.item_classes(cap.out, callback.y, len(cap))[:,0]
+    found = _masks_in_labels(callback.labels, classes, cap.image.shape[-2:])
+    if found is None:
+        raise ValueError(
+            f'{", ".join(_needs(metrics, "masks"))} compare maps with masks, '
+            'and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
+    return found
+
+def _measure(metric, maps, **known):
+    "Numbers of a measure, `[B]`, from those of `images`, `masks`, `rescore` and `explain` that it needs"
+    return metric(maps, **{name: known[name] for name in metric.needs}).double().cpu()
 
 # %% ../../nbs/78_trust.compare.ipynb #716ece92
 def _work(methods, metrics, masks, dtype):
-    "Measures every method on a batch; `masks` are those of the batches, or `None` if the labels hold them"
-    needs = {name for metric in metrics for name in metric.needs}
+    """Measures every method on a batch: seconds an item, and the numbers `[B]` of each measure;
+    `masks` are those of the batches, or `None` if the labels hold them"""
+    needed = {name for name in NEEDS if _needs(metrics, name)}
     def measure(cap, scores, callback):
         scores = scores[:,0] # of several labels, the most probable one
-        size,n_done = cap.image.shape[-2:],len(callback.results)
-        of_batch = None
-        if 'masks' in needs:
-            classes = callback.query.target.item_classes(cap.out, callback.y, len(cap))[:,0]
-            of_batch = masks[n_done].to(cap.image.device) if masks is not None else _masks_in_labels(callback.labels, classes, size)
-            if of_batch is None:
-                raise ValueError(
-                    f'{", ".join(m.__name__ for m in metrics if "masks" in m.needs)} compare maps with masks, '
-                    'and the labels hold none (no MaskBlock, no BBoxBlock): pass masks=a function of an item that gives its mask or boxes')
-        rescore = probability_rescorer(callback.query.target, cap, scores, 64, dtype) if 'rescore' in needs else None
-        rows = []
+        known,rows = dict(images=cap.image),[]
+        if 'masks' in needed: known['masks'] = _masks_of_batch(metrics, masks, cap, callback)
+        if 'rescore' in needed: known['rescore'] = probability_rescorer(callback.query.target, cap, scores, 64, dtype)
         for method in with_bar(callback.learn, methods):
             start = perf_counter()
             asked = cap.score(scores) # anew, so that each method pays for its own gradients
             maps = method(cap, asked)[:,0].detach()
             seconds = (callback.seconds + perf_counter() - start)/len(maps)
-            explain = Explainer(cap, asked, method) if 'explain' in needs else None
-            rows.append((seconds, [_measure(metric, maps, of_batch, cap, rescore, explain) for metric in metrics]))
+            if 'explain' in needed: known['explain'] = Explainer(cap, asked, method)
+            rows.append((seconds, [_measure(metric, maps, **known) for metric in metrics]))
         return rows
     return measure
 
 def _row(batches, metrics, position):
-    "Mean, interval and number of each measure of the method at `position`"
+    "Mean, interval and number of each measure of the method at `position`; and the numbers of each item"
     found,per_item = {},{}
+    of_method = [rows[position] for rows in batches]
     for k,metric in enumerate(metrics):
-        values = torch.cat([rows[position][1][k] for rows in batches]).numpy()
-        per_item[metric.__name__] = values
-        found[metric.__name__],found[f'{metric.__name__}_low'],found[f'{metric.__name__}_high'] = mean_interval(values)
-        found[f'{metric.__name__}_n'] = int((~np.isnan(values)).sum())
-    n_items = sum(len(rows[position][1][0]) for rows in batches)
-    seconds = sum(rows[position][0]*len(rows[position][1][0]) for rows in batches)/n_items
-    return dict(**found, seconds=seconds, items=n_items),per_item
-
-# %% ../../nbs/78_trust.compare.ipynb #0ded769e
-USUAL_METHODS = ['gradcam', 'hirescam', 'layercam', 'gradcam_pp', 'eigencam']
-
-# %% ../../nbs/78_trust.compare.ipynb #cd4b3aeb
-@patch
-def compare_cams(self:CAMInterpretation,
-    # Methods, as `learn.show_cam` takes them; `None`: the usual ones that cost about a forward pass
-    methods:str|Callable|Sequence|None=None,
-    # A list of layers, each as `learn.show_cam` takes it (a list in it: several together); `None`: the interpretation's own
-    layers:Any=None,
-    metrics:str|Callable|Sequence|None=None, # Measures, names of `METRICS` or functions; `None`: insertion, deletion and average drop, and where there are masks pointing game, energy and IoU
-    n:int|None=32, # How many items, taken evenly from the set; `None`: all
-    masks:Callable|None=None, # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]` in pixels of its image; `None`: what the labels hold
-    cls:Any=None, # What is explained, as `learn.show_cam` takes it; `None`: the predicted class
-    baselines:bool=True, # Add the rows of maps that know nothing of the model? Without them a number means little
-    dtype:torch.dtype|None=None, # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it, and areas change by less than .01; `None`: the learner's own
-    **kwargs # Nothing else: an argument of another name is refused with the right one
-) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
-    "Measure methods on the same items, in one pass for each layer; the learner is left as it was"
-    refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
-    learn = self.learn
-    check_learner(learn)
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise ValueError(f'n={n!r} leaves nothing to measure: give at least 1, or None for all')
-    if masks is not None and not callable(masks):
-        raise TypeError(f'masks is a function of an item that gives its mask or boxes, not {type(masks).__name__}')
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f'dtype={dtype!r} is not a lower precision to measure in: '
-            'use torch.bfloat16 or torch.float16, or leave dtype=None for the learner\'s own')
-    methods = as_methods(USUAL_METHODS if methods is None else methods)
-    layers = [self.layer] if layers is None else list(layers) if is_listy(layers) else [layers]
-    if not layers: raise ValueError('the list of layers is empty: name at least one, or leave layers=None')
-    for layer in layers: check_layers(learn.model, layer)
-    target = check_single(query_of(learn, cls)).target
-    chosen = evenly_spaced(len(self.losses), n)
-    with preserve_state(learn): source = dl_source(learn, self.dl, chosen)
-    if metrics is None:
-        metrics = ['insertion', 'deletion', 'average_drop']
-        if masks is not None or _has_masks(source.dl): metrics += ['pointing_game', 'energy_in_mask', 'iou']
-    metrics = as_metrics(metrics)
-    if masks is not None:
-        with preserve_state(learn): masks = _masks_of_items(learn, source, masks)
-    rows,per_item = [],{}
-    for position,layer in enumerate(layers):
-        asked = methods + (
-            as_methods([name for name in BASELINES if name not in map(method_name, methods)]) if baselines and position==0 else [])
-        with preserve_state(learn) as quiet:
-            batches,_ = run_query(quiet, source, Query(target, asked, layer), _work(asked, metrics, masks, dtype))
-        for k,method in enumerate(asked):
-            row,values = _row(batches, metrics, k)
-            name,layer_name = method_name(method),'–' if method_name(method) in BASELINES else _layer_name(learn.model, layer)
-            rows.append(dict(method=name, layer=layer_name, **row))
-            per_item[name, layer_name] = pd.DataFrame(values, index=chosen)
-    table = CAMTable(rows)
-    table.metrics,table.per_item = {metric.__name__: metric.higher for metric in metrics},per_item
-    return table
+        name,values = metric.__name__,torch.cat([numbers[k] for _,numbers in of_method]).numpy()
+        per_item[name] = values
+        found[name],found[f'{name}_low'],found[f'{name}_high'] = mean_interval(values)
+        found[f'{name}_n'] = int((~np.isnan(values)).sum())
+    sizes = [len(numbers[0]) for _,numbers in of_method]
+    seconds = sum(seconds*n for (seconds,_),n in zip(of_method, sizes))/sum(sizes)
+    return dict(**found, seconds=seconds, items=sum(sizes)),per_item
 
 # %% ../../nbs/78_trust.compare.ipynb #016abfca
 def _layer_name(model, layer):
@@ -290,5 +271,91 @@ def _layer_name(model, layer):
 
 def _has_masks(dl):
     "Do the labels of a loader hold masks or boxes?"
-    types = [kind for tl in getattr(dl.dataset, 'tls', [])[getattr(dl, 'n_inp', 1):] for kind in getattr(tl, 'types', [])]
-    return any(isinstance(kind, type) and issubclass(kind, (PILMask, TensorMask, TensorBBox)) for kind in types)
+    labels = getattr(dl.dataset, 'tls', [])[getattr(dl, 'n_inp', 1):]
+    kinds = chain.from_iterable(getattr(tl, 'types', []) for tl in labels)
+    return any(isinstance(kind, type) and issubclass(kind, (PILMask, TensorMask, TensorBBox)) for kind in kinds)
+
+def _usual_metrics(with_masks):
+    "Measures that are taken where none is named"
+    return ['insertion', 'deletion', 'average_drop', *(['pointing_game', 'energy_in_mask', 'iou'] if with_masks else [])]
+
+# %% ../../nbs/78_trust.compare.ipynb #0ded769e
+USUAL_METHODS = ['gradcam', 'hirescam', 'layercam', 'gradcam_pp', 'eigencam']
+
+def _check_comparison(n, masks, dtype):
+    "`ValueError` or `TypeError` for what leaves nothing to measure, or cannot be measured with"
+    if n is not None: check_int(n, 'n', 1, 'leaves nothing to measure: give at least 1, or None for all')
+    if masks is not None and not callable(masks):
+        raise TypeError(f'masks is a function of an item that gives its mask or boxes, not {type(masks).__name__}')
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f'dtype={dtype!r} is not a lower precision to measure in: '
+            "use torch.bfloat16 or torch.float16, or leave dtype=None for the learner's own")
+
+def _checked_layers(model, layers, own):
+    "The layers to compare, each as `learn.show_cam` takes it"
+    if layers is None: layers = [own]
+    elif not is_listy(layers): layers = [layers]
+    if not layers: raise ValueError('the list of layers is empty: name at least one, or leave layers=None')
+    for layer in layers: check_layers(model, layer)
+    return list(layers)
+
+def _with_baselines(methods):
+    "The methods, and those maps that know nothing which are not among them"
+    named = [method_name(method) for method in methods]
+    return methods + as_methods([name for name in BASELINES if name not in named])
+
+# %% ../../nbs/78_trust.compare.ipynb #a5b6b501
+def _table(rows, metrics, items):
+    "The table of measured methods `(method, layer, row, numbers of each item)`"
+    table = CAMTable([dict(method=method, layer=layer, **row) for method,layer,row,_ in rows])
+    table.metrics = {metric.__name__: metric.higher for metric in metrics}
+    table.per_item = {(method, layer): pd.DataFrame(values, index=items) for method,layer,_,values in rows}
+    return table
+
+def _measured_at(learn, source, query, metrics, masks, dtype):
+    "Rows of `_table`: the methods of a query, at its layer"
+    with preserve_state(learn) as quiet:
+        batches,_ = run_query(quiet, source, query, _work(query.methods, metrics, masks, dtype))
+    rows = []
+    for k,name in enumerate(map(method_name, query.methods)):
+        layer = '–' if name in BASELINES else _layer_name(learn.model, query.layer)
+        rows.append((name, layer, *_row(batches, metrics, k)))
+    return rows
+
+# %% ../../nbs/78_trust.compare.ipynb #cd4b3aeb
+@patch
+def compare_cams(self:CAMInterpretation,
+    methods:str|Callable|Sequence|None=None, # As `learn.show_cam` takes them; `None`: the usual ones that cost about a forward pass
+    # A list of layers, each as `learn.show_cam` takes it (a list in it: several together); `None`: the interpretation's own
+    layers:Any=None,
+    # Measures, names of `METRICS` or functions;
+    # `None`: insertion, deletion and average drop, and where there are masks pointing game, energy and IoU
+    metrics:str|Callable|Sequence|None=None,
+    n:int|None=32, # How many items, taken evenly from the set; `None`: all
+    # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]`
+    # in pixels of its image; `None`: what the labels hold
+    masks:Callable|None=None,
+    cls:Any=None, # What is explained, as `learn.show_cam` takes it; `None`: the predicted class
+    baselines:bool=True, # Add the rows of maps that know nothing of the model? Without them a number means little
+    # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it,
+    # and areas change by less than .01; `None`: the learner's own
+    dtype:torch.dtype|None=None,
+    **kwargs # Nothing else: an argument of another name is refused with the right one
+) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
+    "Measure methods on the same items, in one pass for each layer; the learner is left as it was"
+    refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
+    check_learner(self.learn)
+    _check_comparison(n, masks, dtype)
+    methods = as_methods(USUAL_METHODS if methods is None else methods)
+    layers = _checked_layers(self.learn.model, layers, self.layer)
+    target,chosen = check_single(query_of(self.learn, cls)).target,evenly_spaced(len(self.losses), n)
+    with preserve_state(self.learn): source = dl_source(self.learn, self.dl, chosen)
+    metrics = as_metrics(_usual_metrics(masks is not None or _has_masks(source.dl)) if metrics is None else metrics)
+    if masks is not None:
+        with preserve_state(self.learn): masks = _masks_of_items(self.learn, source, masks)
+    rows = []
+    for position,layer in enumerate(layers):
+        query = Query(target, _with_baselines(methods) if baselines and position==0 else methods, layer)
+        rows += _measured_at(self.learn, source, query, metrics, masks, dtype)
+    return _table(rows, metrics, chosen)

@@ -33,7 +33,7 @@ def _halved(x):
     x = x[...,::2,:] + x[...,1::2,:]
     return x[...,::2] + x[...,1::2]
 
-def _doubled(x): return F.interpolate(x, scale_factor=2, mode='nearest')
+def _doubled(x): return F.interpolate(x, scale_factor=2, mode='nearest') # each pixel four times
 
 class _Grid:
     "The equations of ROAD on a grid: a pixel minus the mean of its neighbours is zero where it is `unknown`"
@@ -42,7 +42,9 @@ class _Grid:
         self.unknown,self.inside = unknown,inside
         self.middle,self.around = weights*unknown,unknown/12
         self.inverse = unknown/(weights - 1/3).clamp(min=1/12)
+
     def __call__(self, x): return torch.addcmul(self.middle*x, self.around, _neighbours(x), value=-1)
+
     def coarser(self): return _Grid((_halved(self.unknown)==4).to(self.unknown), (_halved(self.inside) > 0).to(self.inside))
 
 # %% ../../nbs/71_trust.impute.ipynb #741ee46d
@@ -62,26 +64,14 @@ def _first_guess(total, n, n_levels):
     else: coarse = _doubled(_first_guess(_halved(total), _halved(n), n_levels - 1))
     return torch.where(n > 0, total/n.clamp(min=1), coarse)
 
-def impute(
-    images:Tensor, # `[n, C, H, W]`
-    removed:Tensor, # `[n, H, W]`, bool: pixels to replace, in all channels
-    noise:float=.01, # Standard deviation of the noise that is added to what is replaced
-    seed:int=0, # Of the noise, which is the same for all images
-    tol:float=3e-5 # How exactly the equations are solved, as a share of each image's range
-) -> Tensor: # `[n, C, H, W]`
-    "Images whose removed pixels are weighted means of their neighbours, plus noise: the noisy linear imputation of ROAD"
-    if removed.flatten(1).all(1).any(): raise ValueError('an image of which every pixel is removed cannot be imputed: leave some')
-    images = at_least_float(images)
-    found = torch.cat([_solved(*piece, tol) for piece in zip(images.split(2), removed[:,None].split(2))]) # two at a time fit the cache
-    if noise: found = found + noise*torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images)
-    return torch.where(removed[:,None], found, images)
-
 # %% ../../nbs/71_trust.impute.ipynb #15be0ebd
 def _solved(images, removed, tol):
+    "Images whose `removed` pixels solve the equations, to within `tol` of each image's range"
     height,width = images.shape[-2:]
     n_levels = max(0, int(math.log2(min(height, width)/4)))
+    # up to what can be halved so often
     margin = (0, -width%2**n_levels, 0, -height%2**n_levels)
-    unknown,inside,padded = F.pad(removed.to(images), margin),F.pad(torch.ones_like(images[:1,:1]), margin),F.pad(images, margin)
+    unknown,inside,padded = (F.pad(x, margin) for x in (removed.to(images), torch.ones_like(images[:1,:1]), images))
     grids = [_Grid(unknown, inside)]
     for _ in range(n_levels): grids.append(grids[-1].coarser())
     known = inside - unknown
@@ -107,6 +97,24 @@ def _conjugate_gradients(grids, x, error, max_n=100):
         product = dot(residual, change)
         direction = change + torch.where(before > 0, product/before, 0)*direction
     return x + change
+
+# %% ../../nbs/71_trust.impute.ipynb #7ec50b4b
+def impute(
+    images:Tensor, # `[n, C, H, W]`
+    removed:Tensor, # `[n, H, W]`, bool: pixels to replace, in all channels
+    noise:float=.01, # Standard deviation of the noise that is added to what is replaced
+    seed:int=0, # Of the noise, which is the same for all images
+    tol:float=3e-5 # How exactly the equations are solved, as a share of each image's range
+) -> Tensor: # `[n, C, H, W]`
+    "Images whose removed pixels are weighted means of their neighbours, plus noise: the noisy linear imputation of ROAD"
+    if removed.flatten(1).all(1).any(): raise ValueError('an image of which every pixel is removed cannot be imputed: leave some')
+    images = at_least_float(images)
+    pieces = zip(images.split(2), removed[:,None].split(2)) # two at a time fit the cache
+    found = torch.cat([_solved(*piece, tol) for piece in pieces])
+    if noise:
+        generator = torch.Generator().manual_seed(seed)
+        found = found + noise*torch.randn(images.shape[1:], generator=generator).to(images)
+    return torch.where(removed[:,None], found, images)
 
 # %% ../../nbs/71_trust.impute.ipynb #a35921bf
 def _road(maps, images, rescore, percentiles, least, noise, seed, bs):
@@ -163,6 +171,6 @@ def road(
     """(`road_lerf` − `road_morf`)/2: the score should survive the loss of what is least relevant and not of what is most,
     as pytorch-grad-cam combines them.
     Costs `2*len(percentiles)` forward passes and as many linear systems. Rong et al. 2022, https://arxiv.org/abs/2202.00449"""
-    return (
-        _road(maps, images, rescore, percentiles, True, noise, seed, bs)
-        - _road(maps, images, rescore, percentiles, False, noise, seed, bs))/2
+    kept = _road(maps, images, rescore, percentiles, True, noise, seed, bs)
+    lost = _road(maps, images, rescore, percentiles, False, noise, seed, bs)
+    return (kept - lost)/2

@@ -12,6 +12,7 @@ __all__ = ['pointing_game', 'energy_in_mask', 'iou', 'best_iou', 'relevance_rank
 import math
 from typing import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
@@ -21,7 +22,14 @@ from ..maps.pixels import normalize
 from .rescore import at_pixels, cam_metric
 
 # %% ../../nbs/74_trust.masks.ipynb #4a30d244
-def _where_there_is_a_mask(values, masks): return torch.where(masks.flatten(1).any(1), values, math.nan)
+def _where_there_is_a_mask(values, masks):
+    "`values` `[B]`, `nan` for items whose mask is empty"
+    return torch.where(masks.flatten(1).any(1), values, math.nan)
+
+def _grown(masks, distance):
+    "Masks, and what is not farther from them than `distance` pixels"
+    grown = [ndimage.distance_transform_edt(~mask) <= distance for mask in masks.cpu().numpy()]
+    return torch.from_numpy(np.stack(grown)).to(masks.device)
 
 @cam_metric('localisation', higher=True)
 def pointing_game(
@@ -31,10 +39,7 @@ def pointing_game(
 ) -> Tensor: # `[B]`, 1 for a hit; of several equal peaks, the share that hits; 0 for a map without positive evidence
     "Is the peak of the map on the object? Zhang et al. 2016, https://arxiv.org/abs/1608.00507"
     large = at_pixels(maps, masks.shape[-2:])
-    near = masks
-    if tolerance > 0:
-        near = torch.stack(
-            [torch.from_numpy(ndimage.distance_transform_edt(~mask.cpu().numpy()) <= tolerance) for mask in masks]).to(masks.device)
+    near = _grown(masks, tolerance) if tolerance > 0 else masks
     peaks = (large==large.amax((1,2), keepdim=True)) & (large > 0)
     return _where_there_is_a_mask((peaks & near).sum((1,2))/peaks.sum((1,2)).clamp(min=1), masks)
 
@@ -113,8 +118,10 @@ def average_precision(
 # %% ../../nbs/74_trust.masks.ipynb #dd78cc46
 def _as_several(of_item):
     "The boxes or points of an item, as a list also where one was given by itself"
-    single = len(of_item) > 0 and not is_listy(of_item[0]) and not (isinstance(of_item[0], Tensor) and of_item[0].dim())
-    return [of_item] if single else of_item
+    if not len(of_item): return of_item
+    first = of_item[0]
+    are_several = first.dim() > 0 if isinstance(first, Tensor) else is_listy(first)
+    return of_item if are_several else [of_item]
 
 def boxes_to_masks(
     boxes:Sequence, # For each item one box (left, top, right, bottom in pixels, right and bottom not in it), or a list of them

@@ -2,6 +2,7 @@
 from typing import Any
 import math
 from typing import Sequence
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage

@@ -26,10 +26,10 @@ from .impute import road
 def _faded(maps, images, rescore, baseline, bs):
     "Scores of the images as far as `maps` (0 to 1, at the pixels) show them"
     base = baseline_images(images, baseline)
-    return variant_scores(
-        rescore, images, 1, lambda items, _: torch.lerp(base[items], images[items], maps[items][:,None].to(images)), bs)[:,0]
+    def fade(items, _): return torch.lerp(base[items], images[items], maps[items][:,None].to(images))
+    return variant_scores(rescore, images, 1, fade, bs)[:,0]
 
-def _shown(maps, images): return normalize(at_pixels(maps, images.shape[-2:]))
+def _shown(maps, images): return normalize(at_pixels(maps, images.shape[-2:])) # 0 to 1, at the pixels
 
 def _share(part, whole): return torch.where(whole > 0, part/whole, math.nan)
 
@@ -44,7 +44,8 @@ def average_drop(
     r"""$\max(0, Y - O)/Y$ with $Y$ the score of the image and $O$ of image ∘ map. A map of ones has none, so never read it alone.
     Costs 2 forward passes. Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063"""
     whole = whole_scores(rescore, images, bs)
-    return _share((whole - _faded(_shown(maps, images), images, rescore, baseline, bs)).clamp(min=0), whole)
+    drop = whole - _faded(_shown(maps, images), images, rescore, baseline, bs)
+    return _share(drop.clamp(min=0), whole)
 
 @cam_metric('faithfulness', higher=True)
 def increase_in_confidence(
@@ -56,7 +57,8 @@ def increase_in_confidence(
 ) -> Tensor: # `[B]`, 0 or 1
     """1 where image ∘ map scores higher than the image.
     Costs 2 forward passes. Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063"""
-    return (_faded(_shown(maps, images), images, rescore, baseline, bs) > whole_scores(rescore, images, bs)).to(maps.dtype)
+    shown = _faded(_shown(maps, images), images, rescore, baseline, bs)
+    return (shown > whole_scores(rescore, images, bs)).to(maps.dtype)
 
 # %% ../../nbs/73_trust.metrics.ipynb #118945e9
 @cam_metric('faithfulness', higher=True)
@@ -70,10 +72,12 @@ def drop_in_deletion(
     r"""$(Y - D)/Y$ with $Y$ the score of the image and $D$ of image ∘ (1 − map). A map of ones removes everything, so never read it alone.
     Costs 2 forward passes. Jung & Oh 2021, https://arxiv.org/abs/2102.05228"""
     whole = whole_scores(rescore, images, bs)
-    return _share(whole - _faded(1 - _shown(maps, images), images, rescore, baseline, bs), whole)
+    rest = _faded(1 - _shown(maps, images), images, rescore, baseline, bs)
+    return _share(whole - rest, whole)
 
 # %% ../../nbs/73_trust.metrics.ipynb #d5229331
 def _steps(n_pixels, steps):
+    "How many pixels have been changed after each step, `[steps+1]`"
     if steps < 1: raise ValueError(f'steps={steps} gives no curve: use at least 1')
     return torch.linspace(0, n_pixels, steps + 1, dtype=torch.double).round().long()
 
@@ -129,9 +133,12 @@ def insertion_deletion(
     "`insertion_curve` and `deletion_curve`; the pixels are sorted once, and the ends that the curves share are run once"
     check_shapes(maps, images)
     ranks = pixel_ranks(maps, images, seed)
-    start,end,counts = baseline_images(images, baseline),baseline_images(images, deletion_baseline),_steps(ranks[0].numel(), steps)
+    counts = _steps(ranks[0].numel(), steps)
+    start,end = baseline_images(images, baseline),baseline_images(images, deletion_baseline)
     deleted = _inside_out(end, images, ranks, counts, rescore, bs)
-    if torch.equal(start, end): inserted = torch.cat([deleted[:,-1:], _inside_out(images, start, ranks, counts[1:-1], rescore, bs)], dim=1)
+    if torch.equal(start, end):
+        between = _inside_out(images, start, ranks, counts[1:-1], rescore, bs)
+        inserted = torch.cat([deleted[:,-1:], between], dim=1)
     else: inserted = _inside_out(images, start, ranks, counts[:-1], rescore, bs)
     return torch.cat([inserted, deleted[:,:1]], dim=1),deleted
 
@@ -164,7 +171,8 @@ def insertion(
 ) -> Tensor: # `[B]`, a mean of scores
     """Area under the score while pixels are put into a blurred image, most relevant first.
     Costs `steps + 1` forward passes. Petsiuk et al. 2018 (RISE), https://arxiv.org/abs/1806.07421"""
-    return curve_area(insertion_curve(maps, images, rescore, steps, baseline, seed, bs), curve_shares(images, steps))
+    curve = insertion_curve(maps, images, rescore, steps, baseline, seed, bs)
+    return curve_area(curve, curve_shares(images, steps))
 
 # %% ../../nbs/73_trust.metrics.ipynb #3a512553
 @cam_metric('faithfulness', higher=False)
@@ -179,7 +187,8 @@ def deletion(
 ) -> Tensor: # `[B]`, a mean of scores
     """Area under the score while pixels are replaced, most relevant first.
     Costs `steps + 1` forward passes. Petsiuk et al. 2018 (RISE), https://arxiv.org/abs/1806.07421"""
-    return curve_area(deletion_curve(maps, images, rescore, steps, baseline, seed, bs), curve_shares(images, steps))
+    curve = deletion_curve(maps, images, rescore, steps, baseline, seed, bs)
+    return curve_area(curve, curve_shares(images, steps))
 
 # %% ../../nbs/73_trust.metrics.ipynb #61b23dca
 def _mean_until(curve, places, end):
@@ -224,7 +233,9 @@ def _correlation(a, b):
     size = a.norm(dim=1)*b.norm(dim=1)
     return torch.where(size > 0, (a*b).sum(1)/size, 0)
 
-def _harmonic_mean(*parts): return len(parts)/sum(1/part.clamp(min=0) for part in parts) # zero as soon as one of them is
+def _harmonic_mean(*parts):
+    "Zero as soon as one of them is"
+    return len(parts)/sum(1/part.clamp(min=0) for part in parts)
 
 @cam_metric('faithfulness', higher=True)
 def coherency(
@@ -241,7 +252,8 @@ def coherency(
     for piece in slices_of(len(images), bs, images.device):
         items = torch.arange(len(images))[piece]
         found.append(explain(torch.lerp(base[items], images[items], shown[items][:,None].to(images)), items))
-    return (1 + _correlation(shown, _shown(at_least_float(torch.cat(found)).to(shown), images)))/2
+    again = at_least_float(torch.cat(found)).to(shown)
+    return (1 + _correlation(shown, _shown(again, images)))/2
 
 @cam_metric('maps', higher=False)
 def complexity(
@@ -262,8 +274,8 @@ def adcc(
 ) -> Tensor: # `[B]`, 0 to 1
     r"""Harmonic mean of `coherency`, 1 − `complexity` and 1 − `average_drop`: $3/(\frac1{Coh} + \frac1{1-Com} + \frac1{1-AD})$.
     Costs 2 forward passes and the method once more. Poppi et al. 2021, https://arxiv.org/abs/2104.10252"""
-    return _harmonic_mean(
-        coherency(maps, images, explain, baseline, bs), 1 - complexity(maps), 1 - average_drop(maps, images, rescore, baseline, bs))
+    drop = average_drop(maps, images, rescore, baseline, bs)
+    return _harmonic_mean(coherency(maps, images, explain, baseline, bs), 1 - complexity(maps), 1 - drop)
 
 @cam_metric('faithfulness', higher=True)
 def arcc(
@@ -297,14 +309,14 @@ def max_sensitivity(
     r"""$\max_\delta \|M(x + \delta) - M(x)\|/\|M(x)\|$ over `n` noises.
     Costs the method `n` times more. Yeh et al. 2019, https://arxiv.org/abs/1901.09392"""
     span = radius*(images.amax((1,2,3), keepdim=True) - images.amin((1,2,3), keepdim=True))
-    size,random,worst = maps.flatten(1).norm(dim=1),torch.Generator().manual_seed(seed),torch.zeros(len(maps)).to(maps)
+    random,worst = torch.Generator().manual_seed(seed),torch.zeros(len(maps)).to(maps)
     for _ in range(n):
         noise = (2*torch.rand(images.shape[1:], generator=random) - 1).to(images)
         for piece in slices_of(len(images), bs, images.device):
             items = torch.arange(len(images))[piece]
             moved = at_least_float(explain(images[items] + span[items]*noise, items)).to(maps)
             worst[items] = torch.maximum(worst[items], (moved - maps[items]).flatten(1).norm(dim=1))
-    return _share(worst, size)
+    return _share(worst, maps.flatten(1).norm(dim=1))
 
 @cam_metric('maps', higher=True)
 def gini(

@@ -20,15 +20,14 @@ from torchvision.transforms.functional import gaussian_blur
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
 from ..core import at_least_float, look_up
+from ..checks import check_choice
 from ..probe.capture import Capture, Scores
 from ..methods.combine import enlarge
 from ..methods.registry import as_method, method_name
 
 # %% ../../nbs/70_trust.rescore.ipynb #d9678313
 METRICS:dict[str,Callable] = {}
-
 KINDS = ('faithfulness', 'localisation', 'maps')
-
 NEEDS = ('images', 'masks', 'rescore', 'explain')
 
 def check_shapes(
@@ -45,11 +44,13 @@ def check_shapes(
         raise ValueError(f'images are [batch, channels, height, width], not of shape {list(images.shape)}')
     if masks is not None and masks.dtype is not torch.bool:
         raise TypeError(f'masks are bool, True on the object, not {masks.dtype}: pass e.g. masks > 0')
-    if masks is not None and masks.dim() != 3: raise ValueError(f'masks are [batch, height, width], not of shape {list(masks.shape)}')
+    if masks is not None and masks.dim() != 3:
+        raise ValueError(f'masks are [batch, height, width], not of shape {list(masks.shape)}')
     for name,others in dict(images=images, masks=masks).items():
         if others is not None and len(others) != len(maps):
             raise ValueError(f'{len(maps)} maps do not fit {len(others)} {name}: give one for each')
 
+# %% ../../nbs/70_trust.rescore.ipynb #14082e22
 def _measure(func, kind, higher):
     "`func` with its arguments checked, and with what a table has to know about it"
     signature = inspect.signature(func)
@@ -73,7 +74,7 @@ def cam_metric(
     higher:bool # Is more better?
 ) -> Callable: # A decorator
     "Register a function `func(maps, …) -> [B]` as a measure under its own name; it gets attributes `kind`, `higher` and `needs`"
-    if kind not in KINDS: raise ValueError(f'a kind of measure is one of {", ".join(map(repr, KINDS))}, not {kind!r}')
+    check_choice(kind, KINDS, f'a kind of measure is one of {", ".join(map(repr, KINDS))}')
     def register(func):
         METRICS[func.__name__] = _measure(func, kind, higher)
         return METRICS[func.__name__]
@@ -88,6 +89,7 @@ def as_metrics(
     return [_as_metric(one) for one in metrics]
 
 def _as_metric(metric):
+    "The measure that a name, a measure or a `partial` of one means"
     if isinstance(metric, str): return look_up(metric, METRICS, 'metric')
     if hasattr(metric, 'needs'): return metric
     known = getattr(metric, 'func', None) # of a `partial`
@@ -120,7 +122,8 @@ class Rescorer:
         store_attr('cap,activation,bs')
         self.scores = cap.as_scores(score).askable()
         if self.scores.shape[1] != 1:
-            raise ValueError(f'one score an item can be measured at a time, and these are {self.scores.shape[1]}: make a Rescorer for each')
+            raise ValueError(
+                f'one score an item can be measured at a time, and these are {self.scores.shape[1]}: make a Rescorer for each')
         cap.prepare(n_images, dtype)
 
     def __call__(self,
@@ -145,7 +148,8 @@ class Explainer:
         bs:int|None=None # How many images to run at once; `None`: 8 on a CPU, else 64
     ):
         store_attr('cap,bs')
-        self.scores,self.method = cap.as_scores(score).askable(),as_method(method)
+        self.scores = cap.as_scores(score).askable()
+        self.method = as_method(method)
 
     def __call__(self,
         images:Tensor, # `[n, C, H, W]`
@@ -175,7 +179,13 @@ def variant_scores(
         found.append(rescore(make(items, variants), items))
     return torch.cat(found).reshape(len(images), n_variants)
 
-def whole_scores(rescore, images, bs): return variant_scores(rescore, images, 1, lambda items, _: images[items], bs)[:,0]
+def whole_scores(
+    rescore:Callable, # `rescore(images, items)`
+    images:Tensor, # `[B, C, H, W]`
+    bs:int|None # How many images at once
+):
+    "Scores `[B]` of the images as they are"
+    return variant_scores(rescore, images, 1, lambda items, _: images[items], bs)[:,0]
 
 # %% ../../nbs/70_trust.rescore.ipynb #9ae995e1
 def baseline_images(
@@ -184,8 +194,7 @@ def baseline_images(
 ) -> Tensor: # `[B, C, H, W]`
     "What `images` become when everything is removed from them"
     if isinstance(baseline, str):
-        if baseline not in BASELINE_IMAGES:
-            raise ValueError(f'a baseline is one of {", ".join(map(repr, BASELINE_IMAGES))}, a tensor or a function, not {baseline!r}')
+        check_choice(baseline, BASELINE_IMAGES, f'a baseline is one of {", ".join(map(repr, BASELINE_IMAGES))}, a tensor or a function')
         return BASELINE_IMAGES[baseline](images)
     found = baseline(images) if callable(baseline) else baseline.to(images)
     if found.dim()==1: found = found[:,None,None]
@@ -195,11 +204,14 @@ def baseline_images(
     return found.expand_as(images)
 
 def _blurred(images):
+    "As in RISE, 11 × 11 pixels and σ = 5 at 224 pixels, and in proportion"
     scale = min(images.shape[-2:])/224
     return gaussian_blur(images, 2*max(1, round(5*scale)) + 1, max(.5, 5*scale))
 
 BASELINE_IMAGES:dict[str,Callable] = dict(
-    zero=torch.zeros_like, blur=_blurred, mean=lambda images: images.mean((2,3), keepdim=True).expand_as(images))
+    zero=torch.zeros_like,
+    blur=_blurred,
+    mean=lambda images: images.mean((2,3), keepdim=True).expand_as(images))
 
 # %% ../../nbs/70_trust.rescore.ipynb #2c00bc66
 def at_pixels(
@@ -223,4 +235,11 @@ def ranks_of(
     order = lot[values[:,lot].argsort(dim=1, descending=True, stable=True)]
     return torch.empty_like(order).scatter_(1, order, torch.arange(n, device=values.device).expand_as(order))
 
-def pixel_ranks(maps, images, seed): return ranks_of(at_pixels(maps, images.shape[-2:]).flatten(1), seed).unflatten(1, images.shape[-2:])
+def pixel_ranks(
+    maps:Tensor, # `[B, h, w]`
+    images:Tensor, # `[B, C, H, W]`
+    seed:int # Of the order of ties
+):
+    "Place of each pixel `[B, H, W]` in the order of its map"
+    size = images.shape[-2:]
+    return ranks_of(at_pixels(maps, size).flatten(1), seed).unflatten(1, size)

@@ -9,8 +9,9 @@ __all__ = ['SanityCheck', 'RandomClass', 'similarity_of_learners', 'randomizatio
 
 # %% ../../nbs/77_trust.sanity.ipynb #41685626
 import math
+from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastai.learner import Learner
 from ..core import evenly_spaced, map_tensors
+from ..checks import check_int, check_share
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
 from ..probe.capture import Capture, Scores
@@ -38,7 +40,8 @@ from ..learner.task import target_of, task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import Query, run_query
 from ..interpret import CAMInterpretation
-from .similarity import all_similarities, chance_similarities, MapComparison, MEASURES, spearman, structural_similarity_of
+from .similarity import (
+    all_similarities, chance_similarities, MapComparison, MEASURES, spearman, structural_similarity_of)
 from .randomize import (
     check_how, norms_after, parameter_owners, randomization_steps, randomized, randomized_copies, settle_norms)
 
@@ -56,7 +59,7 @@ class SanityCheck:
         self._similar = {method: [all_similarities(found[0], other) for other in found[1:]] for method,found in maps.items()}
         self._chance = {method: chance_similarities(found[0]) for method,found in maps.items()}
         self._by_step = {method: [MapComparison(similar, self._chance[method]) for similar in self._similar[method]] for method in maps}
-        self._judged = {method: {when: self._together(method, numbers) for when,numbers in self._when().items()} for method in maps}
+        self._judged = {method: self._at_steps_that_count(method) for method in maps}
 
 @patch
 def _when(self:SanityCheck):
@@ -67,24 +70,47 @@ def _when(self:SanityCheck):
     return {f'with {shares[i]:.0%} of the layers at random': [i] for i in (half, len(shares) - 1)}
 
 @patch
-def _together(self:SanityCheck, method, numbers):
-    similar = {name: np.mean([self._similar[method][i][name] for i in numbers], axis=0) for name in MEASURES}
-    return MapComparison(similar, self._chance[method])
+def _at_steps_that_count(self:SanityCheck, method):
+    "The comparisons that are judged; of several steps, the mean similarity"
+    found = {}
+    for when,numbers in self._when().items():
+        similar = {name: np.mean([self._similar[method][i][name] for i in numbers], axis=0) for name in MEASURES}
+        found[when] = MapComparison(similar, self._chance[method])
+    return found
 
+# %% ../../nbs/77_trust.sanity.ipynb #c6796ada
 @patch(as_prop=True)
 def table(self:SanityCheck) -> pd.DataFrame:
     """One row a method and step: mean similarity to the model's own maps with its 95% interval (`…_low`, `…_high`),
     that of different images' maps (`…_chance`), the share of their own that maps keep (`…_kept`), and the number of images"""
-    return pd.DataFrame([dict(method=method, step=step, randomised=share, **comparison.columns)
-                         for method,by_step in self._by_step.items() for (step,share),comparison in zip(self.steps.items(), by_step)])
+    rows = []
+    for method,by_step in self._by_step.items():
+        for (step,share),comparison in zip(self.steps.items(), by_step):
+            rows.append(dict(method=method, step=step, randomised=share, **comparison.columns))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/77_trust.sanity.ipynb #18db8f86
+class _Kept(NamedTuple):
+    "How much of their own the maps of a method keep, by one measure, at steps that count"
+    share:float # Mean
+    low:float # Ends of its 95% interval
+    high:float
+    when:str # In words
+    measure:str # Name of the measure
+    columns:dict # Of the comparison
+
+@patch
+def _kept_by(self:SanityCheck, method):
+    "All that the rule looks at"
+    found = []
+    for when,comparison in self._judged[method].items():
+        found += [_Kept(*comparison.kept[name], when, name, comparison.columns) for name in MEASURES]
+    return found
+
 @patch(as_prop=True)
 def passed(self:SanityCheck) -> dict[str,bool]: # By method
     "Is surely less than half of what the maps have of their own left?"
-    return {
-        method: all(high < self.limit for comparison in judged.values() for _,_,high in comparison.kept.values())
-        for method,judged in self._judged.items()}
+    return {method: all(kept.high < self.limit for kept in self._kept_by(method)) for method in self._judged}
 
 @patch(as_prop=True)
 def verdict(self:SanityCheck) -> str: # A sentence a method
@@ -92,21 +118,29 @@ def verdict(self:SanityCheck) -> str: # A sentence a method
     return '\n'.join(self._sentence(method) for method in self.maps)
 
 @patch
+def _passes(self:SanityCheck, method, n):
+    "The verb of the sentence"
+    if self.passed[method]: return 'passes'
+    if any(kept.low >= self.limit for kept in self._kept_by(method)): return 'fails'
+    return f'does not pass for sure (take more than {n} images)'
+
+# %% ../../nbs/77_trust.sanity.ipynb #bf75ddce
+_MEASURE_NAMES = dict(spearman='Spearman', ssim='SSIM')
+
+def _percent(share): return f'{max(0, share):.0%}' # less than nothing is nothing
+
+@patch
 def _sentence(self:SanityCheck, method):
-    found = [
-        (comparison.kept[name], when, name, comparison.columns) for when,comparison in self._judged[method].items() for name in MEASURES]
-    (kept,low,high),when,name,columns = max(found, key=lambda one: one[0][2]) # the one nearest to failing
-    if np.isnan(kept): return f'{method} cannot be judged: its maps show no positive evidence.'
-    word = (
-        'passes' if self.passed[method] else 'fails' if any(one[0][1] >= self.limit for one in found)
-        else f'does not pass for sure (take more than {columns["n"]} images)')
-    names = dict(spearman='Spearman', ssim='SSIM')
-    share = lambda value: f'{max(0, value):.0%}'
-    first = self._by_step[method][0].kept[name][0]
+    "What the check says of a method"
+    worst = max(self._kept_by(method), key=lambda kept: kept.high) # the one nearest to failing
+    if np.isnan(worst.share): return f'{method} cannot be judged: its maps show no positive evidence.'
+    columns,name = worst.columns,worst.measure
+    at_first = self._by_step[method][0].kept[name][0]
     return (
-        f'{method} {word}: {when}, its maps keep {share(kept)} of their own '
-        f'(95% interval {share(low)} to {share(high)}; {names[name]} {columns[name]:.2f}, '
-        f'maps of different images {columns[f"{name}_chance"]:.2f}). With {next(iter(self.steps))!r} alone at random: {share(first)}.')
+        f'{method} {self._passes(method, columns["n"])}: {worst.when}, its maps keep {_percent(worst.share)} of their own '
+        f'(95% interval {_percent(worst.low)} to {_percent(worst.high)}; {_MEASURE_NAMES[name]} {columns[name]:.2f}, '
+        f'maps of different images {columns[f"{name}_chance"]:.2f}). '
+        f'With {next(iter(self.steps))!r} alone at random: {_percent(at_first)}.')
 
 @patch
 def __repr__(self:SanityCheck) -> str: return self.verdict
@@ -116,6 +150,32 @@ def _repr_html_(self:SanityCheck) -> str: return plain_html(self.verdict, self.t
 
 # %% ../../nbs/77_trust.sanity.ipynb #347a9539
 @patch
+def _draw_kept(self:SanityCheck, ax, name):
+    "What maps keep by one measure, step by step; the line of each method"
+    is_cascade,lines = self.how=='cascading',{}
+    places = [0, *self.steps.values()] if is_cascade else list(range(len(self.steps)))
+    for method,by_step in self._by_step.items():
+        kept,low,high = np.array([comparison.kept[name] for comparison in by_step]).T
+        if is_cascade: kept,low,high = (np.r_[1, values] for values in (kept, low, high)) # before anything is random
+        kept,low,high = (values.clip(min=0) for values in (kept, low, high)) # less than nothing is nothing
+        lines[method], = ax.plot(places, kept, marker='.', label=method)
+        ax.fill_between(places, low, high, color=lines[method].get_color(), alpha=.15, linewidth=0)
+    ax.axhline(self.limit, color='grey', linestyle='--', linewidth=1)
+    ax.set_title(_MEASURE_NAMES[name], fontsize=10)
+    return lines
+
+@patch
+def _label_steps(self:SanityCheck, ax):
+    "Say what the steps are"
+    if self.how=='cascading':
+        ax.set_xlabel('layers at random, from the output back')
+        ax.xaxis.set_major_formatter(lambda share, _: f'{share:.0%}')
+    else:
+        ax.set_xticks(range(len(self.steps)), self.steps, rotation=30, ha='right', fontsize=7)
+        plain_text(*ax.get_xticklabels())
+
+# %% ../../nbs/77_trust.sanity.ipynb #e794ff03
+@patch
 def plot(self:SanityCheck,
     ax:Sequence[Axes]|None=None, # Two axes, one a measure
     figsize:tuple|None=None, # Size of the figure in inches
@@ -124,26 +184,10 @@ def plot(self:SanityCheck,
     "The share of their own that the maps of each method keep, step by step, with 95% intervals; dashed: one half"
     check_style(figsize=figsize, save=save, ax=ax)
     axs = plt.subplots(1, 2, figsize=figsize or (11, 3.4), sharey=True, layout='constrained')[1] if ax is None else ax
-    lines = {} # of the last panel, by method
     if len(axs) != 2: raise ValueError(f'there are two measures to draw, and {len(axs)} axes were given: give two')
-    is_cascade = self.how=='cascading'
-    places = [0, *self.steps.values()] if is_cascade else list(range(len(self.steps)))
-    for panel,(name,title) in zip(axs, dict(spearman='Spearman', ssim='SSIM').items()):
-        for method,by_step in self._by_step.items():
-            kept,low,high = np.array([comparison.kept[name] for comparison in by_step]).T
-            if is_cascade: kept,low,high = (np.r_[1, values] for values in (kept, low, high)) # before anything is random
-            kept,low,high = (values.clip(min=0) for values in (kept, low, high)) # less than nothing is nothing
-            line, = panel.plot(places, kept, marker='.', label=method)
-            lines[method] = line
-            panel.fill_between(places, low, high, color=line.get_color(), alpha=.15, linewidth=0)
-        panel.axhline(self.limit, color='grey', linestyle='--', linewidth=1)
-        panel.set_title(title, fontsize=10)
-        if is_cascade:
-            panel.set_xlabel('layers at random, from the output back')
-            panel.xaxis.set_major_formatter(lambda share, _: f'{share:.0%}')
-        else:
-            panel.set_xticks(places, self.steps, rotation=30, ha='right', fontsize=7)
-            plain_text(*panel.get_xticklabels())
+    for panel,name in zip(axs, _MEASURE_NAMES):
+        lines = self._draw_kept(panel, name)
+        self._label_steps(panel)
     axs[0].set_ylabel('share of their own kept')
     axs[0].set_ylim(-.03, 1.05)
     plain_legend(axs[-1], list(lines.values()), list(lines), fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
@@ -162,11 +206,14 @@ def show(self:SanityCheck,
     "The maps of one image, a row a method: the model's own, then step by step"
     check_style(figsize=figsize, save=save, **kwargs)
     n = next(iter(self.maps.values())).shape[1]
-    if not -n <= item < n: raise IndexError(f'item {item} is out of range: {n} images were checked, 0 to {n-1}')
+    if not -n <= item < n:
+        raise IndexError(f'item {item} is out of range: {n} images were checked, 0 to {n-1}')
     image = self.images[item % n] if over and self.images is not None else None
-    titles = ['original', *([f'{share:.0%}' for share in self.steps.values()] if self.how=='cascading' else self.steps)]
-    fig,grid = plt.subplots(
-        len(self.maps), len(titles), figsize=figsize or (1.45*len(titles), 1.75*len(self.maps)), squeeze=False, layout='constrained')
+    steps = [f'{share:.0%}' for share in self.steps.values()] if self.how=='cascading' else self.steps
+    titles = ['original', *steps]
+    n_rows,n_columns = len(self.maps),len(titles)
+    size = figsize or (1.45*n_columns, 1.75*n_rows)
+    fig,grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout='constrained')
     for row,(method,found) in zip(grid, self.maps.items()):
         for panel,one,title in zip(row, found[:,item], titles):
             CAMMap(one, image).show(ax=panel, title='', **kwargs)
@@ -179,8 +226,7 @@ def show(self:SanityCheck,
 def _check_asked(learn, method, layer, n, how='cascading', n_steps=8):
     "Everything that can be wrong, before any work; the methods"
     check_learner(learn)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise ValueError(f'n={n!r} images cannot be compared with each other: give at least 2')
+    check_int(n, 'n', 2, 'images cannot be compared with each other: give at least 2')
     methods = as_methods(method)
     check_layers(learn.model, layer)
     check_how(how)
@@ -192,9 +238,9 @@ def _asked_of_batch(cap, scores, callback):
     "What went into the model, as plain tensors; what is asked; and at which layers"
     return map_tensors(lambda inp: inp.detach().as_subclass(Tensor), tuple(cap.args)),scores.detach(),cap.names
 
-def _together(batches, most=64):
+def _as_one_batch(batches, most=64):
     "Inputs of all batches as one batch, of at most so many items: the statistics of batch norms are not to depend on the batch size"
-    if not all(isinstance(part, Tensor) for inputs in batches for part in inputs): return batches[0]
+    if not all(isinstance(part, Tensor) for part in chain.from_iterable(batches)): return batches[0]
     return tuple(torch.cat(parts)[:most] for parts in zip(*batches))
 
 def _first_maps(methods, cap, scores):
@@ -215,19 +261,20 @@ def _maps_of(model, names, query, batches, asked):
         return _joined([_first_maps(query.methods, probe(*inputs), scores) for inputs,scores in zip(batches, asked)])
 
 def _maps_of_copy(copy, step, *args):
+    "The same of a copy; an error says at which step"
     try: return _maps_of(copy, *args)
     except ValueError as e:
         raise ValueError(f'the method cannot be checked, as it does not run on a model with random weights (at step {step!r}): {e}') from e
 
 def _check(learn, source, methods, layer, how, n_steps, seed):
+    "The maps of the model and of its random copies, as a `SanityCheck`"
     query = Query(target_of(learn, None), methods, layer)
     if len(source.items) < 2: raise ValueError('a single image cannot be compared with others: give at least 2')
     with preserve_state(learn) as quiet:
         batches,asked,names = zip(*run_query(quiet, source, query, _asked_of_batch)[0])
         model,args = unwrap_model(learn.model),(names[0], query, batches, asked)
-        found = [_maps_of(model, *args)]
-        steps = randomization_steps(model, n_steps=n_steps)
-        copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=_together(batches))
+        steps,found = randomization_steps(model, n_steps=n_steps),[_maps_of(model, *args)]
+        copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=_as_one_batch(batches))
         for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, *args))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
@@ -278,15 +325,21 @@ class RandomClass(Target):
         seed:int=0 # Of the draw
     ): self.seed = seed
     def classes(self, out:Any, y:Any=None) -> Tensor:
-        predicted,n = self.task.of(out).predicted(out)[:,:1],self.task.of(out).n_classes(out)
+        task = self.task.of(out)
+        predicted,n = task.predicted(out)[:,:1],task.n_classes(out)
         if n < 2: raise ValueError('this model knows a single class, so there is no other one to draw')
-        shifts,predicted = torch.randint(1, n, (n,), generator=torch.Generator().manual_seed(self.seed)),predicted.clamp(min=0)
+        shifts = torch.randint(1, n, (n,), generator=torch.Generator().manual_seed(self.seed))
+        predicted = predicted.clamp(min=0)
         return (predicted + shifts.to(predicted.device)[predicted]) % n
 
+# %% ../../nbs/77_trust.sanity.ipynb #e9e820d9
 def _compared(pairs):
     "One row a method: its maps, and those they are compared with"
-    return pd.DataFrame(
-        [dict(method=method_name(method), **MapComparison(all_similarities(a, b), chance_similarities(a)).columns) for method,a,b in pairs])
+    rows = []
+    for method,a,b in pairs:
+        comparison = MapComparison(all_similarities(a, b), chance_similarities(a))
+        rows.append(dict(method=method_name(method), **comparison.columns))
+    return pd.DataFrame(rows)
 
 def _first_and_last(cams):
     "Maps of the first and of the last question"
@@ -304,7 +357,8 @@ def random_logit_test(self:Learner,
     if isinstance(task_of(self), Values):
         raise ValueError('this learner predicts values, and a random class can only be asked of a classifier')
     methods = _check_asked(self, method, layer, n)
-    return _compared([(one, *_first_and_last(self.get_cams(item, [Predicted(), RandomClass(seed)], one, layer, n))) for one in methods])
+    def maps(how): return _first_and_last(self.get_cams(item, [Predicted(), RandomClass(seed)], how, layer, n))
+    return _compared([(how, *maps(how)) for how in methods])
 
 # %% ../../nbs/77_trust.sanity.ipynb #f12db3f3
 def similarity_of_learners(
@@ -319,7 +373,8 @@ def similarity_of_learners(
     "How alike are two learners' maps of the same items?"
     check_learner(other)
     check_layers(other.model, layer)
-    methods,(first,second) = _check_asked(learn, method, layer, n),(target_of(one, cls) for one in (learn, other))
+    methods = _check_asked(learn, method, layer, n)
+    first,second = (target_of(one, cls) for one in (learn, other))
     def maps(one, target, how): return _first_and_last(one.get_cams(item, [target], how, layer, n))[0]
     return _compared([(how, maps(learn, first, how), maps(other, second, how)) for how in methods])
 
@@ -333,8 +388,7 @@ def randomization_similarity(
 ) -> Tensor: # `[B, K]` (`[B]` of one number an item), -1 to 1; as `spearman` gives it
     """How similar each map is to that of one copy of the model with random weights, whose batch norms know this item alone:
     the number does not depend on what else is in the batch. Costs a copy of the model, two of its passes, and what the method costs"""
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f'share is a part of the layers above 0 and up to 1, not {share!r}')
+    check_share(share, 'share is a part of the layers above 0 and up to 1', one=True)
     method, = as_methods(method)
     scores = cap.as_scores(scores).askable()
     columns,names = scores.columns,parameter_owners(cap.model)[::-1]

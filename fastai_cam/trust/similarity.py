@@ -77,11 +77,15 @@ def _kept(similar, chance):
     "Share of what maps have of their own that is left; the last dimension is items"
     similar,chance = similar.mean(-1),chance.mean(-1)
     room = 1 - chance
-    return np.where(room > 1e-6, (similar - chance)/np.where(room > 1e-6, room, 1), 1.)
+    has_room = room > 1e-6
+    return np.where(has_room, (similar - chance)/np.where(has_room, room, 1), 1.)
 
 class MapComparison:
     "Similarity of maps by every measure, beside that of different images' maps"
-    def __init__(self, similar, chance): # each a dict of arrays `[n]`
+    def __init__(self,
+        similar:dict[str,np.ndarray], # How similar each map is to its counterpart, `[n]` by measure
+        chance:dict[str,np.ndarray] # And to the maps of other images
+    ):
         self.columns,self.kept = {},{}
         for name in MEASURES:
             known = ~np.isnan(similar[name] + chance[name])
@@ -89,10 +93,21 @@ class MapComparison:
             mean,low,high = bootstrap_interval(lambda values: values.mean(-1), own)
             self.kept[name] = bootstrap_interval(_kept, own, others)
             self.columns.update({
-                name: mean, f'{name}_low': low, f'{name}_high': high, f'{name}_chance': others.mean() if len(others) else np.nan,
+                name: mean, f'{name}_low': low, f'{name}_high': high,
+                f'{name}_chance': others.mean() if len(others) else np.nan,
                 f'{name}_kept': self.kept[name][0]})
         self.columns['n'] = len(own)
 
-def all_similarities(a, b): return {name: measure(a, b).numpy() for name,measure in MEASURES.items()}
+# %% ../../nbs/75_trust.similarity.ipynb #716edff7
+def all_similarities(
+    a:Tensor, # Raw maps `[n, *space]`
+    b:Tensor # As many others, of the same size
+):
+    "How similar each map of `a` is to its counterpart, `[n]` by measure"
+    return {name: measure(a, b).numpy() for name,measure in MEASURES.items()}
 
-def chance_similarities(maps): return {name: _of_other_images(measure, maps).numpy() for name,measure in MEASURES.items()}
+def chance_similarities(
+    maps:Tensor # Raw maps of different images, `[n, *space]`
+):
+    "How similar each map is to those of other images, `[n]` by measure"
+    return {name: _of_other_images(measure, maps).numpy() for name,measure in MEASURES.items()}

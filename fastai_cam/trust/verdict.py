@@ -8,18 +8,20 @@ Docs: https://fastai-cam.example/docs/trust.verdict.html.md"""
 __all__ = ['CAMTrust']
 
 # %% ../../nbs/79_trust.verdict.ipynb #dddcbeae
+from itertools import chain
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.learner import Learner
-from ..probe.layers import check_layers
+from ..checks import check_int, check_share
 from ..methods.registry import as_method
 from ..methods.baselines import BASELINES
 from ..maps.words import plain_html, plain_text
@@ -49,6 +51,7 @@ def _without_lit(maps, images, share):
     n = ranks[0].numel()
     return impute(images, ranks < min(max(1, round(share*n)), n - 1)).to(images.dtype)
 
+# %% ../../nbs/79_trust.verdict.ipynb #fcf9c229
 class CAMTrust:
     "How far the map of one item may be believed: `.believed`, `.verdict` in words, `.numbers`; it shows itself"
     def __init__(self,
@@ -69,9 +72,26 @@ def beats_baselines(self:CAMTrust) -> bool: return self.numbers['faithfulness'] 
 @patch(as_prop=True)
 def is_learned(self:CAMTrust) -> bool: return self.numbers['randomized_similarity'] < .5
 
-# %% ../../nbs/79_trust.verdict.ipynb #152628a8
 @patch(as_prop=True)
 def believed(self:CAMTrust) -> bool: return self.matters and self.beats_baselines and self.is_learned
+
+# %% ../../nbs/79_trust.verdict.ipynb #152628a8
+_OPENINGS = ['The map should not be believed', 'The map should not be believed', 'Believe the map with care', 'The map can be believed']
+
+@patch
+def _reasons(self:CAMTrust):
+    "A half-sentence for each of the three questions"
+    n = self.numbers
+    best = max(n['baselines'], key=n['baselines'].get)
+    return (
+        f'removing the lit {self.share:.0%} of the picture takes {self.label} from {n["score"]:.2f} to {n["score"] - n["drop"]:.2f}, '
+        f'{"and" if self.matters else "but"} removing as much elsewhere to {n["score"] - n["drop_elsewhere"]:.2f} '
+        f'({n["n_beaten"]} of {n["n_random"]} random places change less)',
+        f'insertion minus deletion is {n["faithfulness"]:.2f}, '
+        f'{"more than" if self.beats_baselines else "no more than"} the {n["baselines"][best]:.2f} of {best}, '
+        'which knows nothing of the model',
+        f'{"it changes" if self.is_learned else "it hardly changes"} when half of the layers are random '
+        f'(rank correlation {n["randomized_similarity"]:.2f})')
 
 @patch(as_prop=True)
 def verdict(self:CAMTrust) -> str:
@@ -81,20 +101,8 @@ def verdict(self:CAMTrust) -> str:
             f'There is nothing to believe: the map of {self.label} is not finite, '
             'as the model gives NaN or infinite numbers for this picture.')
     if self.cam_map.is_empty: return f'There is nothing to believe: the map of {self.label} has no positive evidence.'
-    n,found = self.numbers,[self.matters, self.beats_baselines, self.is_learned]
-    best = max(n['baselines'], key=n['baselines'].get)
-    opening = {
-        3: 'The map can be believed', 2: 'Believe the map with care', 1: 'The map should not be believed',
-        0: 'The map should not be believed'}[sum(found)]
-    why = [
-        f'removing the lit {self.share:.0%} of the picture takes {self.label} from {n["score"]:.2f} to {n["score"] - n["drop"]:.2f}, '
-        f'{"and" if found[0] else "but"} removing as much elsewhere to {n["score"] - n["drop_elsewhere"]:.2f} '
-        f'({n["n_beaten"]} of {n["n_random"]} random places change less)',
-        f'insertion minus deletion is {n["faithfulness"]:.2f}, '
-        f'{"more than" if found[1] else "no more than"} the {n["baselines"][best]:.2f} of {best}, which knows nothing of the model',
-        f'{"it changes" if found[2] else "it hardly changes"} when half of the layers are random '
-        f'(rank correlation {n["randomized_similarity"]:.2f})']
-    return f'{opening}: ' + '; '.join(why) + '.'
+    n_good = sum([self.matters, self.beats_baselines, self.is_learned])
+    return f'{_OPENINGS[n_good]}: ' + '; '.join(self._reasons()) + '.'
 
 @patch
 def __repr__(self:CAMTrust) -> str: return self.verdict
@@ -104,6 +112,28 @@ def _repr_html_(self:CAMTrust) -> str: return plain_html(self.verdict)
 
 # %% ../../nbs/79_trust.verdict.ipynb #e9e4ae2b
 @patch
+def _draw_removal(self:CAMTrust, ax):
+    "Scores without the lit part, and without as much elsewhere"
+    n = self.numbers
+    whole,without = n['score'],n['score'] - n['drop']
+    elsewhere = [whole - drop for drop in n['random_drops']]
+    ax.hist([score for score in elsewhere if np.isfinite(score)], color='lightgrey', bins=10)
+    ax.axvline(whole, color='C0', label='whole picture')
+    ax.axvline(without, color='C3', label=f'without the lit {self.share:.0%}')
+    is_probability = 0 <= whole <= 1
+    ax.set(xlim=(min(-.02, without - .02), max(1.02, whole + .02)) if is_probability else None, yticks=[])
+    plain_text(ax.set_title(f'score of {self.label}; grey: as much removed elsewhere', fontsize=9))
+    plain_text(*ax.legend(fontsize=8).get_texts())
+
+@patch
+def _draw_faithfulness(self:CAMTrust, ax):
+    "Insertion minus deletion of the map, and of maps that know nothing"
+    values = dict(self.numbers['baselines'], map=self.numbers['faithfulness'])
+    names = [name.removesuffix('_map') for name in values]
+    ax.barh(names, list(values.values()), color=['lightgrey']*(len(values) - 1) + ['C3'])
+    ax.set_title('insertion − deletion', fontsize=9)
+
+@patch
 def show(self:CAMTrust,
     figsize:tuple|None=None, # Size of the figure in inches
     save:str|Path|None=None # File to write the figure to
@@ -112,46 +142,69 @@ def show(self:CAMTrust,
     check_style(figsize=figsize, save=save)
     fig,axes = plt.subplots(1, 3, figsize=figsize or (10, 3.2), layout='constrained')
     self.cam_map.show(ax=axes[0])
-    n = self.numbers
-    axes[1].hist([n['score'] - drop for drop in n['random_drops'] if np.isfinite(n['score'] - drop)], color='lightgrey', bins=10)
-    for value,name,colour in ((n['score'], 'whole picture', 'C0'), (n['score'] - n['drop'], f'without the lit {self.share:.0%}', 'C3')):
-        axes[1].axvline(value, color=colour, label=name)
-    axes[1].set(xlim=(min(-.02, n['score'] - n['drop'] - .02), max(1.02, n['score'] + .02)) if 0 <= n['score'] <= 1 else None, yticks=[])
-    plain_text(axes[1].set_title(f'score of {self.label}; grey: as much removed elsewhere', fontsize=9))
-    plain_text(*axes[1].legend(fontsize=8).get_texts())
-    values = dict(self.numbers['baselines'], map=n['faithfulness'])
-    axes[2].barh([name.removesuffix('_map') for name in values], list(values.values()), color=['lightgrey']*(len(values) - 1) + ['C3'])
-    axes[2].set_title('insertion − deletion', fontsize=9)
+    self._draw_removal(axes[1])
+    self._draw_faithfulness(axes[2])
     save_figure(fig, save)
     return fig
 
 # %% ../../nbs/79_trust.verdict.ipynb #8b34db80
+class _Examined(NamedTuple):
+    "What was measured of the maps of a batch, `[B]` each"
+    score:Tensor # Of the whole picture
+    drop:Tensor # How far it falls without what is lit
+    random_drops:Tensor # And without as much elsewhere, `[n_random, B]`
+    faithfulness:Tensor # Insertion minus deletion
+    baselines:dict[str,Tensor] # That of maps that know nothing
+    similarity:Tensor # With the map of a copy of which half is random
+
+    def numbers(self, i):
+        "What is told of an item"
+        drops = self.random_drops[:,i]
+        n_random,n_beaten = len(drops),int((drops < self.drop[i]).sum())
+        return dict(
+            score=self.score[i].item(), drop=self.drop[i].item(), drop_elsewhere=drops.mean().item(),
+            random_drops=drops.tolist(), n_random=n_random, n_beaten=n_beaten, chance_p=(1 + n_random - n_beaten)/(n_random + 1),
+            faithfulness=self.faithfulness[i].item(), baselines={name: values[i].item() for name,values in self.baselines.items()},
+            randomized_similarity=float(np.nan_to_num(self.similarity[i].item())))
+
+def _scores_and_drops(maps, images, rescore, share, draws, seed):
+    "Scores of the images, how far they fall without what is lit, and without as much elsewhere, once for each of the `draws`"
+    items,generator = torch.arange(len(maps)),torch.Generator().manual_seed(seed)
+    whole = rescore(images, items)
+    def drop(some): return whole - rescore(_without_lit(some, images, share), items)
+    return whole, drop(maps), torch.stack([drop(_elsewhere(maps, generator)) for _ in draws])
+
+def _insertion_minus_deletion(maps, images, rescore, steps):
+    "Areas under the two curves, `[B]`"
+    inserted,deleted = insertion_deletion(maps, images, rescore, steps, 'blur', 'mean')
+    shares = curve_shares(images, steps)
+    return curve_area(inserted, shares) - curve_area(deleted, shares)
+
+# %% ../../nbs/79_trust.verdict.ipynb #48ede534
 def _trust_work(method, share, n_random, steps, seed):
+    "Examines the maps of a batch: the map of each item, what is told of it, and the class that was asked about"
+    # of one item: how it is run does not depend on the others
+    n_images = n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1)
     def examine(cap, scores, callback):
-        scores = scores[:,0] # of several labels, the most probable one
-        # of one item: how it is run does not depend on the others
-        rescore = probability_rescorer(callback.query.target, cap, scores, n_random + 2 + 2*(steps + 1)*(len(BASELINES) + 1))
-        items,images = torch.arange(len(cap)),cap.image
-        shares = curve_shares(images, steps)
+        scores,target = scores[:,0],callback.query.target # of several labels, the most probable one
+        rescore = probability_rescorer(target, cap, scores, n_images)
         maps = method(cap, scores)[:,0].detach()
-        def faithfulness(some):
-            inserted,deleted = insertion_deletion(some, images, rescore, steps, 'blur', 'mean')
-            return curve_area(inserted, shares) - curve_area(deleted, shares)
-        generator,whole = torch.Generator().manual_seed(seed),rescore(images, items)
-        drop = whole - rescore(_without_lit(maps, images, share), items)
-        elsewhere = torch.stack([
-            whole - rescore(_without_lit(_elsewhere(maps, generator), images, share), items)
-            for _ in with_bar(callback.learn, range(n_random))])
-        own,others = faithfulness(maps),{name: faithfulness(as_method(name)(cap, scores)[:,0]) for name in BASELINES}
-        # guided backpropagation is found out by half, not by all
-        similar = randomization_similarity(cap, scores, method, seed, share=.5)[:,0]
-        beaten = (elsewhere < drop).sum(0)
-        return [(maps[i].cpu(), dict(score=whole[i].item(), drop=drop[i].item(), drop_elsewhere=elsewhere[:,i].mean().item(), random_drops=elsewhere[:,i].tolist(), n_random=n_random, n_beaten=int(beaten[i]),
-                     chance_p=(1 + n_random - int(beaten[i]))/(n_random + 1), faithfulness=own[i].item(),
-                     baselines={name: values[i].item() for name,values in others.items()},
-                     randomized_similarity=float(np.nan_to_num(similar[i].item()))),
-                     int(callback.query.target.item_classes(cap.out, callback.y, len(cap))[i,0])) for i in range(len(cap))]
+        def faithfulness(some): return _insertion_minus_deletion(some, cap.image, rescore, steps)
+        examined = _Examined(
+            *_scores_and_drops(maps, cap.image, rescore, share, with_bar(callback.learn, range(n_random)), seed),
+            faithfulness(maps),
+            {name: faithfulness(as_method(name)(cap, scores)[:,0]) for name in BASELINES},
+            randomization_similarity(cap, scores, method, seed, share=.5)[:,0])
+        classes = target.item_classes(cap.out, callback.y, len(cap))[:,0]
+        return [(maps[i].cpu(), examined.numbers(i), int(classes[i])) for i in range(len(cap))]
     return examine
+
+def _verdict(examined, image, share, vocab, target):
+    "The verdict on an item, as `_trust_work` examined it"
+    own,numbers,c = examined
+    named = vocab is not None and c >= 0
+    label = str(vocab[c]) if named else target.labels[0] or 'the prediction'
+    return CAMTrust(CAMMap(own, image, label), label, numbers, share)
 
 # %% ../../nbs/79_trust.verdict.ipynb #c9ad3ffd
 @patch
@@ -169,19 +222,16 @@ def cam_trust(self:Learner,
     "May the map of `item` be believed? A verdict in words and the numbers behind it. Costs about 130 forward passes"
     refuse_arguments(kwargs, method, ('item', 'cls', 'method', 'layer'), ('share', 'n_random', 'steps', 'seed'))
     check_learner(self)
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f'share is a part of the picture, above 0 and below 1, not {share!r}')
-    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
-        raise ValueError(f'n_random={n_random!r} gives nothing to compare with: use at least 1, better 19')
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f'steps={steps!r} gives no curve: use at least 1, better 10')
+    check_share(share, 'share is a part of the picture, above 0 and below 1')
+    check_int(n_random, 'n_random', 1, 'gives nothing to compare with: use at least 1, better 19')
+    check_int(steps, 'steps', 1, 'gives no curve: use at least 1, better 10')
     if is_listy(method): raise TypeError('a verdict is about one method: ask for each by itself')
     query = check_single(query_of(self, cls, method, layer))
-    target,method = query.target,query.methods[0]
+    work = _trust_work(query.methods[0], share, n_random, steps, seed)
     with preserve_state(self) as quiet:
         source = as_source(self, item, None)
-        batches,_ = run_query(quiet, source, query, _trust_work(method, share, n_random, steps, seed))
-    found,vocab = [one for batch in batches for one in batch],class_names(self.dls)
-    verdicts = L(CAMTrust(CAMMap(m, source.images[i], label), label, numbers, share) for i,(m,numbers,c) in enumerate(found) for label in [
-        str(vocab[c]) if vocab is not None and c >= 0 else target.labels[0] or 'the prediction'])
+        batches,_ = run_query(quiet, source, query, work)
+    vocab = class_names(self.dls)
+    found = enumerate(chain.from_iterable(batches))
+    verdicts = L(_verdict(examined, source.images[i], share, vocab, query.target) for i,examined in found)
     return verdicts if is_listy(item) or len(verdicts) > 1 else verdicts[0]
