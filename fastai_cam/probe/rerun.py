@@ -78,7 +78,10 @@ def __len__(self:Pass) -> int: return n_items_of(self.args, self.kwargs)
 
 # %% ../../nbs/17_probe.rerun.ipynb #45caa20f
 @patch
-def _inputs(self:Pass, image, items):
+def inputs_of(self:Pass,
+    image:Tensor|None, # Images to put in the place of those that went in; `None`: these
+    items:Tensor|None=None # Items whose inputs are wanted; `None`: all
+) -> tuple[tuple,dict]: # Positional and named inputs
     "Inputs for `items`, with `image` in the place of the images, laid out channels-last: convolutions run a fifth faster on it"
     if image is not None and image.dim()==4: image = image.contiguous(memory_format=torch.channels_last)
     n,own = len(self),self._own_image
@@ -104,7 +107,7 @@ def run(self:Pass,
     items:Tensor|None=None # The item that each of them stands for: other inputs are taken from there
 ) -> Any: # What the model returns
     "The model's output for other images, without autograd"
-    args,kwargs = self._inputs(image, items)
+    args,kwargs = self.inputs_of(image, items)
     with self._aside(), torch.no_grad(): return self._runs(*args, **kwargs)
 
 # %% ../../nbs/17_probe.rerun.ipynb #62b7b71d
@@ -219,7 +222,7 @@ def _resumed(self:Pass, name, module, act, items, call):
     "A pass in which everything that ended before the layer did returns what it returned then"
     if name not in self._recordings:
         self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
-    recording,(args,kwargs) = self._recordings[name],self._inputs(None, items)
+    recording,(args,kwargs) = self._recordings[name],self.inputs_of(None, items)
     def run(share):
         def spread(out): return lambda: recording.spread(out, items, share)
         replaced = {before: [spread(out) for out in outs] for before,outs in recording.calls.items()}
