@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from fastai.vision.all import resnet18, vision_learner
 
+import fastai_cam.learner # gives learners get_cams
 from fastai_cam.tasks import NOT_ASKED, Task, TASKS
 from fastai_cam.maps.cams import CAMs, Images
 from fastai_cam.maps.pixels import to_slices

@@ -5,6 +5,7 @@ from torch import nn
 import torchvision
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 
+import fastai_cam.learner # gives learners get_cams
 from fastai_cam.methods.registry import as_method
 from fastai_cam.probe.layers import LAST_TWO_STAGES
 from fastai_cam.probe.watch import Probe

@@ -262,7 +262,7 @@ def recapture(self:Pass,
     **kwargs # Passed to `Probe`: `from_input`, `guided`
 ) -> 'Capture':
     "Another watched pass, with autograd from its first layer on"
-    args,named = self._inputs(image, items)
+    args,named = self.inputs_of(image, items)
     if layers is None: layers = [module for _,module in self.layers]
     with self._aside(), Probe(self.model, layers, image=self.image_index, **kwargs) as probe: found = probe(*args, **named)
     found.probes.update(self.probes) # whoever watches the model looks away when it is run again from there, too

@@ -32,7 +32,7 @@ from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers, resolve_layer
 from ..probe.capture import Capture, Scores
-from ..tasks import BinaryLabel, MultiLabel, Values
+from ..tasks import BinaryLabel, MultiLabel, Segmentation, SingleLabel, Values
 from ..targets.kinds import Target, AllClasses, Score, Several
 from ..targets.lookup import Versus
 from ..methods.registry import as_methods, method_name
@@ -62,7 +62,10 @@ def probability_rescorer(
     is_plain = isinstance(target, Versus) or any(isinstance(part, Score) or isinstance(part.task, Values) for part in parts)
     if is_plain: return Rescorer(cap, scores, None, None, n_images, dtype)
     out = target.read(cap.out)
-    one_logit = isinstance(parts[0].task.of(out), (BinaryLabel, MultiLabel)) or out.dim() > 3 and out.shape[1]==1
+    task = parts[0].task.of(out)
+    if not isinstance(task, (SingleLabel, Segmentation, BinaryLabel, MultiLabel)): # a user's own: what its scores are is known to it alone
+        return Rescorer(cap, scores, None, None, n_images, dtype)
+    one_logit = isinstance(task, (BinaryLabel, MultiLabel)) or out.dim() > 3 and out.shape[1]==1
     # of each, where the model returns several things
     if not one_logit: return Rescorer(cap, scores, partial(map_tensors, _softmax), None, n_images, dtype)
     logit = Rescorer(cap, scores, None, None, n_images, dtype)

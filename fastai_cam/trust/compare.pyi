@@ -33,6 +33,8 @@ from ..probe.capture import Capture
 from ..probe.capture import Scores
 from ..tasks import BinaryLabel
 from ..tasks import MultiLabel
+from ..tasks import Segmentation
+from ..tasks import SingleLabel
 from ..tasks import Values
 from ..targets.kinds import Target
 from ..targets.kinds import AllClasses

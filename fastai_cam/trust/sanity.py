@@ -395,7 +395,7 @@ def randomization_similarity(
     chosen = names[:math.ceil(round(share*len(names), 6))] # a product may be a little more than the number that it is
     own,others,copy = method(cap, columns),[],None
     for item in torch.arange(len(cap)):
-        args,kwargs = cap._inputs(None, item[None])
+        args,kwargs = cap.inputs_of(None, item[None])
         if copy is None: (_,copy), = randomized_copies(cap.model, dict(copy=chosen), 'cascading', seed, args, kwargs)
         else: settle_norms(norms_after(copy, [name for name,_ in copy.named_modules()], chosen), copy, args, kwargs)
         with Probe(copy, cap.names, getattr(method, 'needs_grad', True), image=cap.image_index) as probe:
