@@ -351,3 +351,30 @@ def test_listed_items_are_all_shown(dls, monkeypatch):
     monkeypatch.setattr('fastai_cam.source.items._most_listed', 4)
     with pytest.warns(UserWarning, match='the first 4 of these 6 items are shown: max_n=None shows all'): assert n_drawn(learn, list(range(6)))==4
     with pytest.raises(IndexError, match='item 12 is out of range'): learn.show_cam(list(range(13)))
+
+
+# --- by hand: what a query calls its maps, what is joined, what fastai is kept from collecting
+
+def test_what_a_query_calls_its_maps_and_which_are_joined():
+    from fastai_cam.learner.cams import join_maps
+    from fastai_cam.learner.query import Query
+    from fastai_cam.methods import as_methods
+    from fastai_cam.targets.lookup import as_target
+    from fastai_cam.tasks import NOT_ASKED, SingleLabel
+    target = as_target([0, 1, 2], list('abc'), 3, SingleLabel(list('abc')))
+    query = Query(target, as_methods(['gradcam']), is_list=True)
+    assert query.labels==['a', 'b', 'c'] # one method has not to be named
+    batch = dict(maps=torch.arange(12.).view(1, 3, 2, 2), classes=torch.tensor([[0, NOT_ASKED, 2]]), regions=None, task=SingleLabel())
+    found = join_maps([batch], query)
+    assert found['labels']==['a', 'c'] and found['classes'].tolist()==[[0, 2]] and torch.equal(found['maps'], batch['maps'][:, [0, 2]])
+
+
+@pytest.mark.parametrize('keep, dims, kept', [(True, 2, True), (True, 4, False), (False, 2, False)])
+def test_what_fastai_collects(keep, dims, kept):
+    from types import SimpleNamespace
+    from fastai.callback.core import GatherPredsCallback
+    from fastai_cam.learner.query import CaptureCallback
+    callback, collects = CaptureCallback(None, None, keep), GatherPredsCallback()
+    callback.learn = SimpleNamespace(cbs=[collects], yb=(torch.zeros(2),))
+    callback._let_go(torch.zeros(2, *[3]*(dims - 1)))
+    assert (collects.with_preds, collects.with_targs)==(kept, keep)

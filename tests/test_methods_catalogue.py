@@ -263,3 +263,8 @@ def test_parts_do_not_hide_what_is_not_finite():
     assert found[1].isnan().all() and torch.allclose(found[[0, 2]], alone, atol=1e-6)
     flat = torch.cat([torch.zeros(1, 4, 3, 3), torch.randn(1, 4, 3, 3)]) # an empty item takes another way, and no other with it
     assert torch.equal(principal_component(flat, torch.ones(2, 1, 4))[1:], principal_component(flat[[1, 1]], torch.ones(2, 1, 4))[1:])
+
+
+def test_a_wrapped_method_that_asks_nothing_still_asks_nothing():
+    from fastai_cam.methods.registry import as_method, facts_of
+    assert [facts_of(as_method(name)).class_free for name in ('eigencam+tta', 'gradcam+tta')]==[True, False]

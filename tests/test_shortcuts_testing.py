@@ -29,6 +29,11 @@ def test_it_must_go_as_far_as_is_asked():
     assert tester.test(corner_candidate(tester, .3)) is None
     assert corner_reader(0.).test(corner_candidate(tester)) is None # the model does not look at it
 
+def test_what_is_sure_of_an_effect_has_to_reach_the_limit(monkeypatch):
+    tester = corner_reader(4.)
+    monkeypatch.setattr(shortcuts_testing_room, 'mean_interval', lambda values: (.4, .2, .6))
+    assert tester.test(corner_candidate(tester, .3)) is None and tester.test(corner_candidate(tester, .1)).low==.2
+
 def test_what_is_lost_is_measured_against_others_of_the_class():
     tester = corner_reader(4.)
     images, mine = tester.evidence.images.clone(), tester.evidence.predicted[:, 0]

@@ -29,6 +29,7 @@ from fastai.vision.all import DataBlock, CategoryBlock, FuncSplitter, ImageBlock
     parent_label, resnet18, vision_learner
 
 from fastai_cam.all import CAMCallback, CAMInterpretation, METHODS
+from fastai_cam.state import random_states_kept
 
 
 class Net(nn.Module):
@@ -678,3 +679,12 @@ def test_no_number_is_drawn_twice_by_another_thread(dls):
     for column in (0, 2): assert len({row[column] for row in drawn})==len(drawn)
     pairs = [(a[1], b[1]) for a, b in zip(drawn, drawn[1:])] # single precision repeats itself by chance
     assert len(set(pairs))==len(pairs)
+
+
+def test_all_random_states_are_put_back():
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = draw()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    with random_states_kept(): draw()
+    assert draw()==expected

@@ -679,3 +679,15 @@ def test_what_is_no_task_is_refused(grades):
 
 
 def test_the_name_of_a_task_leads_to_it(): assert TASKS['grade'] is Grade and TASKS['multi'] is MultiLabel and 'single' in TASKS
+
+
+def test_a_question_is_asked_in_the_region_of_its_own_item():
+    from fastai_cam.tasks import Segmentation
+    out = torch.tensor([[[[1., 0], [0, 0]], [[0, 1], [2, 3]]], [[[4., 5], [6, 0]], [[0, 0], [0, 7]]]])
+    ask = Segmentation().score_fn(out, None, torch.tensor([[0], [0]]), 'predicted')
+    assert ask(out[[1, 1, 0]], torch.tensor([1, 1, 0])).tolist()==[[5], [5], [1]]
+
+
+def test_the_label_that_comes_closest_where_none_is_reached():
+    from fastai_cam.tasks import MultiLabel, NOT_ASKED
+    assert MultiLabel().predicted(torch.tensor([[-3., -1, -2], [1, 2, -1]])).tolist()==[[1, NOT_ASKED, NOT_ASKED], [1, 0, NOT_ASKED]]
