@@ -1,4 +1,5 @@
 "Every notebook is a test: it runs from top to bottom, in a process of its own, with the code as it is."
+import json
 import os
 import subprocess
 import sys
@@ -10,18 +11,24 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 SLOW = {'any_task', 'trust', 'several_objects', '91_examples.scenes', '78_trust.compare', '85_shortcuts.report'} # long stories, and chapters that train networks
 CASES = [pytest.param(file, marks=[pytest.mark.slow]*(file.stem in SLOW)) for file in NOTEBOOKS]
-RUN = """
-import sys
-from nbdev.test import test_nb
-passed, seconds = test_nb(sys.argv[1], skip_flags=['notest'], basepath=sys.argv[2])
-sys.exit(0 if passed else 1)
-"""
+
+
+@pytest.fixture(scope='session')
+def server():
+    "A process that runs notebooks in processes of their own, without each of them importing fastai anew"
+    command = [sys.executable, '-W', 'ignore', str(ROOT/'tests/notebook_server.py'), str(ROOT)]
+    env = {**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.mark.parametrize('notebook', CASES, ids=lambda file: file.stem)
-def test_notebook(notebook):
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(notebook), str(ROOT)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
-    assert run.returncode==0, run.stderr[-6000:]
+def test_notebook(notebook, server):
+    server.stdin.write(f'{notebook}\n')
+    server.stdin.flush()
+    passed, said = json.loads(server.stdout.readline())
+    assert passed, said
 
 
 def test_there_are_notebooks(): assert len(NOTEBOOKS) >= 8

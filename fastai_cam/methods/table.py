@@ -24,6 +24,6 @@ def _row(name, method):
     return f"| `'{name}'` | {asks} | {facts.resolution} | {facts.cost or 'nothing more'} | {paper} |"
 
 def methods_table() -> MarkdownTable:
-    "Every registered method: does the class play a part? at which resolution is its map? what does it cost beyond the forward pass? where was it published?"
+    "Every registered method: does the class play a part? whose grid has its map? what does it cost? where was it published?"
     head = ['| method | knows the class | map at the grid of the | costs, beyond the forward pass | |', '|---|---|---|---|---|']
     return MarkdownTable('\n'.join([*head, *(_row(name, method) for name,method in METHODS.items())]))

@@ -23,7 +23,7 @@ from ..core import at_least_float, look_up
 from ..checks import check_choice
 from ..probe.capture import Capture, Scores
 from ..methods.combine import enlarge
-from ..methods.registry import as_method, check_free, method_name
+from ..methods.registry import as_method, warn_if_taken, method_name
 
 # %% ../../nbs/70_trust.rescore.ipynb #d9678313
 METRICS:dict[str,Callable] = {}
@@ -76,7 +76,7 @@ def cam_metric(
     "Register a function `func(maps, …) -> [B]` as a measure under its own name; it gets attributes `kind`, `higher` and `needs`"
     check_choice(kind, KINDS, f'a kind of measure is one of {", ".join(map(repr, KINDS))}')
     def register(func):
-        check_free(METRICS, func, 'measure')
+        warn_if_taken(METRICS, func, 'measure')
         METRICS[func.__name__] = _measure(func, kind, higher)
         return METRICS[func.__name__]
     return register

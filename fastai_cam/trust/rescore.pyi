@@ -18,7 +18,7 @@ from ..probe.capture import Capture
 from ..probe.capture import Scores
 from ..methods.combine import enlarge
 from ..methods.registry import as_method
-from ..methods.registry import check_free
+from ..methods.registry import warn_if_taken
 from ..methods.registry import method_name
 __all__ = ['METRICS', 'KINDS', 'NEEDS', 'BASELINE_IMAGES', 'check_shapes', 'cam_metric', 'as_metrics', 'slices_of', 'Rescorer', 'Explainer', 'variant_scores', 'whole_scores', 'baseline_images', 'at_pixels', 'ranks_of', 'pixel_ranks']
 METRICS: dict[str, Callable]
