@@ -10,6 +10,7 @@ __all__ = ['class_names', 'task_of', 'target_of', 'Query', 'query_of', 'CaptureC
 
 # %% ../../nbs/64_learner.ipynb #0880bad7
 from .task import class_names, target_of, task_of
+from ..source.loaders import dl_source as _dl_source # the name that scripts know it by
 from .query import CaptureCallback, Query, query_of, run_query
 from .cams import cam_head, cam_learner, CAMCallback
 

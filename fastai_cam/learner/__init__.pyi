@@ -3,6 +3,7 @@ from typing import Any
 from .task import class_names
 from .task import target_of
 from .task import task_of
+from ..source.loaders import dl_source as _dl_source
 from .query import CaptureCallback
 from .query import Query
 from .query import query_of
