@@ -70,6 +70,8 @@ class Task(Captions):
         super().__init_subclass__(**kwargs)
         if 'name' in vars(cls): TASKS[cls.name] = cls
 
+    def __repr__(self) -> str: return type(self).__name__
+
 TASKS[''] = Task
 
 @patch

@@ -691,3 +691,8 @@ def test_a_question_is_asked_in_the_region_of_its_own_item():
 def test_the_label_that_comes_closest_where_none_is_reached():
     from fastai_cam.tasks import MultiLabel, NOT_ASKED
     assert MultiLabel().predicted(torch.tensor([[-3., -1, -2], [1, 2, -1]])).tolist()==[[1, NOT_ASKED, NOT_ASKED], [1, 0, NOT_ASKED]]
+
+
+def test_a_task_is_called_by_its_class(segmenter):
+    assert [repr(task) for task in (SingleLabel(['a']), Points())]==['SingleLabel', 'Points'] and repr(task_of(segmenter))=='SingleLabel'
+    assert repr(segmenter.get_cams([0]).task)=='Segmentation'
