@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections import deque
 from collections import OrderedDict
 from copy import copy
-from copyreg import _slotnames
 from difflib import get_close_matches
 from numbers import Number
 from types import ModuleType

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastcore.imports import noop
@@ -45,7 +44,6 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
-from fastai.optimizer import _BaseOptimizer
 from fastai.torch_core import default_device
 from fastai.torch_core import find_bs
 from fastai.torch_core import tensor
@@ -80,6 +78,5 @@ def is_stand_in(learn: Learner) -> bool: ...
 def stand_in(learn: Learner) -> Learner: ...
 @contextmanager
 def random_states_kept() -> Iterator[None]: ...
-Learner: Any
 @contextmanager
 def preserve_state(learn: Learner) -> Iterator[Learner]: ...

@@ -66,7 +66,7 @@ class Task(Captions):
     name = ''
     signed = False # Is evidence against as much of an answer as evidence for?
     is_whole = True # Is it about all that the model returns, so that the vocab names its columns?
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if 'name' in vars(cls): TASKS[cls.name] = cls
 

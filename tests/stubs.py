@@ -47,14 +47,17 @@ def function(func: ast.FunctionDef) -> str:
     found.decorator_list = [ast.Name(name) for name in decorators]
     found.returns = found.returns or ast.Name('None' if found.name=='__init__' else 'Any')
     found.body = [ast.Expr(ast.Constant(...))]
-    return ast.unparse(ast.fix_missing_locations(found)).replace(':\n    ...', ': ...')
+    text = ast.unparse(ast.fix_missing_locations(found)).replace(':\n    ...', ': ...')
+    is_override = 'property' in decorators and found.name in ('labels', 'needs_labels') # of `Target`, whose attributes they are
+    return text + '  # type: ignore[override]'*is_override
 
 
 def variables(node: ast.stmt) -> dict[str, str]:
     "Names that an assignment makes, and their types"
     if isinstance(node, ast.AnnAssign): return {ast.unparse(node.target): ast.unparse(node.annotation)}
     if not isinstance(node, ast.Assign): return {}
-    return {name.id: 'Any' for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    targets = [part for target in node.targets for part in getattr(target, 'elts', [target])]
+    return {name.id: 'Any' for name in targets if isinstance(name, ast.Name)} # not those whose attribute is set
 
 
 def attributes(func: ast.FunctionDef) -> set[str]:
@@ -87,7 +90,7 @@ def imports(tree: ast.Module) -> dict[str, str]:
     for node in tree.body:
         if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
         source = f'from {"."*node.level}{node.module or ""} ' if isinstance(node, ast.ImportFrom) else ''
-        found |= {alias.asname or alias.name: f'{source}import {ast.unparse(alias)}' for alias in node.names}
+        found |= {alias.asname or alias.name: f'{source}import {ast.unparse(alias)}' for alias in node.names if is_public(alias.name)}
     return found
 
 
@@ -98,12 +101,21 @@ def absolute(line: str, module: str) -> str:
     return line.replace('from ' + '.'*dots, 'from ' + '.'.join(module.split('.')[:-dots]) + '.', 1)
 
 
+def named(note: ast.AST) -> set[str]:
+    "Names in an annotation, those in quotation marks among them"
+    found = set()
+    for node in ast.walk(note):
+        if isinstance(node, ast.Name): found.add(node.id)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier(): found.add(node.value)
+    return found
+
+
 def borrowed(func: ast.FunctionDef, module: str, tree: ast.Module) -> dict[str, str]:
     "What the annotations of a function need from its module"
     here = {node.name: f'from {module} import {node.name}' for node in tree.body if hasattr(node, 'name')}
     known = {name: absolute(line, module) for name, line in imports(tree).items()} | here
     notes = [arg.annotation for arg in arguments(func.args)[1:]] + [func.returns]
-    names = {node.id for note in notes if note is not None for node in ast.walk(note) if isinstance(node, ast.Name)}
+    names = {name for note in notes if note is not None for name in named(note)}
     return {name: known[name] for name in sorted(names & set(known))}
 
 
@@ -116,10 +128,11 @@ def render() -> dict[str, str]:
     for file, tree in trees.items():
         for func in (node for node in tree.body if patch_of(node) is not None):
             patches[ast.unparse(func.args.args[0].annotation)].append((func, modules[file], tree))
-    return {str(file.with_suffix('.pyi')): stub(modules[file], tree, patches) for file, tree in trees.items()}
+    homes = {node.name: modules[file] for file, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {str(file.with_suffix('.pyi')): stub(modules[file], tree, patches, homes) for file, tree in trees.items()}
 
 
-def stub(module: str, tree: ast.Module, patches: dict) -> str:
+def stub(module: str, tree: ast.Module, patches: dict, homes: dict) -> str:
     "The stub of one module"
     needed, known = {}, {}
     for node in tree.body:
@@ -130,6 +143,8 @@ def stub(module: str, tree: ast.Module, patches: dict) -> str:
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0])=='__all__': known['__all__'] = ast.unparse(node)
         else: known |= {name: f'{name}: {kind}' for name, kind in variables(node).items() if is_public(name) and name != '__getattr__'}
     needed = {name: line for name, line in needed.items() if name not in known} | imports(tree)
+    quoted = set().union(*(named(ast.parse(text)) for text in known.values())) - set(known) - set(needed)
+    needed |= {name: f'from {homes[name]} import {name}' for name in sorted(quoted & set(homes))} # of later rooms: stubs may go in circles
     return HEADER + '\n'.join(dict.fromkeys([*needed.values(), *known.values()])) + '\n'
 
 

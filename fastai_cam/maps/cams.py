@@ -27,7 +27,8 @@ from fastcore.xtras import is_listy
 from fastai.vision.data import get_grid
 from ..checks import check_share
 from ..tasks import as_task, NOT_ASKED, Task
-from .words import as_text, plain_text
+from ..captions import as_text
+from .words import plain_text
 from .pixels import as_volume
 from .draw import as_axes, CAMMap, check_style, save_figure, warn_not_finite, warn_of_cells
 from .boxes import check_finding

@@ -23,7 +23,7 @@ from ..checks import check_share
 from ..tasks import as_task
 from ..tasks import NOT_ASKED
 from ..tasks import Task
-from .words import as_text
+from ..captions import as_text
 from .words import plain_text
 from .pixels import as_volume
 from .draw import as_axes

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch import Tensor
 from torch.nn import init
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune
