@@ -434,9 +434,3 @@ def test_a_real_learner_s_boxes_come_back_from_a_file(dls, tmp_path):
         learn.show_cam(0, title='mine', boxes=.8)
     assert sum('mine' in text.get_text() for text in plt.gcf().findobj(Text))==1
     plt.close('all')
-
-
-@pytest.mark.parametrize('name', ['maps.png', 'maps.PDF', 'a.b.jpeg'])
-def test_maps_are_not_written_under_the_name_of_a_picture(name, tmp_path):
-    with pytest.raises(ValueError, match=f"'{name}' would be a picture, .*: name it maps.npz, or draw them with show.save='{name}'"): CAMs(torch.ones(1, 2, 2)).save(tmp_path/name)
-    assert not list(tmp_path.iterdir())

@@ -92,8 +92,6 @@ def _sizes_in(header, n):
     return torch.tensor(sizes, dtype=torch.int32) if sizes else None
 
 # %% ../../nbs/46_maps.store.ipynb #2a5d992e
-_pictures = {'.png', '.jpg', '.jpeg', '.gif', '.pdf', '.svg', '.webp', '.tif', '.tiff', '.bmp'} # formats that `show` writes
-
 @patch
 def save(self:CAMs,
     file:str|Path, # File to write, usually `'….npz'`
@@ -103,10 +101,6 @@ def save(self:CAMs,
     and keeps permissions and links. Of the images only their sizes are written where `images` is not set, for which they are read"""
     path = as_path(file)
     if str(file).endswith(('/', os.sep)): raise ValueError(f'{str(file)!r} is a folder: give the name of a file, e.g. maps.npz')
-    if path.suffix.lower() in _pictures:
-        raise ValueError(
-            f'{path.name!r} would be a picture, and this writes the maps themselves: '
-            f'name it maps.npz, or draw them with show(save={path.name!r})')
     if images and self.images is None: raise ValueError('there are no images to save: leave out images=True')
     tensors = {name: getattr(self, name) for name in _saved_tensors if getattr(self, name) is not None}
     for name,values in tensors.items(): _check_computable(name, getattr(values, 'dtype', torch.float))
