@@ -141,6 +141,14 @@ def regions(self:Task,
     "The part of the picture that each score is taken over"
     return None
 
+# %% ../nbs/21_tasks.ipynb #8cf53fdb
+@patch
+def score_activation(self:Task,
+    out:Any # Output of the model
+) -> str|None: # `'softmax'` of the scores of all classes, `'sigmoid'` of its own; `None`: it is no probability's
+    "How the score of a class becomes its probability"
+    return None
+
 # %% ../nbs/21_tasks.ipynb #9d3036bc
 @patch
 def score_fn(self:Task,
@@ -209,6 +217,7 @@ class SingleLabel(Task):
                              'function of the output')
         return logits
     def probabilities(self, out:Any) -> Tensor: return as_logits(out).softmax(1)
+    def score_activation(self, out:Any) -> str: return 'softmax'
     def actual(self, out:Any, y:Any) -> Tensor:
         y = _check_labels(y, 'one class index per item', lambda y: y.dim()==1 and not y.is_floating_point())
         return y.to(self._named(out).device)[:,None]
@@ -225,6 +234,7 @@ class BinaryLabel(Task):
         y = _check_labels(y, 'one zero or one per item', lambda y: y.numel()==len(y))
         return (y.reshape(-1, 1) > .5).long().to(out.device)
     def probabilities(self, out:Any) -> Tensor: return _no_and_yes(out.reshape(-1, 1)).sigmoid()
+    def score_activation(self, out:Any) -> str: return 'sigmoid'
     def scores(self, out:Any, classes:Tensor, regions:Tensor|None=None) -> Tensor:
         return super().scores(_no_and_yes(out.reshape(-1, 1)), classes)
     def class_names(self, vocab:Sequence|None) -> Sequence:
@@ -261,6 +271,7 @@ class MultiLabel(Task):
         return self._first(y.to(out.device) > .5, out.detach())
 
     def probabilities(self, out:Any) -> Tensor: return as_logits(out).sigmoid()
+    def score_activation(self, out:Any) -> str: return 'sigmoid'
 
     def _first(self, chosen, logits):
         "The chosen labels, most probable first, padded with `NOT_ASKED`: as many columns for every batch"
@@ -300,6 +311,9 @@ def _logits(self:Segmentation, out):
 
 @patch
 def n_classes(self:Segmentation, out:Any) -> int: return self._logits(out).shape[1]
+
+@patch
+def score_activation(self:Segmentation, out:Any) -> str: return 'sigmoid' if out.shape[1]==1 else 'softmax'
 
 # %% ../nbs/21_tasks.ipynb #d1febd96
 @patch

@@ -243,7 +243,7 @@ def test_a_constant_in_the_score_changes_nothing(name):
 
 # --- precision, memory format
 
-GRADIENT_METHODS = [name for name, method in METHODS.items() if method.needs_grad]
+GRADIENT_METHODS = [name for name, method in METHODS.items() if method.facts.grad]
 
 def correlation(a, b):
     "The least over items and scores; maps that are empty on both sides agree"

@@ -51,6 +51,8 @@ def test_columns_of_scores_and_what_they_ask():
     assert [piece.values.tolist() for piece in scores.chunks()]==[[[0, 1], [5, 6]], [[2, 3], [7, 8]], [[4], [9]]]
     assert scores[:, -1].values.tolist()==[[4], [9]] and torch.equal(scores[:, -1].of(out), out[:, 4:])
     assert torch.equal(scores[:, 1:4][:, 1].detach().of(out), out[:, 2:3])
+    for beyond in (5, -6):
+        with pytest.raises(IndexError): scores[:, beyond]
 
 
 def test_how_many_gradients_fit_and_which_scores_are_single():

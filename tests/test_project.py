@@ -116,6 +116,15 @@ def riddles(tree):
             if len(node.generators) > 1 or len(node.generators[0].ifs) > 1: yield ast.unparse(node)
 
 
+def test_nothing_is_imported_that_is_not_used():
+    for room in ROOMS:
+        tree = ast.parse((ROOT/f'fastai_cam/{room.replace(".", "/")}.py').read_text())
+        imported = {(alias.asname or alias.name).split('.')[0] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        quoted = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} # in annotations of what comes later
+        assert imported <= used | quoted, f'{room} imports {imported - used - quoted} for nothing'
+
+
 def test_the_house_keeps_its_measures():
     "Ratchets: they may be lowered, never raised"
     wide, large, long, hard = [], [], [], []

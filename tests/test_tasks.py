@@ -696,3 +696,11 @@ def test_the_label_that_comes_closest_where_none_is_reached():
 def test_a_task_is_called_by_its_class(segmenter):
     assert [repr(task) for task in (SingleLabel(['a']), Points())]==['SingleLabel', 'Points'] and repr(task_of(segmenter))=='SingleLabel'
     assert repr(segmenter.get_cams([0]).task)=='Segmentation'
+
+
+def test_how_a_score_becomes_a_probability():
+    "Of a model with one channel for yes and no, by a sigmoid at every pixel; of values and of tasks of one's own, not at all"
+    one, several = torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4)
+    found = [task.of(out).score_activation(out) for task, out in ((SingleLabel(), torch.zeros(2, 3)), (MultiLabel(), torch.zeros(2, 3)), (MultiLabel(), torch.zeros(2, 1)),
+                                                                  (SingleLabel(), several), (SingleLabel(), one), (Values(), torch.zeros(2, 3)), (Task(), torch.zeros(2, 3)))]
+    assert found==['softmax', 'sigmoid', 'sigmoid', 'softmax', 'sigmoid', None, None]

@@ -8,12 +8,11 @@ Docs: https://fastai-cam.example/docs/learner.cams.html.md"""
 __all__ = ['maps_of_batch', 'join_maps', 'CAMCallback', 'cam_head', 'cam_learner']
 
 # %% ../../nbs/63_learner.cams.ipynb #37292301
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
 from matplotlib.axes import Axes
-from torch import nn, Tensor
+from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.data.core import DataLoaders
@@ -129,7 +128,6 @@ def get_cams(self:Learner,
 ) -> CAMs: # `.maps` is `[n, h, w]`, or `[n, K, h, w]` if a list of classes or methods was asked for
     "Class activation maps of `item`, in the order given, with predictions, and labels and losses where there are labels"
     refuse_arguments(kwargs, method)
-    check_learner(self)
     if max_n is not None and max_n < 1: raise ValueError(f'max_n={max_n} leaves nothing to explain: give at least 1')
     return _cams_of(self, item, query_of(self, cls, method, layer, image), max_n)
 

@@ -31,7 +31,7 @@ from ..state import is_stand_in
 from ..state import stand_in
 from ..source.loaders import Source
 from .task import target_of
-__all__ = ['NO_BATCH', 'Query', 'query_of', 'check_single', 'CaptureCallback', 'check_rows', 'run_query', 'run_watched']
+__all__ = ['NO_BATCH', 'Query', 'query_of', 'check_single', 'CaptureCallback', 'check_rows', 'run_query']
 @dataclass
 class Query():
     def __len__(self) -> int: ...
@@ -79,4 +79,3 @@ class CaptureCallback(Callback):
 def check_rows(learn: Learner, n: int, rows: Sequence | None=...) -> None: ...
 NO_BATCH: Any
 def run_query(learn: Learner, source: Source, query: Query, work: Callable, keep_preds: bool=..., **kwargs: Any) -> tuple[list, tuple]: ...
-def run_watched(learn: Learner, source: Source, callback: Callback, **kwargs: Any) -> tuple: ...

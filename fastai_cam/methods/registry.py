@@ -77,7 +77,6 @@ def checked_method(
         maps = nan_unless_finite(maps, scores.values[...,None], *[act[:,None] for act in cap.acts])
         return maps[:,0] if scores.single else maps
     method.__name__,method.facts = method_name(func),facts
-    method.needs_grad,method.layers = facts.grad,facts.layers
     return method
 
 def cam_method(
@@ -188,7 +187,7 @@ def as_method(
             f'a method is a name (one of {", ".join(map(repr, METHODS))}) or a function of (cap, score), not {type(method).__name__}')
     if method in WRAPPERS.values():
         raise ValueError(f"{method.__name__!r} is no method but changes one: write 'gradcam+{method.__name__}'")
-    return method if hasattr(method, 'needs_grad') else checked_method(method, facts_of(method))
+    return method if hasattr(method, 'facts') else checked_method(method, facts_of(method))
 
 # %% ../../nbs/31_methods.registry.ipynb #051989d2
 def as_methods(

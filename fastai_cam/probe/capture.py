@@ -58,12 +58,13 @@ def __getitem__(self:Scores,
     rows,cols = key if isinstance(key, tuple) else (key, None)
     if not isinstance(cols, (int, slice)) or rows != slice(None):
         raise IndexError('scores are taken apart by columns, as scores[:,0] or scores[:,:3]: all items are asked alike')
-    if isinstance(cols, int): cols = slice(cols, cols + 1 or None)
-    with torch.inference_mode(False): values = self.values[:,cols] # a slice is part of the graph only if it is taken with gradients on
-    first = self.cols.start or 0
-    kept = range(first, first + self.shape[1])[cols]
+    kept = range(self.shape[1])[cols]
+    if isinstance(kept, int): kept = range(kept, kept + 1)
     if kept.step != 1: raise IndexError('the columns of scores are taken one behind the other, as scores[:,0] or scores[:,:3]')
-    return Scores(values, self.fn, slice(kept.start, kept.stop), self.most)
+    # a slice is part of the graph only if it is taken with gradients on
+    with torch.inference_mode(False): values = self.values[:,kept.start:kept.stop]
+    first = self.cols.start or 0
+    return Scores(values, self.fn, slice(first + kept.start, first + kept.stop), self.most)
 
 @patch
 def chunks(self:Scores,

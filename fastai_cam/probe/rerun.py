@@ -10,7 +10,7 @@ __all__ = ['Pass', 'modules_after']
 # %% ../../nbs/17_probe.rerun.ipynb #e1f52c6f
 from contextlib import contextmanager
 from itertools import chain, product
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 import torch
 from torch import nn, Tensor

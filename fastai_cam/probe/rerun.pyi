@@ -6,7 +6,6 @@ from torch import Tensor
 from contextlib import contextmanager
 from itertools import chain
 from itertools import product
-from typing import Callable
 from typing import Iterable
 from typing import Sequence
 import torch

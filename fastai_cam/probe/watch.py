@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
 from ..core import at_least_float, images_in, map_tensors, swap_tensor, tensors_in
-from .layout import Layout
 from .guard import eval_mode, paused, ProbeHooks, register_hook, released, remove_hooks, unwrap_model, weak_hook
 from .layers import check_watchable
 from .evidence import disturbed_quadrants, moved_quadrants

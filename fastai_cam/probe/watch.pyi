@@ -18,7 +18,6 @@ from ..core import images_in
 from ..core import map_tensors
 from ..core import swap_tensor
 from ..core import tensors_in
-from .layout import Layout
 from .guard import eval_mode
 from .guard import paused
 from .guard import ProbeHooks

@@ -10,7 +10,7 @@ __all__ = ['Match', 'shuffled', 'PieceSearch', 'median_and_spread', 'fill_hidden
 
 # %% ../../nbs/82_shortcuts.matching.ipynb #032313fd
 from itertools import chain, product, zip_longest
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch

@@ -3,7 +3,6 @@ from typing import Any
 from itertools import chain
 from itertools import product
 from itertools import zip_longest
-from typing import Any
 from typing import Callable
 from typing import NamedTuple
 from typing import Sequence

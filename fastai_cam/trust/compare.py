@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
-from fastai.callback.core import GatherPredsCallback
 from fastai.data.core import Datasets, TfmdDL
 from fastai.torch_core import TensorMask
 from fastai.vision.core import PILMask, TensorBBox
@@ -32,15 +31,14 @@ from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers, resolve_layer
 from ..probe.capture import Capture, Scores
-from ..tasks import BinaryLabel, MultiLabel, Segmentation, SingleLabel, Values
-from ..targets.kinds import Target, AllClasses, Score, Several
+from ..targets.kinds import Target, Score
 from ..targets.lookup import Versus
 from ..methods.registry import as_methods, method_name
 from ..methods.baselines import BASELINES
 from ..maps.words import plain_html, plain_text
 from ..maps.draw import check_style, save_figure
 from ..state import check_learner, preserve_state, with_bar
-from ..source.loaders import Source, dl_source
+from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, Query, query_of, run_query
 from ..interpret import CAMInterpretation
@@ -58,18 +56,12 @@ def probability_rescorer(
     dtype:torch.dtype|None=None # Precision of the passes
 ):
     "A rescorer of `scores`, as a probability where it is about a class"
-    parts = target.parts
-    is_plain = isinstance(target, Versus) or any(isinstance(part, Score) or isinstance(part.task, Values) for part in parts)
-    if is_plain: return Rescorer(cap, scores, None, None, n_images, dtype)
-    out = target.read(cap.out)
-    task = parts[0].task.of(out)
-    if not isinstance(task, (SingleLabel, Segmentation, BinaryLabel, MultiLabel)): # a user's own: what its scores are is known to it alone
-        return Rescorer(cap, scores, None, None, n_images, dtype)
-    one_logit = isinstance(task, (BinaryLabel, MultiLabel)) or out.dim() > 3 and out.shape[1]==1
-    # of each, where the model returns several things
-    if not one_logit: return Rescorer(cap, scores, partial(map_tensors, _softmax), None, n_images, dtype)
-    logit = Rescorer(cap, scores, None, None, n_images, dtype)
-    return lambda images, items: logit(images, items).sigmoid()
+    parts,out,activation = target.parts,target.read(cap.out),None
+    is_of_class = not isinstance(target, Versus) and not any(isinstance(part, Score) for part in parts)
+    if is_of_class: activation = parts[0].task.of(out).score_activation(out)
+    of_output = partial(map_tensors, _softmax) if activation=='softmax' else None # of each, where the model returns several things
+    rescore = Rescorer(cap, scores, of_output, None, n_images, dtype)
+    return (lambda images, items: rescore(images, items).sigmoid()) if activation=='sigmoid' else rescore
 
 # %% ../../nbs/78_trust.compare.ipynb #5e57ad2e
 def _as_mask_image(found, image_size):

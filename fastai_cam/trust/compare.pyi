@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
-from fastai.callback.core import GatherPredsCallback
 from fastai.data.core import Datasets
 from fastai.data.core import TfmdDL
 from fastai.torch_core import TensorMask
@@ -31,15 +30,8 @@ from ..probe.layers import check_layers
 from ..probe.layers import resolve_layer
 from ..probe.capture import Capture
 from ..probe.capture import Scores
-from ..tasks import BinaryLabel
-from ..tasks import MultiLabel
-from ..tasks import Segmentation
-from ..tasks import SingleLabel
-from ..tasks import Values
 from ..targets.kinds import Target
-from ..targets.kinds import AllClasses
 from ..targets.kinds import Score
-from ..targets.kinds import Several
 from ..targets.lookup import Versus
 from ..methods.registry import as_methods
 from ..methods.registry import method_name
@@ -51,7 +43,6 @@ from ..maps.draw import save_figure
 from ..state import check_learner
 from ..state import preserve_state
 from ..state import with_bar
-from ..source.loaders import Source
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single

@@ -29,7 +29,7 @@ from ..probe.capture import Capture, Scores
 from ..probe.watch import Probe
 from ..tasks import Values
 from ..targets.kinds import Predicted, Target
-from ..methods.registry import as_methods, method_name
+from ..methods.registry import as_methods, facts_of, method_name
 from ..maps.words import plain_html, plain_legend, plain_text
 from ..maps.draw import CAMMap, check_style, save_figure
 from ..maps.cams import Images
@@ -398,7 +398,7 @@ def randomization_similarity(
         args,kwargs = cap.inputs_of(None, item[None])
         if copy is None: (_,copy), = randomized_copies(cap.model, dict(copy=chosen), 'cascading', seed, args, kwargs)
         else: settle_norms(norms_after(copy, [name for name,_ in copy.named_modules()], chosen), copy, args, kwargs)
-        with Probe(copy, cap.names, getattr(method, 'needs_grad', True), image=cap.image_index) as probe:
+        with Probe(copy, cap.names, facts_of(method).grad, image=cap.image_index) as probe:
             other = probe(*args, **kwargs)
             others.append(method(other, other.score(columns, item[None])))
     found = spearman(own.flatten(0, 1), torch.cat(others).flatten(0, 1)).view(scores.shape)

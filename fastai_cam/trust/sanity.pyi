@@ -29,6 +29,7 @@ from ..tasks import Values
 from ..targets.kinds import Predicted
 from ..targets.kinds import Target
 from ..methods.registry import as_methods
+from ..methods.registry import facts_of
 from ..methods.registry import method_name
 from ..maps.words import plain_html
 from ..maps.words import plain_legend

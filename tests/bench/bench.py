@@ -77,14 +77,14 @@ def plain(model, x):
 
 def ours(model, x, method=gradcam, layer=None, target=None, **options):
     "Maps of `method`, scaled to 0–1 and enlarged to the images, as the others return them"
-    with Probe(model, layer, grad=method.needs_grad) as p:
+    with Probe(model, layer, grad=method.facts.grad) as p:
         cap = p(x)
         maps = method(cap, cap.score(target or ClassIndex(3)), **options)
     return upsample(normalize(maps), x.shape[-2:])[:, 0]
 
 def ours_raw(model, x, method=gradcam, layer=None, target=None, **options):
     "Maps of `method` as the library keeps them: signed, at the resolution of the layer"
-    with Probe(model, layer, grad=method.needs_grad) as p:
+    with Probe(model, layer, grad=method.facts.grad) as p:
         cap = p(x)
         return method(cap, cap.score(target or ClassIndex(3)), **options)
 
