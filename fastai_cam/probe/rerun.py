@@ -19,6 +19,7 @@ from fastcore.basics import patch, store_attr
 from ..core import at_least_float, images_in, map_tensors, n_items_of, tensors_in
 from .layout import Layout
 from .guard import copy_model, eval_mode, foreign_hooks, HOOK_KINDS, hooked, paused, returning
+from .modes import differentiable_rnns
 from .readings import activation_in
 from .scan import bias_layers
 
@@ -27,7 +28,7 @@ _renamed = dict(
     tail='run_from', again='recapture', outputs='run', question='as_scores', columns='as_scores', chunks='as_scores(score).chunks')
 
 class Pass:
-    "A forward pass that ran, and that can be run again in whole or in part; nothing here is recorded by autograd but `recapture`"
+    "A forward pass that ran, and that can be run again in whole or in part; nothing here is recorded by autograd but `recapture`, and `run_from` if it is asked to"
     def __init__(self,
         model:nn.Module, # Model that ran
         layers:Sequence[tuple[str,nn.Module]], # Names and modules of the watched layers
@@ -200,7 +201,9 @@ class _Recording:
 def run_from(self:Pass,
     act:Tensor, # Activation `[n, C, H, W]` to go on with; without `items`, r variants of the first item, then r of the second, …
     layer:int=0, # Which of the watched layers it is the output of
-    items:Tensor|None=None # The item that each row is a variant of
+    items:Tensor|None=None, # The item that each row is a variant of
+    extra:Tensor|None=None, # Tokens that are no places, of each row, `[n, n_extra, C]`; `None`: those of its item
+    grad:bool=False # Is the run recorded by autograd, so that the output can be differentiated with respect to `act` and `extra`?
 ) -> Any: # What the model returns
     """The model's output had the layer returned `act` (at the call that was watched: the last, if it is called several times);
     what comes before the layer does not run again"""
@@ -209,19 +212,30 @@ def run_from(self:Pass,
         if len(act) % len(self):
             raise ValueError(f'the activation has {len(act)} items, which is no multiple of the {len(self)} items of the batch')
         items = torch.arange(len(self)).repeat_interleave(len(act)//len(self))
-    extra = self.extras[layer]
-    act = self.layouts[layer].restored(act, None if extra is None else extra[items.to(extra.device)])
-    with self._aside(), torch.no_grad():
+    if extra is None and self.extras[layer] is not None: extra = self.extras[layer][items.to(self.extras[layer].device)]
+    with self._aside(), self._recorded(grad, act):
+        act = self.layouts[layer].restored(act, extra)
+        if grad: act = act.clone() # what follows may change it in place
         following = modules_after(self.model, name)
         if following is None or self.contained[layer]: return self._resumed(name, module, act, items, self.calls[layer])
         for step in following: act = step(act)
         return act
 
 @patch
+@contextmanager
+def _recorded(self:Pass, grad, act):
+    "Autograd on, whatever the grad mode is, or off"
+    if not grad:
+        with torch.no_grad(): yield
+        return
+    with torch.inference_mode(False), torch.enable_grad(), differentiable_rnns(self.model, [act]): yield
+
+@patch
 def _resumed(self:Pass, name, module, act, items, call):
     "A pass in which everything that ended before the layer did returns what it returned then"
     if name not in self._recordings:
-        self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
+        with torch.no_grad():
+            self._recordings[name] = _Recording(self.model, name, call, lambda: self.model(*self.args, **self.kwargs), len(self))
     recording,(args,kwargs) = self._recordings[name],self.inputs_of(None, items)
     def run(share):
         def spread(out): return lambda: recording.spread(out, items, share)

@@ -217,11 +217,12 @@ def _handed_on(self:Probe, state, layouts, calls):
 def run_from(self:Probe,
     act:Tensor, # Activation `[n, C, H, W]` to go on with; without `items`, r variants of the first item, then r of the second, …
     layer:int=0, # Which of the watched layers it is the output of
-    items:Tensor|None=None # The item that each row is a variant of
+    items:Tensor|None=None, # The item that each row is a variant of
+    **kwargs # Passed to `Pass.run_from`: `extra`, `grad`
 ) -> Any: # What the model returns
     "`Pass.run_from` of the last pass"
     if self._last is None: raise RuntimeError('run_from goes on from a pass that was captured: run the model first')
-    return self._last.run_from(act, layer, items)
+    return self._last.run_from(act, layer, items, **kwargs)
 
 # %% ../../nbs/19_probe.watch.ipynb #88bb8bc7
 @patch
