@@ -6,8 +6,8 @@ Docs: https://fastai-cam.example/docs/all.html.md"""
 
 # %% auto #0
 __all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex',
-           'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS',
-           'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+           'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS',
+           'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
 
 # %% ../nbs/all.ipynb #b42b5bdb
 import fastai_cam.shortcuts, fastai_cam.trust # which give learners and interpretations their checks
@@ -16,6 +16,7 @@ from .learner.cams import cam_head, cam_learner, CAMCallback
 from .maps.cams import CAMs
 from .maps.draw import CAMMap
 from .targets.kinds import Actual, ClassIndex, Predicted, Score, Similarity, Target
+from .targets.prompt import Prompt
 from .targets.lookup import Output, Region, Versus, WhyNot
 from .tasks import Task
 from .methods.registry import cam_method, cam_weights, cam_wrapper, METHODS, WRAPPERS
@@ -24,5 +25,5 @@ from .probe.watch import alignment, Probe
 
 _all_ = [
     'CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus',
-    'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method',
+    'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method',
     'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']

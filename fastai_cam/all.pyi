@@ -14,6 +14,7 @@ from .targets.kinds import Predicted
 from .targets.kinds import Score
 from .targets.kinds import Similarity
 from .targets.kinds import Target
+from .targets.prompt import Prompt
 from .targets.lookup import Output
 from .targets.lookup import Region
 from .targets.lookup import Versus
@@ -28,4 +29,4 @@ from .trust.rescore import cam_metric
 from .trust.rescore import METRICS
 from .probe.watch import alignment
 from .probe.watch import Probe
-__all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+__all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']

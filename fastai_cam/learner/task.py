@@ -21,8 +21,9 @@ from fastai.torch_core import TensorImageBase, TensorMask
 from fastai.vision.core import PILMask, TensorBBox, TensorPoint
 from ..tasks import check_task, MultiLabel, NoAnswer, Points, SingleLabel, Task, Values
 from ..targets.kinds import Target
+from ..targets.prompt import prepare_prompts, Prompt
 from ..targets.lookup import as_target
-from ..state import valid_loader
+from ..state import preserve_state, valid_loader
 
 # %% ../../nbs/60_learner.task.ipynb #8a8a2786
 def _vocab_of_masks(dls):
@@ -95,7 +96,10 @@ def target_of(
     cls:Any # As `learn.show_cam` takes it
 ) -> Target:
     "The target that `cls` means for this learner; `ValueError` where the task has no such thing"
-    return as_target(cls, class_names(learn.dls), getattr(learn.dls, 'c', None), task_of(learn))
+    target = as_target(cls, class_names(learn.dls), getattr(learn.dls, 'c', None), task_of(learn))
+    if any(isinstance(part, Prompt) for part in target.parts):
+        with preserve_state(learn): prepare_prompts(target, learn.model)
+    return target
 
 # %% ../../nbs/60_learner.task.ipynb #72a1e687
 def activation_of(

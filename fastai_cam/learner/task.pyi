@@ -23,7 +23,10 @@ from ..tasks import SingleLabel
 from ..tasks import Task
 from ..tasks import Values
 from ..targets.kinds import Target
+from ..targets.prompt import prepare_prompts
+from ..targets.prompt import Prompt
 from ..targets.lookup import as_target
+from ..state import preserve_state
 from ..state import valid_loader
 __all__ = ['class_names', 'task_of', 'target_of', 'activation_of', 'has_item_losses']
 def class_names(dls: Any) -> Sequence | None: ...

@@ -10,9 +10,10 @@ from .kinds import Score
 from .kinds import Several
 from .kinds import Similarity
 from .kinds import Target
+from .prompt import Prompt
 from .lookup import as_target
 from .lookup import Output
 from .lookup import Region
 from .lookup import Versus
 from .lookup import WhyNot
-__all__ = ['Target', 'Predicted', 'Actual', 'ClassIndex', 'AllClasses', 'AllValues', 'Score', 'Similarity', 'Several', 'Region', 'Output', 'Versus', 'WhyNot', 'as_target']
+__all__ = ['Target', 'Predicted', 'Actual', 'ClassIndex', 'AllClasses', 'AllValues', 'Score', 'Similarity', 'Prompt', 'Several', 'Region', 'Output', 'Versus', 'WhyNot', 'as_target']
