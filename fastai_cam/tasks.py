@@ -213,8 +213,8 @@ class SingleLabel(Task):
         logits = as_logits(out)
         if self.is_whole and self.vocab is not None and len(self.vocab) != logits.shape[1]:
             raise ValueError(f'the vocab names {len(self.vocab)} classes, but the model returns {logits.shape[1]} numbers an item, so it '
-                             'is not known which is which class (an embedding?): pass cls=ClassIndex(column), Similarity(embedding) or a '
-                             'function of the output')
+                             'is not known which is which class (an embedding?): pass cls=ClassIndex(column), Similarity(embedding), '
+                             'Prompt(text) or a function of the output')
         return logits
     def probabilities(self, out:Any) -> Tensor: return as_logits(out).softmax(1)
     def score_activation(self, out:Any) -> str: return 'softmax'
@@ -437,7 +437,7 @@ class Points(Values):
 _no_answers = dict(
     picture=('a picture (or another number at every pixel)', f'{_a_function}, e.g. cls=lambda out: out[:,0,8:16,8:16].mean((1,2))'),
     boxes=('boxes, and a coordinate is no class', f'{_a_function}, e.g. cls=lambda out: out[:,0]'),
-    embedding=('an embedding, whose numbers mean nothing one by one', f'Similarity(another embedding), or {_a_function}'))
+    embedding=('an embedding, whose numbers mean nothing one by one', f'Similarity(another embedding), Prompt(text), or {_a_function}'))
 
 class NoAnswer(Values):
     "An output in which no number is an answer by itself (a picture, boxes, an embedding): it has to be asked with a function"
