@@ -242,6 +242,13 @@ def test_a_text_is_encoded_once_and_again_when_the_weights_are_others():
     assert cat.reference is None and not hasattr(model, 'known') # nothing that would be wrong for another model
 
 
+def test_the_weights_are_looked_at_once_for_all_prompts(monkeypatch):
+    looked, look, model = [], room._fingerprint, counting()
+    monkeypatch.setattr(room, '_fingerprint', lambda encoder: [looked.append(encoder), look(encoder)][1])
+    learner_of(model).get_cams([0, 1, 2], cls=[Prompt('a'), Prompt('b'), Versus(Prompt('c'), [Prompt('d'), Prompt('e')])])
+    assert looked==[model] and len(model.notes)==5
+
+
 def test_a_prompt_of_two_learners_knows_both():
     models, cat = [counting(seed=i) for i in (0, 1)], Prompt('a cat')
     maps = [learner_of(model).get_cams([0], cls=cat).maps for model in models]

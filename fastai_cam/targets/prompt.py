@@ -28,7 +28,7 @@ class Prompt(Similarity):
     takes_labels,reference,scale = False,None,1.
     def __init__(self,
         text:str|Sequence[str], # What to look for; of several ways to say it the embeddings are averaged, as CLIP does with its templates
-        tokenizer:Callable|None=None, # Makes what `encode_text` takes of a list of texts; `None`: CLIP's own, for an encoder with its vocabulary
+        tokenizer:Callable|None=None, # Makes of a list of texts what `encode_text` takes; `None`: CLIP's own, if the encoder has its tokens
         encoder:nn.Module|None=None, # Has `encode_text`; `None`: the learner's model, or a part of it
         embedding:Tensor|None=None, # Embedding of the text `[D]`, or one of each `[n, D]`, if they are known; `None`: `encoder` makes them
         label:str|None=None # What to show; `None`: the text
@@ -58,7 +58,7 @@ def _checked_embedding(embedding, texts):
                          f'and this one has shape {list(found.shape)}')
     return found
 
-def _averaged(embeddings): return F.normalize(at_least_float(embeddings), dim=1).mean(0) # each text counts as much, however long its embedding
+def _averaged(embeddings): return F.normalize(at_least_float(embeddings), dim=1).mean(0) # of each text its direction
 
 # %% ../../nbs/22a_targets.prompt.ipynb #5a7e0c08
 def _image_embedding(out):
