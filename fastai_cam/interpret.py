@@ -83,7 +83,7 @@ def _check_loader(dl):
 class CAMInterpretation(ClassificationInterpretation):
     """`ClassificationInterpretation` that can also show where the model looked;
     other tasks than classification have those of its plots that need no classes"""
-    method,layer = 'gradcam',None
+    method,layer = None,None
     def __init__(self,
         learn:Learner, # Learner to interpret
         dl:DataLoader|None=None, # Labelled `DataLoader`
@@ -121,7 +121,7 @@ def from_learner(cls:CAMInterpretation,
     ds_idx:int|DataLoader=1,
     dl:DataLoader|None=None, # Labelled `DataLoader` to interpret
     act:Callable|None=None, # Instead of the loss function's activation
-    method:str|Callable|Sequence='gradcam', # How maps are made, as `learn.show_cam` takes it
+    method:str|Callable|Sequence|None=None, # How maps are made, as `learn.show_cam` takes it
     layer:Any=None, # Where, as `learn.show_cam` takes it
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> 'CAMInterpretation':

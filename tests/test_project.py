@@ -25,8 +25,8 @@ WIDE_LINES, LARGE_CELLS, LONG_PARTS, RIDDLES, MOST_LINES = 0, 0, 0, 0, 490 # lin
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers', 'probe.evidence', 'probe.reasons', 'probe.modes',
          'probe.readings', 'probe.scan', 'probe.finder', 'probe.rerun', 'probe.capture', 'probe.watch', 'captions', 'tasks',
-         'targets.kinds', 'targets.prompt', 'targets.lookup', 'methods.combine', 'methods.registry', 'methods.catalogue', 'methods.baselines',
-         'methods.table', 'maps.words', 'maps.pixels', 'maps.draw', 'maps.boxes', 'maps.cams', 'maps.titles', 'maps.store', 'state',
+         'targets.kinds', 'targets.prompt', 'targets.lookup', 'methods.combine', 'methods.registry', 'methods.catalogue', 'methods.evidence',
+         'methods.baselines', 'methods.table', 'maps.words', 'maps.pixels', 'maps.draw', 'maps.boxes', 'maps.cams', 'maps.titles', 'maps.store', 'state',
          'source.passes', 'source.loaders', 'source.images', 'source.items', 'learner.task', 'learner.arguments', 'learner.query',
          'learner.cams', 'interpret', 'trust.rescore', 'trust.impute', 'trust.metrics', 'trust.masks', 'trust.similarity',
          'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence',

@@ -25,7 +25,7 @@ from ..probe.guard import released, unwrap_model
 from ..probe.layers import check_layers
 from ..probe.watch import Probe
 from ..targets.kinds import AllClasses, Several, Target
-from ..methods.registry import as_methods, facts_of, method_name
+from ..methods.registry import as_methods, facts_of
 from ..state import call_event, check_learner, is_stand_in, stand_in
 from ..source.loaders import Source
 from .task import target_of
@@ -53,11 +53,12 @@ class Query:
         wanted = {facts_of(method).layers for method in self.methods}
         return next(iter(wanted)) if self.layer is None and len(wanted)==1 else self.layer
 
-    @property
-    def labels(self) -> list[str]:
+    def labels_of(self,
+        names:Sequence[str] # Of the methods, as they were chosen
+    ) -> list[str]:
         "What each map of an item answers"
-        if len(self.methods)==1: return list(self.target.labels)
-        return [f'{method_name(method)}: {label}' for method,label in product(self.methods, self.target.labels)]
+        if len(names)==1: return list(self.target.labels)
+        return [f'{name}: {label}' for name,label in product(names, self.target.labels)]
 
     @property
     def is_several(self) -> bool:
@@ -68,7 +69,7 @@ class Query:
 def query_of(
     learn:Learner, # Learner that is asked
     cls:Any=None, # As `learn.show_cam` takes it
-    method:str|Callable|Sequence='gradcam', # As `learn.show_cam` takes it
+    method:str|Callable|Sequence|None=None, # As `learn.show_cam` takes it
     layer:Any=None, # As `learn.show_cam` takes it
     image:int=0 # Which of the images that go into the model for one item
 ) -> Query:

@@ -117,7 +117,9 @@ class CAMs:
         signed:bool|None=None, # Are the maps shown signed where `show` is not told? `None`: as the task says
         thresh:float|None=None, # Probability from which a label (or the positive class) counts as predicted; `None`: as the task says
         texts:Sequence|None=None, # What else went into the model with each item, e.g. a question about the picture; `None` for none
-        sizes:Tensor|None=None # `[n, 2]` height and width of the pictures in pixels, where there are no images; 0: not known any more
+        sizes:Tensor|None=None, # `[n, 2]` height and width of the pictures in pixels, where there are no images; 0: not known any more
+        method:Sequence[str]|None=None, # Names of the methods that made the maps, as they were asked for or chosen
+        layers:Sequence[str]|None=None # Names of the layers they were made at
     ):
         _check(maps, n_space, regions, thresh, texts)
         maps,classes,preds,targs,losses,regions = map(plain_values, (maps, classes, preds, targs, losses, regions))

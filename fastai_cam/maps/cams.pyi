@@ -46,7 +46,7 @@ class Images():
     idxs: Any
 def plain_values(values: Any) -> Any: ...
 class CAMs():
-    def __init__(self, maps: Tensor, images: 'Images|Sequence|None'=..., classes: Tensor | None=..., labels: Sequence[str] | None=..., preds: Tensor | None=..., targs: Tensor | None=..., losses: Tensor | None=..., items: Sequence | None=..., vocab: Sequence | None=..., n_space: int=..., task: str | Task=..., regions: Tensor | None=..., signed: bool | None=..., thresh: float | None=..., texts: Sequence | None=..., sizes: Tensor | None=...) -> None: ...
+    def __init__(self, maps: Tensor, images: 'Images|Sequence|None'=..., classes: Tensor | None=..., labels: Sequence[str] | None=..., preds: Tensor | None=..., targs: Tensor | None=..., losses: Tensor | None=..., items: Sequence | None=..., vocab: Sequence | None=..., n_space: int=..., task: str | Task=..., regions: Tensor | None=..., signed: bool | None=..., thresh: float | None=..., texts: Sequence | None=..., sizes: Tensor | None=..., method: Sequence[str] | None=..., layers: Sequence[str] | None=...) -> None: ...
     def images(*args: Any, **kwargs: Any) -> Any: ...
     def __setstate__(self, state: dict) -> Any: ...
     @property
@@ -73,8 +73,10 @@ class CAMs():
     classes: Any
     items: Any
     labels: Any
+    layers: Any
     losses: Any
     maps: Any
+    method: Any
     n_space: Any
     preds: Any
     regions: Any

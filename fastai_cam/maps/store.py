@@ -30,6 +30,7 @@ from .cams import CAMs
 _format = 1 # raised when a file can no longer be read by an earlier version
 _saved_tensors = ('maps', 'classes', 'preds', 'targs', 'losses', 'regions')
 _saved_words = ('labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')
+_made_by = ('method', 'layers') # earlier versions did not write them
 
 def _as_json(value):
     "Numbers, texts and bools as they are, other things as text"
@@ -61,6 +62,7 @@ def _header_of(cams, tensors, n_images):
     words.update(task=cams.task.name, signed=bool(cams.signed))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
+    for name in _made_by: header[name] = _as_json(getattr(cams, name))
     return header
 
 # %% ../../nbs/46_maps.store.ipynb #46c0de01
@@ -146,6 +148,8 @@ def _check_header(header):
     for name,is_right in _is_right.items():
         if name not in header: raise ValueError(f'its header lacks {name!r}')
         if not is_right(header[name]): raise ValueError(f'{textwrap.shorten(repr(header[name]), 60)} is no {name!r}')
+    for name in _made_by:
+        if not _is_list(header.get(name), str): raise ValueError(f'{textwrap.shorten(repr(header[name]), 60)} are no names')
     sizes = header.get('sizes') # earlier versions did not write them
     if sizes is not None and not (isinstance(sizes, list) and all(map(_is_size, sizes))):
         raise ValueError(f'{textwrap.shorten(repr(sizes), 60)} are no sizes of pictures')
@@ -266,6 +270,7 @@ def load(cls:CAMs,
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
         words = {name: header[name] for name in _saved_words} | dict(task=task_named(header['task'])) if known else {}
+        words.update({name: header.get(name) for name in _made_by})
         loaded = cls(images=stored or None, sizes=_sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way

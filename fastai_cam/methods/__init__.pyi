@@ -7,7 +7,9 @@ from .combine import principal_component
 from .combine import weighted_sum
 from .registry import as_method
 from .registry import as_methods
+from .registry import chosen_method
 from .registry import cam_method
+from .registry import DEFAULT_METHOD
 from .registry import cam_weights
 from .registry import cam_wrapper
 from .registry import facts_of
@@ -34,7 +36,6 @@ from .catalogue import hirescam
 from .catalogue import iscam
 from .catalogue import kpca_cam
 from .catalogue import layercam
-from .catalogue import likenesscam
 from .catalogue import pca
 from .catalogue import reciprocam
 from .catalogue import refinecam
@@ -47,9 +48,13 @@ from .catalogue import stages
 from .catalogue import tta
 from .catalogue import xgradcam
 from .table import methods_table
+from .evidence import likenesscam
+from .evidence import objectcam
+from .evidence import path_evidence
+from .evidence import pathcam
 from .baselines import BASELINES
 from .baselines import edge_map
 from .baselines import gaussian_map
 from .baselines import random_map
 from .baselines import uniform_map
-__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

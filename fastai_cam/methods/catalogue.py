@@ -8,7 +8,7 @@ Docs: https://fastai-cam.example/docs/methods.catalogue.html.md"""
 __all__ = ['cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam',
            'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam',
            'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',
-           'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam']
+           'stages', 'tta', 'pca', 'smooth_gradcam_pp']
 
 # %% ../../nbs/32_methods.catalogue.ipynb #92d7b92c
 import math
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import at_least_float
-from ..probe.layers import EVERY_STAGE, LAST_TWO_STAGES
+from ..probe.layers import EVERY_STAGE
 from ..probe.scan import effective_bias
 from ..probe.capture import Capture, Scores
 from .combine import enlarge, nan_unless_finite, principal_component, weighted_sum
@@ -548,32 +548,3 @@ def _peak(grads):
     "Largest magnitude of each item's and score's gradients; 1 where there is none"
     peak = grads.abs().flatten(2).amax(-1)[(...,) + (None,)*(grads.dim() - 2)]
     return torch.where(peak > 0, peak, 1)
-
-# %% ../../nbs/32_methods.catalogue.ipynb #b33430f5
-@cam_method(resolution='finest layer', layers=LAST_TWO_STAGES, cost='0.2 to 0.4 forward passes')
-def likenesscam(
-    cap:Capture, # Pass at two layers, a finer one and the last; at one layer, the model is run again and watched at its last two stages
-    scores:Scores # What is explained
-) -> Tensor: # `[B, K, h, w]` at the resolution of the finer layer, signed
-    r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place,
-    of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer, where HiResCAM of the last one is positive.
-    Where the object is, with its outline, rather than what of it was needed"""
-    staged = cap if len(cap.layers) > 1 else cap.recapture(layers=LAST_TWO_STAGES)
-    finer,maps = -2 if len(staged.layers) > 1 else -1,[] # a network of one resolution has one layer for both
-    fine,last = staged.acts[finer],staged.acts[-1]
-    asked = scores if staged is cap else staged.score(scores)
-    for piece in asked.chunks():
-        grads = staged.grads(piece)
-        speaks_for = enlarge(weighted_sum(last, grads[-1]), fine.shape[2:]) > 0
-        seeds = weighted_sum(at_least_float(fine).abs(), grads[finer].abs())*speaks_for
-        maps.append(nan_unless_finite(fuse_maps(staged, [_likeness(act, seeds) for act in (fine, last)]), grads[-1], grads[finer]))
-    return torch.cat(maps, dim=1)
-
-def _likeness(acts, seeds):
-    "Cosine similarity to the features at the seeds `[B, K, *space]`, both less those of the average place: uniform seeds make an empty map"
-    space = acts.shape[2:]
-    features = F.normalize(at_least_float(acts).flatten(2), dim=1)
-    features = features - features.mean(-1, keepdim=True)
-    pooled = F.interpolate(seeds, size=space, mode='area').flatten(2)
-    prototypes = torch.einsum('bkp,bcp->bkc', pooled, features)
-    return torch.einsum('bkc,bcp->bkp', prototypes, features).unflatten(-1, space)

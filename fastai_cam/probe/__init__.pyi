@@ -13,6 +13,7 @@ from .layers import body_of
 from .layers import check_layers
 from .layers import describe_layers
 from .layers import EVERY_STAGE
+from .layers import EVIDENCE
 from .layers import is_body_and_head
 from .layers import LAST_TWO_STAGES
 from .layers import resolve_layer
@@ -35,4 +36,4 @@ from .capture import describe_head
 from .capture import Scores
 from .watch import alignment
 from .watch import Probe
-__all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
+__all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'EVIDENCE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']

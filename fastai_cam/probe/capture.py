@@ -225,6 +225,19 @@ def channels_first(self:Capture,
 
 # %% ../../nbs/18_probe.capture.ipynb #b8ac398e
 @patch
+def grads_from(self:Capture,
+    act:Tensor, # Activation `[B, C, H, W]` to go on with
+    scores:Scores, # The question, `[B, K]`
+    layer:int=0 # Which of the watched layers it is the output of
+) -> tuple[Tensor,Tensor]: # Scores `[B, K]`, and their gradients with respect to `act`, `[B, K, C, H, W]`
+    "The scores had the layer returned `act`, and where they rise from there: what follows the layer is run forwards and backwards"
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = act.detach().clone().requires_grad_()
+        values = scores.of(self.run_from(leaf, layer, grad=True))
+        grads, = self._differentiate(values, [leaf])
+    return at_least_float(values.detach().as_subclass(Tensor)),grads
+
+@patch
 def image_grads(self:Capture,
     score:Tensor|Callable # As `grads` takes it
 ) -> Tensor: # `[B, C, H, W]` or `[B, K, C, H, W]`

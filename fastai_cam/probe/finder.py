@@ -16,7 +16,8 @@ from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
 from ..core import describe_output, image_size_of, images_in, n_items_of
 from .layout import find_layout, find_layouts, Layout
-from .layers import EVERY_STAGE, is_body_and_head, is_found_by_pass, is_scripted, resolve_layers
+from .layers import (
+    EVERY_STAGE, EVIDENCE, is_body_and_head, is_found_by_pass, is_scripted, LAST_TWO_STAGES, resolve_layers)
 from .evidence import channels_first, CHANNELS_FIRST_LAYERS, convolves, ends_channels_last
 from .reasons import words_of_no_space, words_of_one_frame
 from .scan import LayerScan
@@ -81,7 +82,7 @@ def search(self:LayerFinder, state:PassState) -> None:
     "Let one item show which layer is the last with space (or where each stage ends)"
     scan = self.scan(state)
     if self.wanted is None: found = [scan.last]
-    else: found = scan.stages() if self.wanted==EVERY_STAGE else scan.last_two()
+    else: found = {EVERY_STAGE: scan.stages, LAST_TWO_STAGES: scan.last_two, EVIDENCE: scan.evidence}[self.wanted]()
     self.layers = [(seen.name, seen.module) for seen in found]
 
 # %% ../../nbs/16a_probe.finder.ipynb #589ca4dc

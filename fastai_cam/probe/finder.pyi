@@ -17,9 +17,11 @@ from .layout import find_layout
 from .layout import find_layouts
 from .layout import Layout
 from .layers import EVERY_STAGE
+from .layers import EVIDENCE
 from .layers import is_body_and_head
 from .layers import is_found_by_pass
 from .layers import is_scripted
+from .layers import LAST_TWO_STAGES
 from .layers import resolve_layers
 from .evidence import channels_first
 from .evidence import CHANNELS_FIRST_LAYERS

@@ -28,7 +28,8 @@ _renamed = dict(
     tail='run_from', again='recapture', outputs='run', question='as_scores', columns='as_scores', chunks='as_scores(score).chunks')
 
 class Pass:
-    "A forward pass that ran, and that can be run again in whole or in part; nothing here is recorded by autograd but `recapture`, and `run_from` if it is asked to"
+    """A forward pass that ran, and that can be run again in whole or in part;
+    nothing here is recorded by autograd but `recapture`, and `run_from` if it is asked to"""
     def __init__(self,
         model:nn.Module, # Model that ran
         layers:Sequence[tuple[str,nn.Module]], # Names and modules of the watched layers
@@ -39,6 +40,7 @@ class Pass:
         calls:Sequence[int|None]=(), # Which call of each layer was watched; `None`: the last
         image_index:int=0, # Which of the images is explained, where several go in
         contained:Sequence[bool]=(), # Whether the activation of each layer was one of several things in a container that it returned
+        wanted:Any=None, # The layers that were asked for, as `Probe` takes them; `None`: none was named
         probes:Iterable['Probe']=() # Probes that must look away while the model is run again
     ):
         store_attr()

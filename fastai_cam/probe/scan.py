@@ -363,7 +363,10 @@ def stages(self:LayerScan,
 ) -> list[LayerCall]: # From the finest resolution to the coarsest
     "The last layer at each of the `n` coarsest resolutions: where each stage of the network ends"
     last,ends,coarsest = self.last,{},None
+    def is_aside(seen): return any( # as the keys that some attentions make coarser than their block is
+        seen.name.startswith(f'{block.name}.') and math.prod(block.layout.grid) > math.prod(seen.layout.grid) for block in self.spatial)
     for seen in self.spatial:
+        if is_aside(seen): continue
         n_places = math.prod(seen.layout.grid)
         # a decoder's growing maps are no stages
         if coarsest is None or n_places <= coarsest: ends[seen.layout.grid],coarsest = seen,n_places
@@ -379,6 +382,24 @@ def last_two(self:LayerScan) -> list[LayerCall]: # The finer one first; one only
     before = self.spatial[:self.spatial.index(last)]
     def block_of(end): return next((seen for seen in reversed(before) if seen.is_block and seen.layout.grid==end.layout.grid), end)
     return [block_of(end) for end in finer] + [last]
+
+@patch
+def _before_last_block(self:LayerScan):
+    "Of tokens, the last of the blocks that are repeated behind which another one comes; `None`: no block is repeated"
+    def row(seen): return seen.name.rpartition('.')[0], type(seen.module)
+    grid = self.last.layout.grid # a class token may join later
+    blocks = [seen for seen in self.seen if seen.is_block and seen.layout is not None and seen.layout.grid==grid]
+    followed = {seen.name for i,seen in enumerate(blocks) if any(row(other)==row(seen) for other in blocks[i+1:])}
+    found = [seen for seen in self.spatial if seen.name in followed]
+    return found[-1] if found else None
+
+@patch
+def evidence(self:LayerScan) -> list[LayerCall]: # The finer one first
+    """Where evidence is looked for: of a network that draws, the last layer; of tokens, what the last block gets,
+    since a class token sees places no later; of others, the last two stages"""
+    if self.draws: return [self.last]
+    before = self._before_last_block() if self.last.layout.is_tokens else None
+    return self.last_two() if before is None else [before]
 
 # %% ../../nbs/16_probe.scan.ipynb #1d12b909
 def last_spatial_layer(

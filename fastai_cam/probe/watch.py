@@ -33,7 +33,8 @@ class Probe(ExitStack):
     def __init__(self,
         model:nn.Module, # Model to watch
         # Module, dotted name, index into `model[0]`, or a list; `None`: the last layer with space;
-        # `'stages'`: where each of the last four resolutions ends; `'last_stages'`: the last layer, and the last block that is finer
+        # `'stages'`: where each of the last four resolutions ends; `'last_stages'`: the last layer, and the last block that is finer;
+        # `'evidence'`: these two, or of tokens what the last block gets
         layers:nn.Module|str|int|Sequence|None=None,
         grad:bool=True, # Whether gradients will be wanted
         from_input:bool=False, # Record from the images on, so that there are gradients with respect to them too?
@@ -206,7 +207,7 @@ def _handed_on(self:Probe, state, layouts, calls):
     "The capture of a pass; and what `run_from` may need, without the graph"
     acts = [state.acts[i][-1 if call is None else call] for i,call in enumerate(calls)]
     inputs = dict(args=state.args, kwargs=state.kwargs, layouts=layouts, calls=calls, image_index=self.finder.image, probes=WeakSet([self]),
-                  contained=[i in state.contained for i in range(len(calls))])
+                  contained=[i in state.contained for i in range(len(calls))], wanted=self.finder.wanted)
     capture = Capture(self.model, state.out, acts, self.layers, self.grad, state.leaf, **inputs)
     capture.cut = state.cut
     self._last = Pass(self.model, self.layers, extras=capture.extras, **inputs)

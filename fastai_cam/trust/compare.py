@@ -275,7 +275,7 @@ def _usual_metrics(with_masks):
     return ['insertion', 'deletion', 'average_drop', *(['pointing_game', 'energy_in_mask', 'iou'] if with_masks else [])]
 
 # %% ../../nbs/78_trust.compare.ipynb #0ded769e
-USUAL_METHODS = ['gradcam', 'hirescam', 'layercam', 'gradcam_pp', 'eigencam']
+USUAL_METHODS = ['objectcam', 'gradcam', 'hirescam', 'layercam', 'gradcam_pp', 'eigencam']
 
 def _check_comparison(n, masks, dtype):
     "`ValueError` or `TypeError` for what leaves nothing to measure, or cannot be measured with"

@@ -145,7 +145,7 @@ class Explainer:
     def __init__(self,
         cap:Capture, # Pass of the items
         score:Scores|Callable, # One score an item, of `cap.score`, or a function of the output
-        method:str|Callable='gradcam', # As `as_method` takes it
+        method:str|Callable|None=None, # As `as_method` takes it
         bs:int|None=None # How many images to run at once; `None`: 8 on a CPU, else 64
     ):
         store_attr('cap,bs')

@@ -211,7 +211,7 @@ def _verdict(examined, image, share, vocab, target):
 def cam_trust(self:Learner,
     item:Any=0, # As `learn.show_cam` takes it; of several items, each is examined
     cls:Any=None, # As `learn.show_cam` takes it; `None`: the predicted class
-    method:str|Callable='gradcam', # As `learn.show_cam` takes it
+    method:str|Callable|None=None, # As `learn.show_cam` takes it
     layer:Any=None, # As `learn.show_cam` takes it
     share:float=.2, # How much of the picture is removed
     n_random:int=19, # How many times as much is removed elsewhere
