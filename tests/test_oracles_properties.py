@@ -58,7 +58,7 @@ def normalised(maps):
 
 DEPENDS_ON_SCALE = dict( # whose formula is not homogeneous in the score
     gradcam_pp='alpha has g in its denominator next to a constant: the score is to be a logit', smooth_gradcam_pp='as gradcam_pp', refinecam='its base is gradcam_pp: see below for another',
-    scorecam='softmax of the score', sscam='softmax of the score', iscam='softmax of the score', finercam='logits are taken from the score: see below for a scaled model', **{'scorecam+stages': 'softmax of the score'})
+    scorecam='softmax of the score', sscam='softmax of the score', iscam='softmax of the score', opticam='Adam has its ε next to the gradient', finercam='logits are taken from the score: see below for a scaled model', **{'scorecam+stages': 'softmax of the score'})
 
 @pytest.mark.parametrize('name', [name for name in ON_ANY_NET if name not in DEPENDS_ON_SCALE])
 @pytest.mark.parametrize('scale', [1e-8, 1e-15]) # guided_gradcam is a product of two gradients: smaller ones are too little for float32
@@ -99,7 +99,7 @@ def test_unit_of_the_layer(name, unit):
 
 
 @pytest.mark.parametrize('scale', [1e-4, 1e-8, 1e-12])
-@pytest.mark.parametrize('name', ['gradcam_pp', 'smooth_gradcam_pp', 'scorecam', 'sscam', 'iscam', 'finercam'])
+@pytest.mark.parametrize('name', ['gradcam_pp', 'smooth_gradcam_pp', 'scorecam', 'sscam', 'iscam', 'finercam', 'opticam'])
 def test_tiny_scores_have_the_map_of_the_formula(name, scale):
     x, asks = images(2), [[lambda out, c=c: out[0, c]*scale for c in range(4)] for _ in range(2)]
     found = ours(plain(torch.float), x.float(), name, '0', lambda out: out*scale)
@@ -158,7 +158,7 @@ def test_the_model_is_as_it_was(name, grad_mode):
 def last_linear(model): return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
-FEW = dict(sscam=dict(n=2), iscam=dict(n=2), smooth_gradcam_pp=dict(n=3)) # from 64 images on, a copy of the model runs, which cannot be interrupted from here
+FEW = dict(sscam=dict(n=2), iscam=dict(n=2), smooth_gradcam_pp=dict(n=3), rise=dict(n=40), groupcam=dict(n_groups=4), opticam=dict(n=4)) # from 64 images on, a copy of the model runs, which cannot be interrupted from here
 
 @every_method
 @pytest.mark.parametrize('error,grad_mode', [(RuntimeError, torch.no_grad), (KeyboardInterrupt, torch.enable_grad), (KeyboardInterrupt, torch.inference_mode)])
@@ -232,7 +232,7 @@ def test_full_gradients_add_up_to_the_score():
     assert len(layers)==4 and (total + model[1][2].bias[1] - out[:, 1]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize('name', ['ablationcam', 'reciprocam', 'gradcam', 'shapleycam', 'scorecam', 'iscam'])
+@pytest.mark.parametrize('name', ['ablationcam', 'reciprocam', 'gradcam', 'shapleycam', 'scorecam', 'iscam', 'rise', 'groupcam', 'opticam', 'segeigencam'])
 def test_a_constant_in_the_score_changes_nothing(name):
     "The weights do not flip where a constant makes the score negative"
     for model, layer in net_for(name):
@@ -243,6 +243,9 @@ def test_a_constant_in_the_score_changes_nothing(name):
 
 # --- precision, memory format
 
+COARSE = { # where its evidence is about 0, a place of LikenessCAM may fall on the other side: 1 in 100 does here
+    'likenesscam': .95, # and one of Group-CAM's 24 places where it is about the percentile; what a mask adds to the score is a small difference, of three digits
+    **{('groupcam', how): .8 for how in ('bfloat16', 'autocast', 'autocast around the pass')}}
 GRADIENT_METHODS = [name for name, method in METHODS.items() if method.facts.grad]
 
 def correlation(a, b):
@@ -269,8 +272,7 @@ def test_precision_and_memory_format(name, how, record_property):
         assert found.dtype==torch.float32 and bool(torch.isfinite(found).all())
         least = min(least, correlation(found, expected))
     record_property('correlation', least)
-    coarse = .95 if name=='likenesscam' else .99 # where its evidence is about 0, a place may fall on the other side: 1 in 100 does here
-    assert least > (.99999 if how in ('channels last', 'autocast around the method') else coarse)
+    assert least > (.99999 if how in ('channels last', 'autocast around the method') else COARSE.get((name, how), COARSE.get(name, .99)))
 
 
 # --- several layers

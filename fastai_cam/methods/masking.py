@@ -185,9 +185,9 @@ def _mirrored_gaussian(n, radius, sigma):
     return torch.zeros(n, n, dtype=torch.double).scatter_add(1, at, (weights/weights.sum()).expand(n, -1))
 
 def _blurred(images):
-    "51 × 51 pixels and σ = 50 at 224 pixels, as the authors have it, and in proportion"
-    scale = min(images.shape[2:])/224
+    "51 × 51 pixels and σ = 50 of 224 × 224, as the authors have it, and in proportion"
     for dim in range(2, images.dim()):
+        scale = images.shape[dim]/224
         blur = _mirrored_gaussian(images.shape[dim], max(1, round(25*scale)), 50*scale).to(images)
         images = (images.movedim(dim, -1) @ blur.T).movedim(-1, dim)
     return images
@@ -236,7 +236,7 @@ def opticam(
     scores:Scores, # What is explained, logits
     n:int=50, # How many steps
     lr:float=.1, # Their size, Adam's learning rate
-    bs:int=8 # How many masks to fit at once
+    bs:int=16 # How many masks to fit at once
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, 0 to 1
     r"""The mask $M = \mathrm{stretched}\left(\sum_k \mathrm{softmax}(u)_k (A^k)^+\right)$ for which $s(M \circ X)$ is as large as Adam makes it,
     $u = \frac12$ at first. Zhang et al. 2023, https://arxiv.org/abs/2301.07002 (steps as in the authors' code, without its early stop)"""
@@ -301,15 +301,15 @@ def rise(
     check_share(p, 'p is how likely a cell is to be lit, between 0 and 1')
     image,size = at_least_float(cap.image),cap.image.shape[2:]
     cap.prepare(n*len(image))
-    masks = [drawn.split(bs) for drawn in _random_cells(n, cells, p, seed, size)]
-    heard = []
-    for some in cap.bar(list(zip(*masks))):
-        light = _cells_light(*some, size).to(image)[:,None]
+    lit,shifts = _random_cells(n, cells, p, seed, size)
+    parts,heard = list(zip(lit.to(image).split(bs), shifts.split(bs))),[]
+    for part in cap.bar(parts):
+        light = _cells_light(*part, size)[:,None]
         heard.append(torch.stack([_scores_of(cap, scores, one*light, item) for item,one in enumerate(image)]))
     found = torch.cat(heard, dim=1) # [B, n, K]
     if centre: found = found - found.mean(1, keepdim=True)
-    lights = (_cells_light(*some, size).to(found) for some in zip(*masks)) # made twice: they would take more memory than the images
-    return sum(torch.einsum('bnk,n...->bk...', part, light) for part,light in zip(found.split(bs, dim=1), lights))/(n*p)
+    lights = (_cells_light(*part, size).to(found) for part in parts) # a second time: all of them together would fill the memory
+    return sum(torch.einsum('bnk,n...->bk...', some, light) for some,light in zip(found.split(bs, dim=1), lights))/(n*p)
 
 def _random_cells(n, cells, p, seed, size):
     "Which cells are lit, `[n, *cells]`, and by how many pixels the grid is shifted, `[n, n_space]`: less than a cell"
