@@ -243,21 +243,20 @@ def test_a_constant_in_the_score_changes_nothing(name):
 
 # --- precision, memory format
 
-COARSE = { # where its evidence is about 0, a place of LikenessCAM may fall on the other side: 1 in 100 does here
-    'likenesscam': .95, # and one of Group-CAM's 24 places where it is about the percentile; what a mask adds to the score is a small difference, of three digits
-    **{('groupcam', how): .8 for how in ('bfloat16', 'autocast', 'autocast around the pass')}}
 GRADIENT_METHODS = [name for name, method in METHODS.items() if method.facts.grad]
 
-def correlation(a, b):
-    "The least over items and scores; maps that are empty on both sides agree"
+def correlation(a, b, of=min):
+    "The least over items and scores, or another statistic; maps that are empty on both sides agree"
     pairs = zip(a.double().flatten(0, 1).flatten(1).numpy(), b.double().flatten(0, 1).flatten(1).numpy(), strict=True)
-    return min(1. if not one.any() and not other.any() else float(np.corrcoef(one, other)[0, 1]) for one, other in pairs)
+    return of([1. if not one.any() and not other.any() else float(np.corrcoef(one, other)[0, 1]) for one, other in pairs])
 
 
 @pytest.mark.parametrize('name', GRADIENT_METHODS)
 @pytest.mark.parametrize('how', ['float16', 'bfloat16', 'autocast', 'autocast around the pass', 'autocast around the method', 'channels last'])
 def test_precision_and_memory_format(name, how, record_property):
     least = 1.
+    # Group-CAM's weights are differences of scores that bfloat16 rounds to three digits: of a class whose score no mask changes much, nothing is left
+    of = np.median if name=='groupcam' and how in ('bfloat16', 'autocast', 'autocast around the pass') else min
     for build, layer in ((plain, None), (odd, 'act'), (gap, None)):
         model, x = build(torch.float), images(dtype=torch.float)
         expected = ours(model, x, name, layer)
@@ -270,9 +269,10 @@ def test_precision_and_memory_format(name, how, record_property):
                 score = cap.score(EVERY)
             with mixed(how in ('autocast', 'autocast around the method')): found = METHODS[name](cap, score)
         assert found.dtype==torch.float32 and bool(torch.isfinite(found).all())
-        least = min(least, correlation(found, expected))
+        least = min(least, correlation(found, expected, of))
     record_property('correlation', least)
-    assert least > (.99999 if how in ('channels last', 'autocast around the method') else COARSE.get((name, how), COARSE.get(name, .99)))
+    coarse = .95 if name=='likenesscam' else .99 # where its evidence is about 0, a place may fall on the other side: 1 in 100 does here
+    assert least > (.99999 if how in ('channels last', 'autocast around the method') else coarse)
 
 
 # --- several layers
