@@ -239,7 +239,7 @@ def opticam(
     bs:int=16 # How many masks to fit at once
 ) -> Tensor: # `[B, K, H, W]` at the resolution of the image, 0 to 1
     r"""The mask $M = \sum_k \mathrm{softmax}(u)_k (A^k)^+$, enlarged and stretched to 0–1, for which $s(M \circ X)$ is as large as Adam
-    makes it from $u = \frac12$ on. Zhang et al. 2023, https://arxiv.org/abs/2301.07002 (steps as in the authors' code, without its early stop)"""
+    makes it from $u = \frac12$ on. Zhang et al. 2023, https://arxiv.org/abs/2301.07002 (steps as in its code, without the early stop)"""
     check_int(n, 'n', 1, 'fits nothing: give at least 1 step')
     asks = torch.cartesian_prod(torch.arange(len(cap)), torch.arange(scores.shape[1]))
     def one_layer(act):
