@@ -90,6 +90,16 @@ def test_groupcam_options(n_groups, percentile):
     else: assert_same(found, expected)
 
 
+def test_groups_that_light_nothing_are_not_run():
+    "Each other group's image runs once for each item and score, and the blurred image with them"
+    model, x = plain(), images(2)
+    with Probe(model) as p:
+        cap = p(x)
+        weighted = cap.grads(cap.score(EVERY))[0].mean((3, 4), keepdim=True)*cap.acts[0][:, None]
+    light = int((weighted.flatten(3).amax(-1) > 0).sum())
+    assert 0 < light < 2*4*5 and sum(sizes_run(model, x, 'groupcam', n_groups=6)[1])==light + 2*4 # of six channels, one is dead
+
+
 def test_groupcam_refuses_no_group():
     with pytest.raises(ValueError, match='n_groups=0 leaves no group'): ours(plain(), images(1), 'groupcam', n_groups=0)
 
