@@ -243,7 +243,7 @@ class RootAtZero(torch.autograd.Function):
     def backward(ctx, grad): return torch.where(ctx.bad[:, None, None, None], torch.tensor(-torch.inf), grad), None
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if METHODS[name].facts.grad and name != 'shapleycam'] + ['fullgrad', 'guided_backprop', 'elementwise+stages', 'layercam+pca', 'gradcam_pp+tta'])
+@pytest.mark.parametrize('name', [name for name in NAMES if METHODS[name].facts.grad and name != 'shapleycam'] + ['fullgrad', 'guided_backprop', 'opticam', 'elementwise+stages', 'layercam+pca', 'gradcam_pp+tta'])
 def test_gradients_that_are_not_finite_are_said(name):
     class Net(nn.Sequential):
         def forward(self, x): return self[1](RootAtZero.apply(self[0](x), x.amax((1, 2, 3)) > 20))

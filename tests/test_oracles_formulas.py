@@ -11,7 +11,7 @@ from fastai_cam.targets.kinds import Predicted
 
 from helpers.oracles import (
     all_classes, assert_same, each, EVERY, finer_terms, gap, images, lit_terms, noisy_lights, odd, oracle, ORACLES, ours, plain,
-    recipro, run, smooth_terms, stack, TERM_ORACLES, terms_of)
+    recipro, run, slope, smooth_terms, stack, TERM_ORACLES, terms_of)
 
 
 # --- the oracles' tools; `asks[i][c]` maps the output for item i to a number
@@ -34,7 +34,7 @@ def test_xgradcam_of_channels_that_add_up_to_0():
 
 # --- methods that run the model again
 
-ELSEWHERE = {'cam', 'eigencam', 'eigengradcam', 'kpca_cam', 'refinecam', 'uniform_map', 'random_map', 'rollout', 'grad_rollout', 'gaussian_map', 'edge_map'} # have a test of their own below, in test_transformers.py or in test_methods_baselines.py
+ELSEWHERE = {'cam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'refinecam', 'uniform_map', 'random_map', 'rollout', 'grad_rollout', 'gaussian_map', 'edge_map'} # have a test of their own below, in test_transformers.py or in test_methods_baselines.py
 CASES = {'body': (plain, None, '0'), 'overwritten': (plain, '0.1', '0.1'), 'deep-overwritten': (odd, 'down', 'down'), 'reused': (odd, 'act', 'act'), 'last': (odd, None, 'last'), 'inner': (odd, 'mix', 'mix')}
 in_each_case = pytest.mark.parametrize('case', CASES)
 
@@ -48,7 +48,7 @@ def test_every_method_has_an_oracle(): assert set(METHODS)==set(ORACLES) | ELSEW
 
 
 LONG = {'shapleycam', 'iscam', 'sscam', 'reciprocam'} # at 9×13 places the oracle's Hessian, or its run for every place, takes seconds
-WITHOUT_LAYER = {'fullgrad', 'guided_backprop'} # one case for each net is all there is
+WITHOUT_LAYER = {'fullgrad', 'guided_backprop', 'rise'} # one case for each net is all there is
 PAIRS = [(name, case) for name in ORACLES for case in CASES if not (name in LONG and case in ('overwritten', 'inner')) and not (name in WITHOUT_LAYER and case not in ('body', 'reused'))]
 
 @pytest.mark.parametrize('name,case', PAIRS)
@@ -126,6 +126,20 @@ def test_eigengradcam(case):
     asks = all_classes(x)
     terms = {(i, c): terms_of('hirescam')(model, layer, image, ask) for i, c, image, ask in each(x, asks)}
     assert_same_but_for_sign(ours(model, x, 'eigengradcam', asked), stack({key: first_component(t) for key, t in terms.items()}, asks), stack({key: t.sum(0) for key, t in terms.items()}, asks))
+
+
+@in_each_case
+def test_segeigencam(case):
+    "Of the gradients' sizes, whose largest magnitude is positive, whatever the score is for"
+    (model, asked, layer), x = setting(case), images()
+    expected = {}
+    for i, c, image, ask in each(x, all_classes(x)):
+        A, g = slope(model, layer, image, ask)
+        found = first_component(torch.stack([g[k].abs()*A[k] for k in range(len(A))]))
+        expected[i, c] = -found if abs(float(found.min())) > abs(float(found.max())) else found
+    found = ours(model, x, 'segeigencam', asked)
+    assert_same(found, stack(expected, all_classes(x)), 1e-6)
+    assert_same(ours(model, x, 'segeigencam', asked, lambda out: -out), found)
 
 
 @pytest.mark.parametrize('kernel,gamma', [('sigmoid', None), ('sigmoid', .5), ('rbf', None), ('rbf', 2.), ('cosine', None), ('linear', None)])

@@ -95,7 +95,7 @@ def our_maps(model, name, x, target=3, layer=None):
         return METHODS[name](cap, cap.score(lambda out: out[:, target]))
 
 
-SAME = dict(hirescam='HiResCAM', layercam='LayerCAM', xgradcam='XGradCAM', elementwise='GradCAMElementWise', shapleycam='ShapleyCAM', scorecam='ScoreCAM')
+SAME = dict(hirescam='HiResCAM', layercam='LayerCAM', xgradcam='XGradCAM', elementwise='GradCAMElementWise', shapleycam='ShapleyCAM', scorecam='ScoreCAM', segeigencam='SegEigenCAM')
 UP_TO_SIGN = dict(eigencam='EigenCAM', eigengradcam='EigenGradCAM', kpca_cam='KPCA_CAM')
 
 

@@ -8,29 +8,34 @@ Docs: https://fastai-cam.example/docs/methods.html.md"""
 __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method',
            'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods',
            'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam',
-           'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem',
-           'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam',
-           'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp',
-           'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map',
-           'BASELINES', 'gaussian_map', 'edge_map']
+           'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam',
+           'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad',
+           'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages',
+           'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD',
+           'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
 
 # %% ../../nbs/34_methods.ipynb #132f8ee8
 from .combine import enlarge, fuse_layers, FUSIONS, principal_component, weighted_sum
 from .registry import (
-    as_method, as_methods, chosen_method, cam_method, DEFAULT_METHOD, cam_weights, cam_wrapper, facts_of, method_name, MethodFacts, METHODS, per_layer, WRAPPERS)
+    as_method, as_methods, cam_method, cam_weights, cam_wrapper, chosen_method, DEFAULT_METHOD, facts_of, method_name, MethodFacts,
+    METHODS, per_layer, WRAPPERS)
 from .catalogue import (
-    ablationcam, at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, grad_rollout, gradcam, gradcam_pp,
-    guided_backprop, guided_gradcam, hirescam, iscam, kpca_cam, layercam, pca, reciprocam, refinecam, rollout, scorecam,
-    shapleycam, smooth_gradcam_pp, sscam, stages, tta, xgradcam)
+    at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, grad_rollout, gradcam, gradcam_pp,
+    guided_backprop, guided_gradcam, hirescam, kpca_cam, layercam, pca, refinecam, rollout, segeigencam,
+    shapleycam, smooth_gradcam_pp, stages, tta, xgradcam)
+from .masking import ablationcam, groupcam, iscam, opticam, reciprocam, rise, scorecam, sscam
 from .table import methods_table
 from .evidence import likenesscam, objectcam, path_evidence, pathcam
 from .baselines import BASELINES, edge_map, gaussian_map, random_map, uniform_map
 
 _all_ = [
     'FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge',
-    'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer',
+    'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table',
+    'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer',
     'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
-    'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam',
-    'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',
-    'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence',
-    'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+    'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam',
+    'reciprocam', 'scorecam',
+    'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam',
+    'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',
+    'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD',
+    'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

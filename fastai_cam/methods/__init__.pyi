@@ -7,18 +7,17 @@ from .combine import principal_component
 from .combine import weighted_sum
 from .registry import as_method
 from .registry import as_methods
-from .registry import chosen_method
 from .registry import cam_method
-from .registry import DEFAULT_METHOD
 from .registry import cam_weights
 from .registry import cam_wrapper
+from .registry import chosen_method
+from .registry import DEFAULT_METHOD
 from .registry import facts_of
 from .registry import method_name
 from .registry import MethodFacts
 from .registry import METHODS
 from .registry import per_layer
 from .registry import WRAPPERS
-from .catalogue import ablationcam
 from .catalogue import at_every_stage
 from .catalogue import cam
 from .catalogue import eigencam
@@ -33,20 +32,25 @@ from .catalogue import gradcam_pp
 from .catalogue import guided_backprop
 from .catalogue import guided_gradcam
 from .catalogue import hirescam
-from .catalogue import iscam
 from .catalogue import kpca_cam
 from .catalogue import layercam
 from .catalogue import pca
-from .catalogue import reciprocam
 from .catalogue import refinecam
 from .catalogue import rollout
-from .catalogue import scorecam
+from .catalogue import segeigencam
 from .catalogue import shapleycam
 from .catalogue import smooth_gradcam_pp
-from .catalogue import sscam
 from .catalogue import stages
 from .catalogue import tta
 from .catalogue import xgradcam
+from .masking import ablationcam
+from .masking import groupcam
+from .masking import iscam
+from .masking import opticam
+from .masking import reciprocam
+from .masking import rise
+from .masking import scorecam
+from .masking import sscam
 from .table import methods_table
 from .evidence import likenesscam
 from .evidence import objectcam
@@ -57,4 +61,4 @@ from .baselines import edge_map
 from .baselines import gaussian_map
 from .baselines import random_map
 from .baselines import uniform_map
-__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

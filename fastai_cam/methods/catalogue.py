@@ -1,4 +1,4 @@
-"""All methods, each its formula: pure functions from captured tensors to a signed, low-resolution map
+"""Methods, each its formula: pure functions from captured tensors to a signed, low-resolution map
 
 Docs: https://fastai-cam.example/docs/methods.catalogue.html.md"""
 
@@ -6,9 +6,9 @@ Docs: https://fastai-cam.example/docs/methods.catalogue.html.md"""
 
 # %% auto #0
 __all__ = ['cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam',
-           'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam',
-           'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',
-           'stages', 'tta', 'pca', 'smooth_gradcam_pp']
+           'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'fullgrad', 'guided_backprop',
+           'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca',
+           'smooth_gradcam_pp']
 
 # %% ../../nbs/32_methods.catalogue.ipynb #92d7b92c
 import math
@@ -142,6 +142,21 @@ def eigengradcam(
     As offered by https://github.com/jacobgil/pytorch-grad-cam"""
     return per_layer(cap, scores, lambda acts, grads: grads, principal_component)
 
+def _by_peak(acts, weights):
+    maps = principal_component(acts, weights)
+    low,high = (end[(...,) + (None,)*(acts.dim() - 2)] for end in maps.flatten(2).aminmax(dim=-1))
+    return torch.where(-low > high, -maps, maps)
+
+@cam_method(cost='what EigenGradCAM costs')
+def segeigencam(
+    cap:Capture, # Pass that ran with autograd from the layer on
+    scores:Scores # What is explained
+) -> Tensor: # `[B, K, h, w]`, of mean 0
+    r"""First principal component of $|g| \circ A$ over the places: what the score listens to, for or against.
+    The sign is the one whose largest magnitude is positive: $-M$ where $|\min M| > |\max M|$.
+    Chung & Ying 2025, equations 10 to 13, https://doi.org/10.3390/app15137562, with the mean taken off, as pytorch-grad-cam does"""
+    return per_layer(cap, scores, lambda acts, grads: grads.abs(), _by_peak)
+
 # %% ../../nbs/32_methods.catalogue.ipynb #a8d80353
 _kernels = dict( # of points `[B, P, C]`, and their scale
     sigmoid=lambda x, scale: (scale*x @ x.mT + 1).tanh(),
@@ -187,149 +202,6 @@ def fem(
         fires = (act >= mean + k*spread) & (spread > 0)
         return reduce(fires.to(act.dtype), mean[:,None])
     return for_all_scores(fuse_maps(cap, [one_layer(act) for act in cap.acts]), scores)
-
-# %% ../../nbs/32_methods.catalogue.ipynb #8e08ee8f
-@cam_method(grad=False, reduces=True, cost='C runs of what follows the layer')
-def ablationcam(
-    cap:Capture, # Pass that ran with or without autograd
-    scores:Scores, # What is explained
-    reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
-    bs:int=64 # How many variants to run at once
-) -> Tensor: # `[B, K, h, w]`, signed
-    r"""$\sum_k (s - s_{-k}) A^k$ with $s_{-k}$ the score without channel $k$ (set to zero).
-    The paper divides by $s$, which only scales the map, and turns it upside down where the score is negative; here it is left out.
-    Needs no gradients. Desai & Ramaswamy 2020, https://doi.org/10.1109/WACV45572.2020.9093360"""
-    maps,whole = [],at_least_float(scores.values.detach().as_subclass(Tensor))
-    for layer,acts in enumerate(cap.acts):
-        weights = torch.zeros(*scores.shape, acts.shape[1]).to(whole)
-        some = (acts.flatten(2) != 0).any(-1).nonzero() # a channel that is silent anyway makes no difference
-        for rows in cap.bar(some.split(bs)):
-            for item in rows[:,0].unique():
-                channels = rows[rows[:,0]==item, 1]
-                without = acts[item].expand(len(channels), *acts.shape[1:]).clone()
-                without[range(len(channels)), channels] = 0
-                items = item.expand(len(channels))
-                weights[item,:,channels] = (whole[item] - at_least_float(scores.of(cap.run_from(without, layer, items), items))).T
-        maps.append(reduce(acts, weights))
-    return fuse_maps(cap, maps)
-
-# %% ../../nbs/32_methods.catalogue.ipynb #3b39edfc
-@cam_method(grad=False, cost='HW runs of what follows the layer')
-def reciprocam(
-    cap:Capture, # Pass that ran with or without autograd
-    scores:Scores, # What is explained
-    gaussian:bool=True, # Keep a place at ¼, those beside it at ⅛, its corners at 1/16, as the paper does? Otherwise the place alone, whole
-    bs:int=64 # How many variants to run at once
-) -> Tensor: # `[B, K, h, w]`, signed
-    r"""Map at $ij$ = the score when the layer's activation is kept at $ij$ only, less the score when none of it is kept.
-    Needs no gradients. On GAP + one linear layer, without the neighbours, it is CAM divided by HW.
-    Byun & Lee 2022, https://arxiv.org/abs/2209.14074"""
-    maps,n_space = [],cap.acts[0].dim() - 2
-    for layer,acts in enumerate(cap.acts):
-        size = acts.shape[2:]
-        masks = torch.eye(size.numel(), dtype=acts.dtype, device=acts.device).unflatten(1, size)
-        if gaussian:
-            for dim in range(1, n_space + 1): masks = masks/4*2 + (_shifted(masks, 1, dim) + _shifted(masks, -1, dim))/4
-        masks = torch.cat([masks, torch.zeros_like(masks[:1])])
-        values = torch.stack([
-            torch.cat([_scores_from(cap, scores, layer, act*some[:,None], item) for some in masks.split(bs)])
-            for item,act in enumerate(cap.bar(acts))])
-        maps.append((values[:,:-1] - values[:,-1:]).mT.unflatten(-1, size))
-    return fuse_maps(cap, maps)
-
-def _shifted(masks, by, dim):
-    "Masks moved by one place; what leaves the map is lost, not wrapped around"
-    moved = masks.roll(by, dim)
-    moved.select(dim, 0 if by > 0 else -1).zero_()
-    return moved
-
-def _scores_from(cap, scores, layer, acts, item):
-    "The scores of one item with other activations at a layer, `[n, K]`"
-    items = torch.full((len(acts),), item)
-    return at_least_float(scores.of(cap.run_from(acts, layer, items), items))
-
-# %% ../../nbs/32_methods.catalogue.ipynb #e6a863b5
-def _score_weights(cap, scores, acts, changes, bs, top):
-    "Softmax over the channels of the mean score of the image lit by each, under every one of `changes` to the light: `[B, K, C]`"
-    image,size = cap.image,cap.image.shape[2:]
-    acts = at_least_float(acts)
-    varies = acts.flatten(2).amax(-1) > acts.flatten(2).amin(-1) # [B, C]
-    run = varies if top is None else varies & _most_active(acts, top)
-    cap.prepare(int(run.sum())*len(changes))
-    found = torch.zeros(*scores.shape, acts.shape[1]).to(acts)
-    if image.dim()==4: image = image.contiguous(memory_format=torch.channels_last) # and so is all that is lit from it
-    fill = (slice(None),) + (None,)*len(size)
-    def listen(item, light):
-        items = item.expand(len(light))
-        heard = [scores.of(cap.run(change(light)[:,None]*image[item,None], items), items) for change in changes]
-        return at_least_float(torch.stack(heard)).mean(0).T
-    for rows in cap.bar(run.nonzero().split(bs)):
-        for item in rows[:,0].unique():
-            channels = rows[rows[:,0]==item, 1]
-            light = enlarge(acts[item,channels], size)
-            low,high = light.flatten(1).amin(-1),light.flatten(1).amax(-1)
-            found[item,:,channels] = listen(item, ((light - low[fill])/(high - low)[fill]).to(image.dtype))
-    for item in (~varies).any(1).nonzero()[:,0]: # channels that light nothing: black, all of them
-        found[item,:,~varies[item]] = listen(item, torch.zeros_like(image[item,:1]))
-    found = torch.where(found.isfinite().all(-1, keepdim=True), found, math.nan) # a softmax makes 0 of -inf
-    if top is not None: found = found.masked_fill((varies & ~run)[:,None], -torch.inf) # no weight
-    return found.softmax(-1)
-
-def _most_active(acts, top):
-    "Which `top` channels are most active in each item, `[B, C]`"
-    if top < 1: raise ValueError(f'top={top} leaves no channel to run: give at least 1')
-    strength = acts.abs().flatten(2).mean(-1)
-    return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(min(top, strength.shape[1])).indices, True)
-
-def _lit(cap, scores, changes, reduce, bs, top):
-    "The maps of Score-CAM whose light is changed so, layers together"
-    return fuse_maps(cap, [reduce(acts, _score_weights(cap, scores, acts, changes, bs, top)) for acts in cap.acts])
-
-# %% ../../nbs/32_methods.catalogue.ipynb #79f290db
-@cam_method(grad=False, reduces=True, cost='a forward pass for each channel that is not constant')
-def scorecam(
-    cap:Capture, # Pass that ran with or without autograd
-    scores:Scores, # What is explained
-    top:int|None=None, # Run only this many channels of each item; `None`: all, as the paper does
-    reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
-    bs:int=8 # How many images to run at once: memory is bounded by it
-) -> Tensor: # `[B, K, h, w]`, not negative behind a ReLU
-    r"""$\sum_k w_k A^k$ with $w$ the softmax over the channels of the score of the image lit by each. Needs no gradients.
-    Wang et al. 2020, https://arxiv.org/abs/1910.01279"""
-    return _lit(cap, scores, [lambda light: light], reduce, bs, top)
-
-@cam_method(grad=False, reduces=True, cost='n × C forward passes')
-def sscam(
-    cap:Capture, # Pass that ran with or without autograd
-    scores:Scores, # What is explained
-    n:int=10, # How many times to add noise
-    sigma:float=2., # Its standard deviation, where the light is 0 to 1
-    top:int|None=None, # Run only this many channels of each item; `None`: all
-    reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
-    bs:int=8, # How many images to run at once
-    seed:int=0 # Of the noise, which is the same for all items and channels
-) -> Tensor: # `[B, K, h, w]`
-    r"""Score-CAM whose scores are averages over noise that is added to the light: SS-CAM, first form.
-    Wang et al. 2020, https://arxiv.org/abs/2006.14255"""
-    size,random = cap.image.shape[2:],torch.Generator().manual_seed(seed)
-    noises = [sigma*torch.randn(size, generator=random).to(cap.image) for _ in range(n)]
-    return _lit(cap, scores, [lambda light, noise=noise: light + noise for noise in noises], reduce, bs, top)
-
-# %% ../../nbs/32_methods.catalogue.ipynb #6b19ae49
-@cam_method(grad=False, reduces=True, cost='n × C forward passes')
-def iscam(
-    cap:Capture, # Pass that ran with or without autograd
-    scores:Scores, # What is explained
-    n:int=10, # How many steps
-    top:int|None=None, # Run only this many channels of each item; `None`: all
-    reduce:Callable=weighted_sum, # `weighted_sum` or `principal_component` of the weighted channels
-    bs:int=8 # How many images to run at once
-) -> Tensor: # `[B, K, h, w]`
-    r"""Score-CAM whose scores are averages while the light is turned up:
-    step $i$ is lit $\sum_{j \le i} j/n$ times (above 1 from the middle on, as in the paper's sum).
-    Naidu et al. 2020, https://arxiv.org/abs/2010.03023"""
-    levels = [sum(range(1, i + 1))/n for i in range(1, n + 1)]
-    return _lit(cap, scores, [lambda light, level=level: light*level for level in levels], reduce, bs, top)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #0a0fac57
 def _stretched(parts, n_space=2):

@@ -46,7 +46,7 @@ class Pass:
         store_attr()
         self.kwargs = kwargs or {}
         self.bar = lambda steps: steps # shows the progress of long work; whoever runs the method may set another
-        self._recordings,self._runs = {},model
+        self._recordings,self._scans,self._runs = {},{},model
         kind = next((inp.device.type for inp in self._all_inputs), 'cpu')
         self._autocast = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
 

@@ -264,8 +264,12 @@ def recapture(self:Pass,
 ) -> 'Capture':
     "Another watched pass, with autograd from its first layer on"
     args,named = self.inputs_of(image, items)
+    # what one item has shown of these layers need not be shown again
+    scans = self._scans.setdefault(tuple(self.names), {}) if layers is None else {}
     if layers is None: layers = [module for _,module in self.layers]
-    with self._aside(), Probe(self.model, layers, image=self.image_index, **kwargs) as probe: found = probe(*args, **named)
+    with self._aside(), Probe(self.model, layers, image=self.image_index, **kwargs) as probe:
+        probe.finder.scans = scans
+        found = probe(*args, **named)
     found.probes.update(self.probes) # whoever watches the model looks away when it is run again from there, too
     found.bar = self.bar
     return found

@@ -25,7 +25,9 @@ from torchvision.models import resnet18, resnet50
 import fastai_cam.learner # adds get_cams to Learner
 from fastai_cam.maps.pixels import normalize, upsample
 from fastai_cam.methods.registry import as_method, METHODS
-from fastai_cam.methods.catalogue import ablationcam, eigencam, fullgrad, gradcam, scorecam, tta
+from fastai_cam.methods.catalogue import eigencam, fullgrad, gradcam, segeigencam, tta
+from fastai_cam.methods import masking
+from fastai_cam.methods.masking import ablationcam, groupcam, opticam, rise, scorecam
 from fastai_cam.trust.rescore import baseline_images, Rescorer
 from fastai_cam.trust.metrics import curve_area, insertion_deletion
 from fastai_cam.trust.impute import road
@@ -222,6 +224,15 @@ def case_eigencam():
         row(f'pytorch-grad-cam ÷ `eigencam` (projection), {build.__name__}, batch {bs}', 'fastai_cam', 50, ratios(times, 'theirs', 'ours'), same, higher=True)
 
 
+def case_segeigencam():
+    "Seg-Eigen-CAM, gradients and projection"
+    model, x = body_head(resnet18), images(8)
+    same = agree(ours(model, x, segeigencam), grad_cam_lib(model, x, 'SegEigenCAM'), .99) # theirs enlarges with aligned corners
+    times = in_turns({'theirs': lambda: grad_cam_lib(model, x, 'SegEigenCAM'), 'ours': lambda: ours(model, x, segeigencam), 'forward': lambda: plain(model, x)}, 7)
+    row('pytorch-grad-cam ÷ `segeigencam`, resnet18, batch 8', 'fastai_cam', None, ratios(times, 'theirs', 'ours'), same, higher=True)
+    row('`segeigencam` ÷ forward, resnet18, batch 8', 'fastai_cam', None, ratios(times, 'ours', 'forward'), '')
+
+
 def case_scorecam():
     "Score-CAM, exact, against both peers"
     model, x = body_head(resnet18), images(2)
@@ -275,6 +286,59 @@ def case_pruned():
     assert np.mean(found) >= .95
     times = in_turns({'exact': lambda: ours_raw(learn.model, x[:3], scorecam, target=Predicted()), 'top': lambda: ours_raw(learn.model, x[:3], scorecam, target=Predicted(), top=64)}, 3)
     row('`scorecam` (exact) ÷ `scorecam(top=64)`, EfficientNet-Lite0, photographs', 'fastai_cam', 8, ratios(times, 'exact', 'top'), f'{np.mean(found):.3f} mean of {len(x)}, smallest {min(found):.3f}', higher=True)
+
+
+def rise_by_hand(model, x, n):
+    "The paper's sum over the same masks, all of which are in memory, as in the authors' code"
+    lights = masking._cells_light(*masking._random_cells(n, 7, .5, 0, x.shape[2:]), x.shape[2:])
+    with torch.no_grad(): return torch.stack([torch.einsum('n,nhw->hw', torch.cat([model(image*some[:, None])[:, 3] for some in lights.split(32)]), lights)/(n*.5) for image in x])
+
+def groupcam_by_hand(model, x, groups=32):
+    "Group by group, as in the authors' code"
+    blurred, maps = masking._blurred(x), []
+    for image, base in zip(x[:, None], blurred[:, None]):
+        act = model[0](image).detach().requires_grad_()
+        grad, = torch.autograd.grad(model[1](act)[0, 3], act)
+        total = torch.zeros(x.shape[2:])
+        with torch.no_grad():
+            nothing = model(base)[0, 3]
+            for group in (act*grad.mean((2, 3), keepdim=True)).chunk(groups, 1):
+                mask = group.sum(1, keepdim=True).clamp(min=0)
+                mask = upsample(mask*(mask > float(np.percentile(mask.numpy(), 70))), x.shape[2:])
+                if mask.max()==mask.min(): continue
+                mask = (mask - mask.min())/(mask.max() - mask.min())
+                total += (model(image*mask + base*(1 - mask))[0, 3] - nothing)*mask[0, 0]
+        maps.append(total)
+    return torch.stack(maps)
+
+def opticam_by_hand(model, x, n):
+    "By autograd and PyTorch's Adam, as in the authors' code"
+    with torch.no_grad(): acts = model[0](x).clamp(min=0)
+    weights = torch.full((*acts.shape[:2], 1, 1), .5, requires_grad=True)
+    def masks():
+        light = upsample((weights.softmax(1)*acts).sum(1), x.shape[2:])
+        low, high = light.amin((1, 2), keepdim=True), light.amax((1, 2), keepdim=True)
+        return (light - low)/(high - low)
+    adam = torch.optim.Adam([weights], lr=.1)
+    for _ in range(n):
+        adam.zero_grad()
+        (-model(x*masks()[:, None])[:, 3].sum()).backward()
+        adam.step()
+    return masks().detach()
+
+def case_masking():
+    "Masks that are random, made of groups of channels, or fitted, beside the forward pass and beside loops as in their authors' code; other libraries here have none of the three"
+    model, x = body_head(resnet18), images(2)
+    for parameter in model.parameters(): parameter.requires_grad_(False) # or the loop by hand computes their gradients, too
+    for method, options, peer in ((rise, dict(n=128), rise_by_hand), (groupcam, {}, groupcam_by_hand), (opticam, dict(n=10), opticam_by_hand)):
+        mine = partial(ours_raw, model, x, method, **options)
+        theirs = partial(peer, model, x, **options)
+        compared = partial(mine, centre=False) if method is rise else mine
+        same = agree(compared()[:, 0], theirs(), .99)
+        times = in_turns({'forward': lambda: plain(model, x), 'ours': mine, 'theirs': theirs}, 3, warm_up=0)
+        name = f'`{method.__name__}(n={options["n"]})`' if options else f'`{method.__name__}`'
+        row(f'a loop by hand ÷ {name}, resnet18, batch 2', 'fastai_cam', None, ratios(times, 'theirs', 'ours'), same, higher=True)
+        row(f'{name} ÷ forward, resnet18, batch 2', 'fastai_cam', None, ratios(times, 'ours', 'forward'), '')
 
 
 def case_fullgrad():

@@ -1,4 +1,6 @@
 "The nets, and every method a second time: as naive as can be, one item, one class, one channel at a time."
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import nn
@@ -269,6 +271,71 @@ def full_gradient(model, layer, image, ask):
     return sum(psi(part) for part in channels)
 
 
+@lru_cache
+def random_masks(n, cells, p, seed, size):
+    "RISE: which cells are lit and how far the grid is shifted, drawn in this order; pixel by pixel, the grid enlarged to one cell more than the image, and a window of it"
+    random, masks = torch.Generator().manual_seed(seed), []
+    lit = (torch.rand(n, cells, cells, generator=random) < p).double()
+    sides = [-(-side//cells) for side in size]
+    down, right = (torch.randint(side, (n,), generator=random).tolist() for side in sides)
+    for grid, i, j in zip(lit, down, right):
+        masks.append(large(grid, [(cells + 1)*side for side in sides])[i:i + size[0], j:j + size[1]])
+    return masks
+
+
+def masked_at_random(n=1000, cells=7, p=.5, seed=0, centre=True):
+    @torch.no_grad()
+    def one(model, layer, image, ask):
+        masks = random_masks(n, cells, p, seed, tuple(image.shape[2:]))
+        outs = torch.cat([model(torch.stack([image[0]*mask for mask in some])) for some in (masks[i:i + 250] for i in range(0, n, 250))])
+        scores = [float(ask(outs[i:i + 1])) for i in range(n)]
+        off = sum(scores)/n if centre else 0.
+        return sum((s - off)*mask for s, mask in zip(scores, masks))/(n*p)
+    return one
+
+
+def blurred(image):
+    "51 × 51 pixels and σ = 50 of 224 × 224, and in proportion; mirrored at the border"
+    from scipy.ndimage import gaussian_filter1d
+    found = image.numpy()
+    for axis in (2, 3): found = gaussian_filter1d(found, 50*image.shape[axis]/224, axis=axis, radius=max(1, round(25*image.shape[axis]/224)), mode='mirror')
+    return torch.from_numpy(found)
+
+
+def in_groups(n_groups=32, percentile=70):
+    "Zhang et al. 2021: groups of neighbouring channels, each worth what its strongest places add to the score of the blurred image; without the last ReLU"
+    def one(model, layer, image, ask):
+        A, g = slope(model, layer, image, ask)
+        per_group, base, total = -(-len(A)//n_groups), blurred(image), torch.zeros(image.shape[2:], dtype=torch.double)
+        with torch.no_grad():
+            nothing = ask(model(base))
+            for start in range(0, len(A), per_group):
+                mask = sum(g[k].mean()*A[k] for k in range(start, min(start + per_group, len(A)))).clamp(min=0)
+                mask = large(mask*(mask > float(np.percentile(mask.numpy(), percentile))), image.shape[2:])
+                if mask.max()==mask.min(): continue
+                mask = (mask - mask.min())/(mask.max() - mask.min())
+                total += (ask(model(image*mask + base*(1 - mask))) - nothing)*mask
+        return total
+    return one
+
+
+def fitted_mask(n=50, lr=.1):
+    "Zhang et al. 2023, by PyTorch's autograd and Adam"
+    def one(model, layer, image, ask):
+        A = run(model, layer, image)[1].detach()[0].clamp(min=0)
+        u = torch.full((len(A),), .5, dtype=torch.double, requires_grad=True)
+        def mask():
+            light = large(sum(share*channel for share, channel in zip(u.softmax(0), A)), image.shape[2:])
+            return (light - light.min())/(light.max() - light.min())
+        adam = torch.optim.Adam([u], lr=lr)
+        for _ in range(n):
+            adam.zero_grad()
+            (-ask(model(image*mask()))).backward()
+            adam.step()
+        return mask()
+    return one
+
+
 class Guided(torch.autograd.Function):
     "ReLU whose backward pass asks both that the input and that the gradient be positive"
     @staticmethod
@@ -330,7 +397,7 @@ TERM_ORACLES = {**{name: terms_of(name) for name in TERMS}, 'shapleycam': shaple
                 'scorecam': lit_terms(lambda light: [light]), 'sscam': lit_terms(noisy_lights), 'iscam': lit_terms(rising_lights)}
 ORACLES = {**{name: (lambda *args, terms=terms: terms(*args).sum(0)) for name, terms in {**TERM_ORACLES, 'finercam': finer_terms()}.items()},
            'reciprocam': recipro(True), 'fullgrad': full_gradient, 'guided_backprop': lambda model, layer, image, ask: guided_gradient(model, image, ask).abs().amax(0), 'guided_gradcam': guided_times_gradcam,
-           'likenesscam': likeness}
+           'likenesscam': likeness, 'rise': masked_at_random(), 'groupcam': in_groups(), 'opticam': fitted_mask()}
 
 
 def oracle(name, model, layer, x, asks=None):
