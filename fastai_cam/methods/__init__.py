@@ -18,9 +18,10 @@ from .combine import enlarge, fuse_layers, FUSIONS, principal_component, weighte
 from .registry import (
     as_method, as_methods, cam_method, cam_weights, cam_wrapper, facts_of, method_name, MethodFacts, METHODS, per_layer, WRAPPERS)
 from .catalogue import (
-    ablationcam, at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, grad_rollout, gradcam, gradcam_pp,
-    guided_backprop, guided_gradcam, hirescam, iscam, kpca_cam, layercam, likenesscam, pca, reciprocam, refinecam, rollout, scorecam,
+    ablationcam, at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, gradcam, gradcam_pp,
+    guided_backprop, guided_gradcam, hirescam, iscam, kpca_cam, layercam, likenesscam, pca, reciprocam, refinecam, scorecam,
     shapleycam, smooth_gradcam_pp, sscam, stages, tta, xgradcam)
+from .attention import grad_rollout, rollout
 from .table import methods_table
 from .baselines import BASELINES, edge_map, gaussian_map, random_map, uniform_map
 

@@ -269,6 +269,14 @@ def recapture(self:Pass,
     found.bar = self.bar
     return found
 
+@patch
+def recapture_blocks(self:Pass) -> 'Capture':
+    "Another watched pass of a transformer, at each of its blocks and recorded from the images on, with the attention of each"
+    blocks = self.blocks()
+    found = self.recapture(layers=[block.module for block in blocks], from_input=True, attention=True)
+    found.attend_by_blocks([block.attentions for block in blocks])
+    return found
+
 # %% ../../nbs/19_probe.watch.ipynb #b66b4ee8
 _UPPER,_LEFT = torch.tensor([0,0,1,1]),torch.tensor([0,1,0,1]) # in which row and column of quadrants each disturbance is
 _SIDES = [F.one_hot(_UPPER, 2)[:,:,None].float(), F.one_hot(_LEFT, 2)[:,None,:].float()]
