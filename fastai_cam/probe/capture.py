@@ -347,9 +347,9 @@ def score_early(self:Capture,
     layer:int # Which of the layers
 ) -> Scores: # `[B, K]`, with the graph that made them
     "`score` of what the model would have returned had the last of the layers returned what `layer` did"
-    act,layout = self._tracked[layer].as_subclass(Tensor),self.layouts[layer]
-    items = torch.arange(len(self))
-    with torch.inference_mode(False):
+    layout,items = self.layouts[layer],torch.arange(len(self))
+    with torch.inference_mode(False): # the tokens are part of the graph only if they are taken out with gradients on
+        act = self._tracked[layer].as_subclass(Tensor)
         out = self.run_from(layout.spatial(act), len(self.layers) - 1, items, layout.extra(act), grad=True)
         return Scores(score.of(out, items), score.fn, score.cols, score.most)
 
