@@ -20,7 +20,7 @@ LABELS = dict(category=(CategoryBlock, lambda i: 'ab'[i%2]), masks=(MaskBlock(co
 MAKE = dict(category=vision_learner, masks=unet_learner, points=partial(vision_learner, n_out=4, y_range=(-1, 1), loss_func=MSELossFlat()), numbers=partial(vision_learner, y_range=(-8, 8)))
 QUICK = dict(scorecam=dict(top=2), sscam=dict(top=1, n=2), iscam=dict(top=1, n=2), smooth_gradcam_pp=dict(n=2))
 WRAPPED = ['gradcam+tta', 'gradcam+pca', 'gradcam+stages', 'eigencam+pca']
-REFUSED = dict(cam='CAM needs layer', rollout='relates all places', grad_rollout='relates all places', legrad='attended to each other', finercam='finercam compares classes') # the last of masks only
+REFUSED = dict(cam='CAM needs layer', rollout='relates all places', grad_rollout='relates all places', legrad='attended to each other', attention_value='attended to each other', finercam='finercam compares classes') # the last of masks only
 STEPPED = {name: dict(steps=2) for name in ('insertion', 'deletion', 'pixel_flipping')} | {name: dict(percentiles=(50,)) for name in ('road', 'road_morf', 'road_lerf', 'arcc')} | dict(max_sensitivity=dict(n=1))
 
 

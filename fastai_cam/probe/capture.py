@@ -22,6 +22,7 @@ from ..core import at_least_float, tensors_in
 from .layout import Layout, MAX_EXTRA
 from .reasons import check_steps, gradients_of, is_saturated, NO_GRADIENTS_OUT, SATURATED, why_no_gradient
 from .modes import AttentionMaps
+from .blocks import relates_items
 from .rerun import modules_after, Pass
 
 # %% ../../nbs/18_probe.capture.ipynb #5537c1e7
@@ -313,7 +314,7 @@ def attention(self:Capture) -> list[Tensor]: # `[B, heads, N, N]` each
 @patch
 def attention_grads(self:Capture,
     score:Scores, # `[B, K]`
-    block:int|None=None # With respect to the attention of this block alone, of a pass at every block
+    block:int|None=None # With respect to the attention of this block alone, of a pass at blocks
 ) -> list[Tensor]: # `[B, K, heads, N, N]` each; zero where the score does not depend on it
     "Gradients of `score` with respect to `attention`"
     paid,grads = self._attention if block is None else self._of_blocks[block],[]
@@ -331,15 +332,23 @@ def _heads(self:Capture, attention):
 # %% ../../nbs/18_probe.capture.ipynb #c18a0002
 @patch
 def attend_by_blocks(self:Capture,
-    which:Sequence[Sequence[int]] # For each layer, the attentions in it, counted among those that relate all its tokens
+    which:Sequence[Sequence[int]] # For each block, the attentions in it, counted among those that relate all its tokens
 ) -> None:
-    "Say which attention belongs to which of the layers; `ValueError` if there are others than these"
+    "Say which attention belongs to which of the layers, the last of the blocks; `ValueError` if there are others than these"
     n_tokens = math.prod(self.layouts[-1].grid) + self.layouts[-1].n_extra
-    of_all = [one for one in self._attention if one.shape[-1]==n_tokens]
+    of_all = [one for one in self._attention if one.shape[-1]==n_tokens and relates_items(one, len(self))]
     if len(of_all) != sum(map(len, which)):
         raise ValueError(f'this {type(self.model).__name__} attends to all its tokens {len(of_all)} times in this batch, and '
                          f'{sum(map(len, which))} times with one item: use a method that needs only the layer, such as gradcam')
-    self._of_blocks = [[of_all[i] for i in held] for held in which]
+    self._of_blocks = [[of_all[i] for i in held] for held in which[-len(self.layers):]]
+    self._attention = [one for held in self._of_blocks for one in held] # the others are let go
+
+@patch
+def attention_of(self:Capture,
+    block:int # Which of the layers
+) -> list[Tensor]: # `[B, heads, N, N]` each
+    "What was paid attention to in a block, of a pass at blocks"
+    return [self._heads(at_least_float(one.detach().as_subclass(Tensor))) for one in self._of_blocks[block]]
 
 @patch
 def score_early(self:Capture,

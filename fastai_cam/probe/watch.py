@@ -270,10 +270,14 @@ def recapture(self:Pass,
     return found
 
 @patch
-def recapture_blocks(self:Pass) -> 'Capture':
-    "Another watched pass of a transformer, at each of its blocks and recorded from the images on, with the attention of each"
+def recapture_blocks(self:Pass,
+    last:int|None=None # How many, counted from the end; `None`: all
+) -> 'Capture':
+    """Another watched pass of a transformer, at its last blocks, with the attention of each:
+    recorded from what goes into the first of them on, which the block before returns, a layer of this pass too, or else from the images on"""
     blocks = self.blocks()
-    found = self.recapture(layers=[block.module for block in blocks], from_input=True, attention=True)
+    layers = blocks[-last - 1:] if last else blocks
+    found = self.recapture(layers=[block.module for block in layers], from_input=len(layers)==len(blocks), attention=True)
     found.attend_by_blocks([block.attentions for block in blocks])
     return found
 

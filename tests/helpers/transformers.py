@@ -109,13 +109,23 @@ class ByHand:
         return numbers[self.model.n_extra:].view(self.grid)
 
 
-def legrad_by_hand(model, x, last=None):
-    "Of each block, the positive part of the slopes, averaged over heads and over the tokens that look; of the last so many blocks added up: `[B, 4, h, w]`"
+def column(paid, slopes, j, how):
+    "What is said of token j by all heads and all tokens that look at it"
+    n_heads, n_tokens = slopes.shape[:2]
+    looks = [(paid[head, i, j].item(), slopes[head, i, j].item()) for head in range(n_heads) for i in range(n_tokens)]
+    if how=='legrad': return sum(max(slope, 0.) for _, slope in looks)/len(looks) # the mean of the positive slopes
+    return sum(attention*slope for attention, slope in looks)
+
+
+def asked_by_blocks(how, model, x, last=None):
+    "`'legrad'` or `'attention_value'`: of each of the last so many blocks, what its attention does to the head's answer to its own tokens, added up: `[B, 4, h, w]`"
     maps = []
     for image in x:
         net, n = ByHand(model, image), len(model.blocks)
-        slopes = [net.slopes(l) for l in range(n - (last or n), n)]
-        n_heads, n_tokens = slopes[0].shape[1:3]
-        def column(c, j): return sum(max(of_block[c, head, i, j].item(), 0.) for of_block in slopes for head in range(n_heads) for i in range(n_tokens))/(n_heads*n_tokens)
-        maps.append(torch.stack([net.of_places(torch.tensor([column(c, j) for j in range(n_tokens)], dtype=torch.double)) for c in range(4)]))
+        total = torch.zeros(4, len(net.given[0]), dtype=torch.double)
+        for l in range(n - (last or n), n):
+            slopes = net.slopes(l)
+            for c in range(4):
+                for j in range(total.shape[1]): total[c, j] += column(net.paid[l], slopes[c], j, how)
+        maps.append(torch.stack([net.of_places(of_class) for of_class in total]))
     return torch.stack(maps)
