@@ -9,9 +9,10 @@ __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_componen
            'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods',
            'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
            'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam',
-           'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout',
-           'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam',
-           'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+           'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam',
+           'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'rollout',
+           'grad_rollout', 'legrad', 'attention_value', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map',
+           'edge_map']
 
 # %% ../../nbs/34_methods.ipynb #132f8ee8
 from .combine import enlarge, fuse_layers, FUSIONS, principal_component, weighted_sum
@@ -21,7 +22,7 @@ from .catalogue import (
     ablationcam, at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, gradcam, gradcam_pp,
     guided_backprop, guided_gradcam, hirescam, iscam, kpca_cam, layercam, likenesscam, pca, reciprocam, refinecam, scorecam,
     shapleycam, smooth_gradcam_pp, sscam, stages, tta, xgradcam)
-from .attention import grad_rollout, rollout
+from .attention import attention_value, grad_rollout, legrad, rollout
 from .table import methods_table
 from .baselines import BASELINES, edge_map, gaussian_map, random_map, uniform_map
 
@@ -30,5 +31,6 @@ _all_ = [
     'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'method_name', 'per_layer',
     'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
     'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam',
-    'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',
-    'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+    'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'at_every_stage', 'refinecam',
+    'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'rollout', 'grad_rollout', 'legrad', 'attention_value',
+    'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

@@ -34,9 +34,10 @@ def relates_items(
     attention:Tensor, # What was paid attention to, `[..., N, N]`
     n_items:int # In the pass
 ) -> bool:
-    "Is it one of whole items, `[B, heads, N, N]` or `[B heads, N, N]`, and not of windows of them, as far as its shape says?"
+    """Is it one of whole items, `[B, heads, N, N]` or `[B heads, N, N]`, and not of windows of them, as far as its shape says?
+    `[B, heads, 1, N, N]` is one window, and so the whole"""
     if attention.dim()==3: return len(attention)%n_items==0
-    return attention.dim()==4 and len(attention)==n_items
+    return len(attention)==n_items and attention.shape[2:-2].numel()==1
 
 def _n_tokens(shape):
     "How many tokens an output may hold: `[1, N, C]`, or a grid with its channels first or last"
