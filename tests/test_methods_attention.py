@@ -1,6 +1,7 @@
 "Methods made for transformers: rollouts against explicit matrices, LeGrad and attention × value against loops and differences, and where the blocks are."
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from fastai_cam.methods.registry import METHODS
@@ -218,6 +219,19 @@ def test_the_first_block_may_make_the_grid_coarser():
         def forward(self, x): return self.block(x.unflatten(1, (4, 6))[:, ::2, ::2].flatten(1, 2))
     model.blocks = nn.Sequential(model.blocks[0], Halved().double(), *model.blocks[1:])
     assert [(block.name, block.attentions) for block in blocks_of(model, images(2, (16, 24)))]==[('blocks.1', (0,)), ('blocks.2', (1,)), ('blocks.3', (2,))]
+
+
+def test_blocks_of_torchvision():
+    "Attention in one piece (`nn.MultiheadAttention`), a dropout between the blocks, a norm behind them"
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=24, num_classes=4).double().eval()
+    for parameter in model.parameters(): parameter.data += .2*torch.randn_like(parameter) # its head starts at zero
+    x = images(2, (32, 32))
+    with Probe(model) as p: assert [block.name for block in p(x).blocks()]==['encoder.layers.encoder_layer_0', 'encoder.layers.encoder_layer_1']
+    maps = maps_of('attention_value', model, x)
+    assert maps.shape==(2, 4, 4, 4) and maps.flatten(2).std(-1).min() > 0
+    for parameter in model.parameters(): parameter.requires_grad_(False)
+    assert torch.allclose(maps_of('attention_value', model, x), maps, rtol=1e-9)
 
 
 class Outside(nn.Module):

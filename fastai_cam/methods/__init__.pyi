@@ -25,7 +25,6 @@ from .catalogue import elementwise
 from .catalogue import fem
 from .catalogue import finercam
 from .catalogue import fullgrad
-from .catalogue import grad_rollout
 from .catalogue import gradcam
 from .catalogue import gradcam_pp
 from .catalogue import guided_backprop
@@ -38,7 +37,6 @@ from .catalogue import likenesscam
 from .catalogue import pca
 from .catalogue import reciprocam
 from .catalogue import refinecam
-from .catalogue import rollout
 from .catalogue import scorecam
 from .catalogue import shapleycam
 from .catalogue import smooth_gradcam_pp
@@ -46,10 +44,14 @@ from .catalogue import sscam
 from .catalogue import stages
 from .catalogue import tta
 from .catalogue import xgradcam
+from .attention import attention_value
+from .attention import grad_rollout
+from .attention import legrad
+from .attention import rollout
 from .table import methods_table
 from .baselines import BASELINES
 from .baselines import edge_map
 from .baselines import gaussian_map
 from .baselines import random_map
 from .baselines import uniform_map
-__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'rollout', 'grad_rollout', 'legrad', 'attention_value', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
