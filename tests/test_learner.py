@@ -23,6 +23,8 @@ from fastai_cam.maps.cams import Images
 from fastai_cam.methods.registry import as_method
 from fastai_cam.maps.pixels import upsample
 
+from helpers.oracles import OF_ATTENTION
+
 
 def small_learner(dls, **kwargs):
     set_seed(1)
@@ -228,7 +230,7 @@ class Attends(nn.Module):
     def forward(self, x): return self.head(self.norm(self.blocks(self.patches(x).flatten(2).mT)).mean(1))
 
 
-@pytest.mark.parametrize('name', ['rollout', 'grad_rollout'])
+@pytest.mark.parametrize('name', OF_ATTENTION)
 def test_a_method_of_attention_is_refused_without_attention(dls, name):
     learn = small_learner(dls)
     before = learner_state(learn)
@@ -240,7 +242,7 @@ def test_a_method_of_attention_is_refused_without_attention(dls, name):
 def test_every_method_by_name(dls, name):
     "In the learner's loop the maps are those of a probe, items in order over batches, and the learner is as it was"
     learn = small_learner(dls)
-    if name in ('rollout', 'grad_rollout'): learn.model = Attends()
+    if name in OF_ATTENTION: learn.model = Attends()
     learn.model.train()
     before = learner_state(learn)
     cams = learn.get_cams(dls.valid, cls=['right', 'left'], method=name)

@@ -9,6 +9,8 @@ from fastai_cam.methods.catalogue import cam, gradcam
 from fastai_cam.methods.combine import fuse_layers, principal_component
 from fastai_cam.probe.watch import Probe
 
+from helpers.oracles import OF_ATTENTION
+
 
 @pytest.fixture
 def net(seeded):
@@ -209,7 +211,7 @@ class Broken(nn.Module):
         return out
 
 
-NAMES = [name for name in METHODS if 'rollout' not in name]
+NAMES = [name for name in METHODS if name not in OF_ATTENTION]
 WRAPPED = ['gradcam+tta', 'gradcam+pca', 'gradcam+stages', 'elementwise+stages', 'gradcam_pp+pca', 'refinecam+tta', 'fullgrad+pca', 'layercam+tta+pca', 'likenesscam+stages']
 
 

@@ -10,7 +10,7 @@ from fastai_cam.probe.watch import Probe
 from fastai_cam.targets.kinds import Predicted
 
 from helpers.oracles import (
-    all_classes, assert_same, each, EVERY, finer_terms, gap, images, lit_terms, noisy_lights, odd, oracle, ORACLES, ours, plain,
+    all_classes, assert_same, each, EVERY, finer_terms, gap, images, lit_terms, noisy_lights, odd, OF_ATTENTION, oracle, ORACLES, ours, plain,
     recipro, run, slope, smooth_terms, stack, TERM_ORACLES, terms_of)
 
 
@@ -34,7 +34,7 @@ def test_xgradcam_of_channels_that_add_up_to_0():
 
 # --- methods that run the model again
 
-ELSEWHERE = {'cam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'refinecam', 'uniform_map', 'random_map', 'rollout', 'grad_rollout', 'gaussian_map', 'edge_map'} # have a test of their own below, in test_transformers.py or in test_methods_baselines.py
+ELSEWHERE = {'cam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'refinecam', 'uniform_map', 'random_map', *OF_ATTENTION, 'gaussian_map', 'edge_map'} # have a test of their own below, in test_methods_attention.py or in test_methods_baselines.py
 CASES = {'body': (plain, None, '0'), 'overwritten': (plain, '0.1', '0.1'), 'deep-overwritten': (odd, 'down', 'down'), 'reused': (odd, 'act', 'act'), 'last': (odd, None, 'last'), 'inner': (odd, 'mix', 'mix')}
 in_each_case = pytest.mark.parametrize('case', CASES)
 

@@ -11,15 +11,17 @@ from fastai_cam.probe.capture import Capture
 from fastai_cam.probe.watch import Probe
 from fastai_cam.targets.kinds import ClassIndex
 
-from helpers.oracles import assert_same, each, EVERY, gap, images, odd, ON_ANY_NET, oracle, ours, plain, stack, terms_of
+from helpers.oracles import assert_same, each, EVERY, gap, images, odd, OF_ATTENTION, ON_ANY_NET, oracle, ours, plain, stack, terms_of
+from helpers.transformers import vit
 
 
 # --- every registered method: a new one is tested as soon as it is registered
 
-every_method = pytest.mark.parametrize('name', ON_ANY_NET)
+every_method = pytest.mark.parametrize('name', [*ON_ANY_NET, *OF_ATTENTION])
 
 def net_for(name, dtype=torch.double):
-    "Each net and layer to try a method on; CAM is defined for one head only"
+    "Each net and layer to try a method on; CAM is defined for one head only, some methods for transformers"
+    if name in OF_ATTENTION: return [(vit().to(dtype), None), (vit(n_extra=0, pool='mean', fused=True).to(dtype), 'blocks.1')]
     return [(gap(dtype), None)] if name=='cam' else [(plain(dtype), None), (odd(dtype), 'act')]
 
 
@@ -60,7 +62,7 @@ DEPENDS_ON_SCALE = dict( # whose formula is not homogeneous in the score
     gradcam_pp='alpha has g in its denominator next to a constant: the score is to be a logit', smooth_gradcam_pp='as gradcam_pp', refinecam='its base is gradcam_pp: see below for another',
     scorecam='softmax of the score', sscam='softmax of the score', iscam='softmax of the score', opticam='Adam has its ε next to the gradient', finercam='logits are taken from the score: see below for a scaled model', **{'scorecam+stages': 'softmax of the score'})
 
-@pytest.mark.parametrize('name', [name for name in ON_ANY_NET if name not in DEPENDS_ON_SCALE])
+@pytest.mark.parametrize('name', [name for name in [*ON_ANY_NET, *OF_ATTENTION] if name not in DEPENDS_ON_SCALE])
 @pytest.mark.parametrize('scale', [1e-8, 1e-15]) # guided_gradcam is a product of two gradients: smaller ones are too little for float32
 def test_scale_of_the_score(name, scale):
     for model, layer in net_for(name, torch.float):

@@ -21,7 +21,7 @@ MAKE = dict(category=vision_learner, masks=unet_learner, points=partial(vision_l
 QUICK = dict(scorecam=dict(top=2), sscam=dict(top=1, n=2), iscam=dict(top=1, n=2), smooth_gradcam_pp=dict(n=2),
              rise=dict(n=4), groupcam=dict(n_groups=2), opticam=dict(n=2))
 WRAPPED = ['gradcam+tta', 'gradcam+pca', 'gradcam+stages', 'eigencam+pca']
-REFUSED = dict(cam='CAM needs layer', rollout='relates all places', grad_rollout='relates all places', finercam='finercam compares classes') # the last of masks only
+REFUSED = dict(cam='CAM needs layer', rollout='relates all places', grad_rollout='relates all places', legrad='attended to each other', attention_value='attended to each other', finercam='finercam compares classes') # the last of masks only
 STEPPED = {name: dict(steps=2) for name in ('insertion', 'deletion', 'pixel_flipping')} | {name: dict(percentiles=(50,)) for name in ('road', 'road_morf', 'road_lerf', 'arcc')} | dict(max_sensitivity=dict(n=1))
 
 

@@ -7,7 +7,7 @@ import torchvision.models
 from fastai_cam.probe.layout import Layout
 from fastai_cam.probe.watch import Probe
 from fastai_cam.probe.scan import LayerScan
-from zoo.zoo import check, pictures, small_dls, torchvision_family, torchvision_names
+from zoo.zoo import check, enliven, legrad_quadrants, pictures, small_dls, torchvision_family, torchvision_names
 
 SMALL, EVEN = (96, 128), (128, 160)
 
@@ -71,6 +71,32 @@ def test_what_fastai_makes_of_timm(name):
     found = check(name, lambda: vision_learner(small_dls(SMALL), name, pretrained=False).model.cpu(), SMALL)
     is_right(found, SMALL)
     assert found['layer']=='0'
+
+
+# -- LeGrad's blocks
+
+OF_BLOCKS = dict( # one of each way to attend to all places; how many blocks there are
+    vit_tiny_patch16_224=(3, dict(depth=3)), vit_so150m_patch16_reg4_map_256=(3, dict(depth=3, embed_dim=72, num_heads=3)),
+    vit_small_patch16_18x2_224=(2, dict(depth=2, embed_dim=72, num_heads=3)), vit_dwee_patch16_reg1_gap_256=(3, dict(depth=3)), deit_tiny_distilled_patch16_224=(3, dict(depth=3)),
+    vit_small_patch16_dinov3=(3, dict(depth=3, embed_dim=96, num_heads=3)), cait_xxs24_224=(3, dict(depth=3)),
+    swin_tiny_patch4_window7_224=(2, dict(depths=(1, 1, 2, 2))), test_coatnet=(1, {}), naflexvit_base_patch16_gap=(3, dict(depth=3, embed_dim=72, num_heads=3)))
+
+@pytest.mark.parametrize('name', OF_BLOCKS)
+def test_legrad_responds_where_the_image_was_disturbed(name):
+    n_blocks, options = OF_BLOCKS[name]
+    model = enliven(timm.create_model(name, pretrained=False, num_classes=5, **(options if name.startswith('naflex') else dict(options, img_size=SMALL))), 4, SMALL)
+    x = pictures(1, SMALL)
+    with Probe(model) as probe: assert len(probe(x).blocks())==n_blocks
+    assert legrad_quadrants(model, x)=='4 of 4'
+
+
+@pytest.mark.parametrize('name,options,verdict', [
+    ('xcit_nano_12_p16_224', dict(depth=3, img_size=SMALL), ''), ('test_convnext', {}, ''), ('crossvit_tiny_240', {}, 'refused: the blocks of this CrossVit could not be told'),
+    ('swinv2_tiny_window8_256', dict(depths=(1, 1, 1, 1), img_size=SMALL), 'empty')]) # its norms start at zero
+def test_what_has_no_blocks_that_say_something(name, options, verdict):
+    size = SQUARE.get(name, SMALL)
+    model = enliven(timm.create_model(name, pretrained=False, num_classes=5, **options), 4, size)
+    assert legrad_quadrants(model, pictures(1, size)).startswith(verdict) and bool(legrad_quadrants(model, pictures(1, size)))==bool(verdict)
 
 
 # -- the check can fail

@@ -10,9 +10,10 @@ __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_componen
            'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam',
            'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam',
            'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad',
-           'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages',
-           'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD',
-           'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+           'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'legrad', 'attention_value',
+           'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam',
+           'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map',
+           'edge_map']
 
 # %% ../../nbs/34_methods.ipynb #132f8ee8
 from .combine import enlarge, fuse_layers, FUSIONS, principal_component, weighted_sum
@@ -20,9 +21,10 @@ from .registry import (
     as_method, as_methods, cam_method, cam_weights, cam_wrapper, chosen_method, DEFAULT_METHOD, facts_of, method_name, MethodFacts,
     METHODS, per_layer, WRAPPERS)
 from .catalogue import (
-    at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, grad_rollout, gradcam, gradcam_pp,
-    guided_backprop, guided_gradcam, hirescam, kpca_cam, layercam, pca, refinecam, rollout, segeigencam,
+    at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, gradcam, gradcam_pp,
+    guided_backprop, guided_gradcam, hirescam, kpca_cam, layercam, pca, refinecam, segeigencam,
     shapleycam, smooth_gradcam_pp, stages, tta, xgradcam)
+from .attention import attention_value, grad_rollout, legrad, rollout
 from .masking import ablationcam, groupcam, iscam, opticam, reciprocam, rise, scorecam, sscam
 from .table import methods_table
 from .evidence import likenesscam, objectcam, path_evidence, pathcam
@@ -36,6 +38,6 @@ _all_ = [
     'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam',
     'reciprocam', 'scorecam',
     'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam',
-    'rollout', 'grad_rollout', 'at_every_stage', 'refinecam',
+    'rollout', 'grad_rollout', 'legrad', 'attention_value', 'at_every_stage', 'refinecam',
     'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD',
     'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

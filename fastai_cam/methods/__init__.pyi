@@ -26,7 +26,6 @@ from .catalogue import elementwise
 from .catalogue import fem
 from .catalogue import finercam
 from .catalogue import fullgrad
-from .catalogue import grad_rollout
 from .catalogue import gradcam
 from .catalogue import gradcam_pp
 from .catalogue import guided_backprop
@@ -36,13 +35,16 @@ from .catalogue import kpca_cam
 from .catalogue import layercam
 from .catalogue import pca
 from .catalogue import refinecam
-from .catalogue import rollout
 from .catalogue import segeigencam
 from .catalogue import shapleycam
 from .catalogue import smooth_gradcam_pp
 from .catalogue import stages
 from .catalogue import tta
 from .catalogue import xgradcam
+from .attention import attention_value
+from .attention import grad_rollout
+from .attention import legrad
+from .attention import rollout
 from .masking import ablationcam
 from .masking import groupcam
 from .masking import iscam
@@ -61,4 +63,4 @@ from .baselines import edge_map
 from .baselines import gaussian_map
 from .baselines import random_map
 from .baselines import uniform_map
-__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'legrad', 'attention_value', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

@@ -7,8 +7,7 @@ Docs: https://fastai-cam.example/docs/methods.catalogue.html.md"""
 # %% auto #0
 __all__ = ['cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam',
            'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'fullgrad', 'guided_backprop',
-           'guided_gradcam', 'rollout', 'grad_rollout', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca',
-           'smooth_gradcam_pp']
+           'guided_gradcam', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp']
 
 # %% ../../nbs/32_methods.catalogue.ipynb #92d7b92c
 import math
@@ -256,62 +255,6 @@ def _guided_gradients(cap, scores):
     "The gradient of the scores with respect to the image, with every ReLU guided"
     guided = cap.recapture(from_input=True, guided=True)
     return guided.image_grads(guided.score(scores))
-
-# %% ../../nbs/32_methods.catalogue.ipynb #4c42fd3b
-def _rolled_out(steps):
-    """What has reached each token through at least one attention, `[B, K, N, N]`: the product of all $I + A_l$ less $I$,
-    which no attention has made and which has another unit; from the first block on where the number of tokens is the last's"""
-    reached = None
-    for step in steps:
-        if step.shape[-1] != steps[-1].shape[-1]: continue # a class token that joins later
-        reached = step if reached is None else reached + step + step @ reached
-    return reached
-
-def _without_unit(steps):
-    """The steps divided by the largest sum of a row in any of them:
-    products of several would have other units than the steps themselves, and weigh more the larger the score is"""
-    largest = torch.stack([step.sum(-1).amax(-1) for step in steps]).amax(0)[...,None,None]
-    return [step/torch.where(largest > 0, largest, 1) for step in steps]
-
-def _places_read(reached, readers, layout):
-    "The row of what is read, `[B, K, *grid]`; tokens that are no places left out"
-    places = (readers[:,:,None] @ reached)[:,:,0]
-    return places[...,places.shape[-1] - math.prod(layout.grid):].unflatten(-1, layout.grid)
-
-def _readers(grads):
-    "How much of the score depends on the attention of each token, `[B, K, N]`"
-    rows = grads.abs().sum((2,4))
-    return rows/rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-
-# %% ../../nbs/32_methods.catalogue.ipynb #e824476c
-@cam_method(grad=False, class_free=True, cost='a forward and a backward pass of the whole network, and its memory')
-def rollout(
-    cap:Capture, # Any pass of a model with attention: the model is run again
-    scores:Scores # What is explained; it only tells which tokens are read
-) -> Tensor: # `[B, K, h, w]`, never negative
-    r"""$\prod_l \tfrac12(I + \bar A_l)$ less its part without attention, $\bar A_l$ = mean attention of the heads:
-    what has reached the tokens that are read. **The class plays no part**;
-    for models with attention over the whole image, `ValueError` otherwise. Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928"""
-    whole = cap.recapture(from_input=True, attention=True)
-    grads = whole.attention_grads(whole.score(scores))
-    steps = [attention.mean(1)[:,None] for attention in whole.attention]
-    maps = _places_read(_rolled_out(steps)/2**len(steps), _readers(grads[-1]), whole.layouts[-1])
-    return nan_unless_finite(maps, *steps, grads[-1])
-
-@cam_method(grad=False, cost='a forward pass of the whole network and a backward pass a score, and their memory')
-def grad_rollout(
-    cap:Capture, # Any pass of a model with attention: the model is run again
-    scores:Scores # What is explained
-) -> Tensor: # `[B, K, h, w]`, never negative
-    r"""Rollout of the attention that raises the score:
-    $R \leftarrow R + \bar A_l R$, $\bar A_l = \mathrm{mean}_h\,(\nabla A_l \circ A_l)^+$ divided by the largest sum of a row in any block,
-    read without the $I$ that $R$ starts from. Of transformers the method that knows most about the class and the whole way to it;
-    for models with attention over the whole image, `ValueError` otherwise. Chefer et al. 2021, https://arxiv.org/abs/2103.15679"""
-    whole = cap.recapture(from_input=True, attention=True)
-    grads = whole.attention_grads(whole.score(scores))
-    steps = [(grad*attention[:,None]).clamp(min=0).mean(2) for attention,grad in zip(whole.attention, grads)]
-    maps = _places_read(_rolled_out(_without_unit(steps)), _readers(grads[-1]), whole.layouts[-1])
-    return nan_unless_finite(maps, *grads)
 
 # %% ../../nbs/32_methods.catalogue.ipynb #a00522e8
 def at_every_stage(

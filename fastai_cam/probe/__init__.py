@@ -9,7 +9,7 @@ __all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 
            'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer',
            'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer',
            'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU',
-           'AttentionMaps', 'Probe', 'alignment']
+           'AttentionMaps', 'Block', 'transformer_blocks', 'Probe', 'alignment']
 
 # %% ../../nbs/19a_probe.ipynb #256cbef1
 from ..core import renamed
@@ -23,6 +23,7 @@ from .modes import AttentionMaps, GuidedReLU
 from .readings import to_spatial
 from .scan import bias_layers, effective_bias, last_spatial_layer, LayerCall, LayerScan, stage_layers
 import fastai_cam.probe.finder
+from .blocks import Block, transformer_blocks
 from .rerun import Pass
 from .capture import Capture, describe_head, Scores
 from .watch import alignment, Probe
@@ -31,7 +32,7 @@ _all_ = [
     'MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'EVIDENCE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode',
     'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial',
     'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture',
-    'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
+    'describe_head', 'GuidedReLU', 'AttentionMaps', 'Block', 'transformer_blocks', 'Probe', 'alignment']
 
 __getattr__ = renamed(
     __name__, {'as_found': 'eval_mode', 'bare': 'unwrap_model', 'Survey': 'LayerScan', 'Seen': 'LayerCall', 'Question': 'Scores'})

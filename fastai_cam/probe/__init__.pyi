@@ -30,10 +30,12 @@ from .scan import LayerCall
 from .scan import LayerScan
 from .scan import stage_layers
 import fastai_cam.probe.finder
+from .blocks import Block
+from .blocks import transformer_blocks
 from .rerun import Pass
 from .capture import Capture
 from .capture import describe_head
 from .capture import Scores
 from .watch import alignment
 from .watch import Probe
-__all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'EVIDENCE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Probe', 'alignment']
+__all__ = ['MAX_EXTRA', 'Layout', 'find_layouts', 'find_layout', 'EVERY_STAGE', 'EVIDENCE', 'LAST_TWO_STAGES', 'released', 'model_lock', 'eval_mode', 'describe_layers', 'body_of', 'is_body_and_head', 'unwrap_model', 'resolve_layer', 'resolve_layers', 'check_layers', 'to_spatial', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_layers', 'bias_layers', 'effective_bias', 'Scores', 'Pass', 'Capture', 'describe_head', 'GuidedReLU', 'AttentionMaps', 'Block', 'transformer_blocks', 'Probe', 'alignment']

@@ -22,6 +22,7 @@ from ..core import at_least_float, tensors_in
 from .layout import Layout, MAX_EXTRA
 from .reasons import check_steps, gradients_of, is_saturated, NO_GRADIENTS_OUT, SATURATED, why_no_gradient
 from .modes import AttentionMaps
+from .blocks import relates_items
 from .rerun import modules_after, Pass
 
 # %% ../../nbs/18_probe.capture.ipynb #5537c1e7
@@ -325,20 +326,54 @@ def attention(self:Capture) -> list[Tensor]: # `[B, heads, N, N]` each
 # %% ../../nbs/18_probe.capture.ipynb #d81f37fe
 @patch
 def attention_grads(self:Capture,
-    score:Scores # `[B, K]`
+    score:Scores, # `[B, K]`
+    block:int|None=None # With respect to the attention of this block alone, of a pass at blocks
 ) -> list[Tensor]: # `[B, K, heads, N, N]` each; zero where the score does not depend on it
     "Gradients of `score` with respect to `attention`"
-    grads = []
+    paid,grads = self._attention if block is None else self._of_blocks[block],[]
     with torch.inference_mode(False): # a slice of a score is part of its graph only if it is taken with gradients on
         for k in range(score.shape[1]):
-            found = gradients_of(score.values[:,k].sum(), self._attention, retain_graph=True, allow_unused=True)
-            grads.append([torch.zeros_like(one) if grad is None else grad for one,grad in zip(self._attention, found)])
+            found = gradients_of(score.values[:,k].sum(), paid, retain_graph=True, allow_unused=True)
+            grads.append([torch.zeros_like(one) if grad is None else grad for one,grad in zip(paid, found)])
     return [torch.stack([self._heads(at_least_float(grad)) for grad in of_scores], dim=1) for of_scores in zip(*grads)]
 
 @patch
 def _heads(self:Capture, attention):
     "With an axis of items and one of heads, whichever way they were laid out"
     return attention.reshape(len(self), -1, *attention.shape[-2:])
+
+# %% ../../nbs/18_probe.capture.ipynb #c18a0002
+@patch
+def attend_by_blocks(self:Capture,
+    which:Sequence[Sequence[int]] # For each block, the attentions in it, counted among those that relate all its tokens
+) -> None:
+    "Say which attention belongs to which of the layers, the last of the blocks; `ValueError` if there are others than these"
+    n_tokens = math.prod(self.layouts[-1].grid) + self.layouts[-1].n_extra
+    of_all = [one for one in self._attention if one.shape[-1]==n_tokens and relates_items(one, len(self))]
+    if len(of_all) != sum(map(len, which)):
+        raise ValueError(f'this {type(self.model).__name__} attends to all its tokens {len(of_all)} times in this batch, and '
+                         f'{sum(map(len, which))} times with one item: use a method that needs only the layer, such as gradcam')
+    self._of_blocks = [[of_all[i] for i in held] for held in which[-len(self.layers):]]
+    self._attention = [one for held in self._of_blocks for one in held] # the others are let go
+
+@patch
+def attention_of(self:Capture,
+    block:int # Which of the layers
+) -> list[Tensor]: # `[B, heads, N, N]` each
+    "What was paid attention to in a block, of a pass at blocks"
+    return [self._heads(at_least_float(one.detach().as_subclass(Tensor))) for one in self._of_blocks[block]]
+
+@patch
+def score_early(self:Capture,
+    score:Scores, # `[B, K]`
+    layer:int # Which of the layers
+) -> Scores: # `[B, K]`, with the graph that made them
+    "`score` of what the model would have returned had the last of the layers returned what `layer` did"
+    layout,items = self.layouts[layer],torch.arange(len(self))
+    with torch.inference_mode(False): # the tokens are part of the graph only if they are taken out with gradients on
+        act = self._tracked[layer].as_subclass(Tensor)
+        out = self.run_from(layout.spatial(act), len(self.layers) - 1, items, layout.extra(act), grad=True)
+        return Scores(score.of(out, items), score.fn, score.cols, score.most)
 
 # %% ../../nbs/18_probe.capture.ipynb #ab4c470c
 @patch

@@ -21,7 +21,8 @@ from .layout import Layout
 from .guard import copy_model, eval_mode, foreign_hooks, HOOK_KINDS, hooked, paused, returning
 from .modes import differentiable_rnns
 from .readings import activation_in
-from .scan import bias_layers
+from .scan import bias_layers, OneItem
+from .blocks import Block, BlockScan
 
 # %% ../../nbs/17_probe.rerun.ipynb #806992c5
 _renamed = dict(
@@ -254,3 +255,8 @@ def _resumed(self:Pass, name, module, act, items, call):
 def bias_layers(self:Pass) -> list[tuple[str,nn.Module]]: # Names and modules, as they ran
     "The convolutions with a bias and the batch norms that ran in this pass on something with space"
     with self._aside(): return bias_layers(self.model, *self.args, **self.kwargs)
+
+@patch
+def blocks(self:Pass) -> list[Block]: # From first to last
+    "The blocks of a transformer, as they ran; `ValueError` if it has none"
+    with self._aside(): return BlockScan(OneItem(self.model, self.args, self.kwargs, self.image_index)).blocks

@@ -29,6 +29,9 @@ from .guard import returning
 from .modes import differentiable_rnns
 from .readings import activation_in
 from .scan import bias_layers
+from .scan import OneItem
+from .blocks import Block
+from .blocks import BlockScan
 from fastai_cam.probe.watch import Probe
 __all__ = ['Pass', 'modules_after']
 class Pass():
@@ -45,7 +48,9 @@ class Pass():
     def prepare(self, n_images: int, dtype: torch.dtype | None=...) -> None: ...
     def run_from(self, act: Tensor, layer: int=..., items: Tensor | None=..., extra: Tensor | None=..., grad: bool=...) -> Any: ...
     def bias_layers(self) -> list[tuple[str, nn.Module]]: ...
+    def blocks(self) -> list[Block]: ...
     def recapture(self, image: Tensor | None=..., items: Tensor | None=..., layers: Any=..., **kwargs: Any) -> 'Capture': ...
+    def recapture_blocks(self, last: int | None=...) -> 'Capture': ...
     args: Any
     bar: Any
     calls: Any

@@ -274,6 +274,18 @@ def recapture(self:Pass,
     found.bar = self.bar
     return found
 
+@patch
+def recapture_blocks(self:Pass,
+    last:int|None=None # How many, counted from the end; `None`: all
+) -> 'Capture':
+    """Another watched pass of a transformer, at its last blocks, with the attention of each:
+    recorded from what goes into the first of them on, which the block before returns, a layer of this pass too, or else from the images on"""
+    blocks = self.blocks()
+    layers = blocks[-last - 1:] if last else blocks
+    found = self.recapture(layers=[block.module for block in layers], from_input=len(layers)==len(blocks), attention=True)
+    found.attend_by_blocks([block.attentions for block in blocks])
+    return found
+
 # %% ../../nbs/19_probe.watch.ipynb #b66b4ee8
 _UPPER,_LEFT = torch.tensor([0,0,1,1]),torch.tensor([0,1,0,1]) # in which row and column of quadrants each disturbance is
 _SIDES = [F.one_hot(_UPPER, 2)[:,:,None].float(), F.one_hot(_LEFT, 2)[:,None,:].float()]

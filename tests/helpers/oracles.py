@@ -420,5 +420,5 @@ def fused(maps, how):
 # --- every registered method: a new one is tested as soon as it is registered
 
 WRAPPED = ['gradcam+tta', 'gradcam+stages', 'gradcam+pca', 'scorecam+stages', 'reciprocam+tta']
-OF_ATTENTION = {'rollout', 'grad_rollout'} # for models that have some: test_transformers.py
+OF_ATTENTION = ['rollout', 'grad_rollout', 'legrad', 'attention_value'] # for models that have some: test_methods_attention.py
 ON_ANY_NET = [name for name in [*METHODS, *WRAPPED] if name not in OF_ATTENTION]

@@ -5,6 +5,8 @@
 * `torchvision`: every builder of a classifier; `timm`: the smallest model of every module of timm, and the variants in `VARIANTS`; `learner`: what fastai makes of timm's models.
 * `--families-only`: the smallest of each family, no variants. `--missing`: only what is not in the table yet. Names: only these.
 
+Where a transformer's blocks are found, a last column says whether LeGrad's map responds where the image was disturbed, too.
+
 Weights are random: nothing is downloaded. Every line goes into its table in nbs/stories/zoo.ipynb as soon as it is known, and replaces the line of an earlier run; the others are kept."""
 import gc
 import json
@@ -23,6 +25,8 @@ from torch import nn
 import torch.nn.functional as F
 import torchvision.models
 
+from fastai_cam.methods import METHODS
+from fastai_cam.probe.evidence import disturbed_quadrants, moved_quadrants
 from fastai_cam.probe.watch import alignment, Probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,10 +122,29 @@ def weighted_score(out):
     return (out*torch.linspace(.5, 1.5, out.shape[1])).sum(1)
 
 
+def legrad_of(model, x, layer=None):
+    "LeGrad's map of all items together"
+    with Probe(model, layer) as probe:
+        cap = probe(x)
+        return METHODS['legrad'](cap, cap.score(weighted_score), last=None).sum(0)
+
+
+def legrad_quadrants(model, x, layer=None):
+    "In how many of four cases LeGrad's map changed most in the quadrant that was disturbed, as a verdict; '' for a network without attention of all places to all"
+    try: before, moved = legrad_of(model, x, layer), 0
+    except ValueError as e: return '' if 'no layer of this' in str(e) else f'refused: {" ".join(str(e).split())[:100]}'
+    if not before.any(): return 'empty' # the branch with the attention starts at zero
+    for seed in range(3):
+        disturbed = disturbed_quadrants(x, torch.Generator().manual_seed(seed))
+        moved = moved + moved_quadrants(torch.stack([(legrad_of(model, image, layer) - before).abs() for image in disturbed])).flatten(1)
+        if count_hits(moved)==4: break
+    return f'{count_hits(moved)} of 4'
+
+
 def check(name, build, size, family='', layer=None, batch=2):
     "Build a model, let the layer be found, and see whether it is read where the image says: a dict with one value a column, and `status`"
     start = perf_counter()
-    found = dict(name=name, family=family, size=tuple(size), layer='', layout='', channels=0, grid=(), hits=None, gradient=None, status='', reason='')
+    found = dict(name=name, family=family, size=tuple(size), layer='', layout='', channels=0, grid=(), hits=None, gradient=None, status='', reason='', legrad='')
     torch.manual_seed(0)
     try:
         model = build()
@@ -136,6 +159,7 @@ def check(name, build, size, family='', layer=None, batch=2):
         found['hits'] = quadrants(model, x, layer)
         found['status'] = 'wrong' if found['hits'] < 3 or not found['gradient'] else 'ambiguous' if found['hits']==3 else 'works'
         if not found['gradient']: found['reason'] = 'the gradient is zero or not finite'
+        found['legrad'] = legrad_quadrants(model, x[:1], layer)
     except ValueError as e: found.update(status='refused', reason=str(e))
     except Exception as e: found.update(status='error', reason=f'{type(e).__name__}: {e}')
     found['seconds'] = perf_counter() - start
@@ -272,7 +296,7 @@ def learner_names(families_only=False): return LEARNER_NAMES
 
 ZOOS = dict(torchvision=(torchvision_names, check_torchvision), timm=(timm_names, check_timm), learner=(learner_names, check_learner))
 TITLES = dict(torchvision='torchvision', timm='timm', learner='timm through `vision_learner`')
-HEAD = '| architecture | family | images | layer | layout | channels | quadrants |\n|---|---|---|---|---|---|---|'
+HEAD = '| architecture | family | images | layer | layout | channels | quadrants | LeGrad |\n|---|---|---|---|---|---|---|---|'
 
 
 def as_line(found):
@@ -282,7 +306,7 @@ def as_line(found):
     if found['status']=='wrong': verdict = f'**wrong**, {found["hits"]} of 4' + (f': {reason}' if reason else '')
     if verdict is None: verdict = f'{found["status"]}: {reason}'
     layer = f'`{found["layer"]}`' if found['layer'] else ''
-    return f'| `{found["name"]}` | {found["family"]} | {" × ".join(map(str, found["size"]))} | {layer} | {found["layout"]} | {found["channels"] or ""} | {verdict} |'
+    return f'| `{found["name"]}` | {found["family"]} | {" × ".join(map(str, found["size"]))} | {layer} | {found["layout"]} | {found["channels"] or ""} | {verdict} | {found.get("legrad", "")} |'
 
 
 def name_in(line): return line.split('`')[1]
@@ -290,9 +314,9 @@ def name_in(line): return line.split('`')[1]
 
 def counts(lines):
     "How many architectures work, are ambiguous, refused, wrong, or did not run"
-    last = [line.rstrip(' |').rsplit(' | ', 1)[1] for line in lines]
+    verdicts = [line.split(' | ')[6].rstrip(' |') for line in lines]
     kinds = dict(works='4 of 4', ambiguous='3 of 4', refused='refused', wrong='**wrong**', error='error')
-    found = {kind: sum(verdict.startswith(start) for verdict in last) for kind, start in kinds.items()}
+    found = {kind: sum(verdict.startswith(start) for verdict in verdicts) for kind, start in kinds.items()}
     found['not run'] = len(lines) - sum(found.values())
     return ', '.join(f'{"**" if kind=="works" else ""}{n} {kind}{"**" if kind=="works" else ""}' for kind, n in found.items() if n or kind in ('works', 'refused', 'wrong'))
 
@@ -313,7 +337,7 @@ def write(zoo, found):
     file = ROOT/'nbs'/'stories'/'zoo.ipynb'
     notebook = json.loads(file.read_text())
     cell = cell_of(notebook, zoo)
-    lines = {name_in(line): line for line in lines_in(cell)}
+    lines = {name_in(line): line if line.count(' | ') > 6 else f'{line} |' for line in lines_in(cell)} # those from before the last column
     lines.update({name_in(line): line for line in map(as_line, found)})
     ordered = sorted(lines.values(), key=lambda line: (line.split(' | ')[1], name_in(line))) # by family, then by name
     libraries = ', '.join(f'{package} {version(package)}' for package in dict(torchvision=('torch', 'torchvision'), timm=('torch', 'timm'), learner=('torch', 'fastai', 'timm'))[zoo])
