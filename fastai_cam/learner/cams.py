@@ -21,7 +21,7 @@ from fastai.vision.learner import create_head, vision_learner
 from ..probe.capture import Capture, Scores
 from ..tasks import NOT_ASKED, Values
 from ..methods.combine import enlarge
-from ..methods.registry import chosen_method, method_name
+from ..methods.registry import method_name
 from ..maps.draw import check_style
 from ..maps.cams import CAMs
 from ..state import bar_of_long_work, check_learner, has_bar, preserve_state
@@ -36,18 +36,17 @@ def maps_of_batch(
     cap:Capture, # The batch
     scores:Scores, # What is explained, `[B, K]`
     callback:CaptureCallback # Where it was captured
-) -> dict: # `maps` `[B, methods × K, h, w]`, `classes`, `regions`, `task`, and names of the `method`s and the layers
+) -> dict: # `maps` `[B, methods × K, h, w]`, `classes`, `regions`, `task`, and names of the layers
     "The maps of one batch by every method of the query, one method behind the other: the work of `learn.get_cams`"
     target,methods = callback.query.target,callback.query.methods
     if has_bar(callback.learn): cap.bar = bar_of_long_work
-    chosen = [chosen_method(method, cap) for method in methods]
-    maps = [method(cap, scores).detach().cpu() for method in chosen]
+    maps = [method(cap, scores).detach().cpu() for method in methods]
     finest = max((m.shape[2:] for m in maps), key=lambda size: size.numel()) # fullgrad beside gradcam: maps of one size
     classes,regions = target.item_classes(cap.out, callback.y, len(cap)),target.regions(cap.out, callback.y)
     n = len(methods)
     return dict(maps=torch.cat([enlarge(m, finest) for m in maps], dim=1), classes=classes.detach().cpu().repeat(1, n),
                 regions=None if regions is None else regions.cpu().repeat(1, n, *[1]*(regions.dim() - 2)),
-                task=target.parts[0].task.of(target.read(cap.out)), method=[method_name(method) for method in chosen], layer=cap.names)
+                task=target.parts[0].task.of(target.read(cap.out)), layer=cap.names)
 
 # %% ../../nbs/63_learner.cams.ipynb #5059a58e
 def _joined(batches, name):
@@ -71,8 +70,8 @@ def join_maps(
     asked = (found['classes'] != NOT_ASKED).any(0)
     asked[0] = True
     found = {name: part[:,asked] for name,part in found.items()}
-    made_by = dict(method=batches[-1]['method'], layers=batches[-1]['layer'])
-    labels = [label for label,kept in zip(query.labels_of(made_by['method']), asked) if kept]
+    made_by = dict(method=[method_name(method) for method in query.methods], layers=batches[-1]['layer'])
+    labels = [label for label,kept in zip(query.labels, asked) if kept]
     n_space,is_several = found['maps'].dim() - 2,query.is_several or found['maps'].shape[1] > 1
     if not is_several: found = {name: part[:,0] for name,part in found.items()}
     if isinstance(task, Values): found['classes'] = torch.full_like(found['classes'], -1) # a value is no class

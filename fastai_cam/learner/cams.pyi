@@ -17,7 +17,6 @@ from ..probe.capture import Scores
 from ..tasks import NOT_ASKED
 from ..tasks import Values
 from ..methods.combine import enlarge
-from ..methods.registry import chosen_method
 from ..methods.registry import method_name
 from ..maps.draw import check_style
 from ..maps.cams import CAMs

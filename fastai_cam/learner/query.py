@@ -25,7 +25,7 @@ from ..probe.guard import released, unwrap_model
 from ..probe.layers import check_layers
 from ..probe.watch import Probe
 from ..targets.kinds import AllClasses, Several, Target
-from ..methods.registry import as_methods, facts_of
+from ..methods.registry import as_methods, facts_of, method_name
 from ..state import call_event, check_learner, is_stand_in, stand_in
 from ..source.loaders import Source
 from .task import target_of
@@ -53,12 +53,11 @@ class Query:
         wanted = {facts_of(method).layers for method in self.methods}
         return next(iter(wanted)) if self.layer is None and len(wanted)==1 else self.layer
 
-    def labels_of(self,
-        names:Sequence[str] # Of the methods, as they were chosen
-    ) -> list[str]:
+    @property
+    def labels(self) -> list[str]:
         "What each map of an item answers"
-        if len(names)==1: return list(self.target.labels)
-        return [f'{name}: {label}' for name,label in product(names, self.target.labels)]
+        if len(self.methods)==1: return list(self.target.labels)
+        return [f'{method_name(method)}: {label}' for method,label in product(self.methods, self.target.labels)]
 
     @property
     def is_several(self) -> bool:

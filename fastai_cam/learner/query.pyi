@@ -24,6 +24,7 @@ from ..targets.kinds import Several
 from ..targets.kinds import Target
 from ..methods.registry import as_methods
 from ..methods.registry import facts_of
+from ..methods.registry import method_name
 from ..state import call_event
 from ..state import check_learner
 from ..state import is_stand_in
@@ -38,7 +39,8 @@ class Query():
     def needs_grad(self) -> bool: ...
     @property
     def layers(self) -> Any: ...
-    def labels_of(self, names: Sequence[str]) -> list[str]: ...
+    @property
+    def labels(self) -> list[str]: ...  # type: ignore[override]
     @property
     def is_several(self) -> bool: ...
     target: Target

@@ -7,9 +7,9 @@ Docs: https://fastai-cam.example/docs/methods.html.md"""
 # %% auto #0
 __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method',
            'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods',
-           'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam',
-           'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam',
-           'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad',
+           'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
+           'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem',
+           'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad',
            'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'legrad', 'attention_value',
            'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam',
            'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map',
@@ -18,7 +18,7 @@ __all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_componen
 # %% ../../nbs/34_methods.ipynb #132f8ee8
 from .combine import enlarge, fuse_layers, FUSIONS, principal_component, weighted_sum
 from .registry import (
-    as_method, as_methods, cam_method, cam_weights, cam_wrapper, chosen_method, DEFAULT_METHOD, facts_of, method_name, MethodFacts,
+    as_method, as_methods, cam_method, cam_weights, cam_wrapper, DEFAULT_METHOD, facts_of, method_name, MethodFacts,
     METHODS, per_layer, WRAPPERS)
 from .catalogue import (
     at_every_stage, cam, eigencam, eigengradcam, elementwise, fem, finercam, fullgrad, gradcam, gradcam_pp,
@@ -33,7 +33,7 @@ from .baselines import BASELINES, edge_map, gaussian_map, random_map, uniform_ma
 _all_ = [
     'FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge',
     'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table',
-    'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer',
+    'as_method', 'as_methods', 'method_name', 'per_layer',
     'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam',
     'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam',
     'reciprocam', 'scorecam',

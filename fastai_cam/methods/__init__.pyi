@@ -10,7 +10,6 @@ from .registry import as_methods
 from .registry import cam_method
 from .registry import cam_weights
 from .registry import cam_wrapper
-from .registry import chosen_method
 from .registry import DEFAULT_METHOD
 from .registry import facts_of
 from .registry import method_name
@@ -63,4 +62,4 @@ from .baselines import edge_map
 from .baselines import gaussian_map
 from .baselines import random_map
 from .baselines import uniform_map
-__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'chosen_method', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'legrad', 'attention_value', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']
+__all__ = ['FUSIONS', 'METHODS', 'WRAPPERS', 'weighted_sum', 'principal_component', 'fuse_layers', 'enlarge', 'cam_method', 'cam_weights', 'cam_wrapper', 'MethodFacts', 'facts_of', 'methods_table', 'as_method', 'as_methods', 'method_name', 'per_layer', 'cam', 'gradcam', 'hirescam', 'elementwise', 'layercam', 'xgradcam', 'gradcam_pp', 'shapleycam', 'finercam', 'eigencam', 'eigengradcam', 'segeigencam', 'kpca_cam', 'fem', 'ablationcam', 'reciprocam', 'scorecam', 'sscam', 'iscam', 'groupcam', 'opticam', 'rise', 'fullgrad', 'guided_backprop', 'guided_gradcam', 'rollout', 'grad_rollout', 'legrad', 'attention_value', 'at_every_stage', 'refinecam', 'stages', 'tta', 'pca', 'smooth_gradcam_pp', 'likenesscam', 'pathcam', 'objectcam', 'path_evidence', 'DEFAULT_METHOD', 'uniform_map', 'random_map', 'BASELINES', 'gaussian_map', 'edge_map']

@@ -6,8 +6,8 @@ Docs: https://fastai-cam.example/docs/methods.registry.html.md"""
 
 # %% auto #0
 __all__ = ['METHODS', 'WRAPPERS', 'DEFAULT_METHOD', 'MethodFacts', 'warn_if_taken', 'facts_of', 'method_name', 'checked_method',
-           'cam_method', 'per_layer', 'fuse_maps', 'for_all_scores', 'cam_weights', 'cam_wrapper', 'DefaultMethod',
-           'chosen_method', 'as_method', 'as_methods']
+           'cam_method', 'per_layer', 'fuse_maps', 'for_all_scores', 'cam_weights', 'cam_wrapper', 'as_method',
+           'as_methods']
 
 # %% ../../nbs/31_methods.registry.ipynb #ee8ad683
 import inspect
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from fastcore.xtras import is_listy
 from ..core import at_least_float, look_up
-from ..probe.layers import EVIDENCE
 from ..probe.capture import Capture, Scores
 from .combine import fuse_layers, nan_unless_finite, weighted_sum
 
@@ -180,32 +179,13 @@ def _by_name(text):
         found = look_up(wrapper, WRAPPERS, 'wrapper')(found)
     return found
 
-class DefaultMethod:
-    "The method that is taken if none is named, chosen by what a pass shows and by nothing else"
-    facts,__name__ = MethodFacts(layers=EVIDENCE, resolution='finest layer', cost='0.2 to 1 forward passes'),'default'
-
-    def choose(self, cap:Capture) -> Callable:
-        "`gradcam` where the model answers for every place, else `objectcam`"
-        draws = isinstance(cap.out, Tensor) and cap.out.dim()==cap.acts[0].dim()
-        return METHODS['gradcam' if draws else 'objectcam']
-
-    def __call__(self, cap:Capture, score:Scores|Tensor|Callable) -> Tensor: return self.choose(cap)(cap, score)
-
-DEFAULT_METHOD = DefaultMethod()
-
-def chosen_method(
-    method:Callable, # As `as_method` gives it
-    cap:Capture # Pass that is explained
-) -> Callable:
-    "The method itself; of the default one, that which it is for this pass"
-    return method.choose(cap) if isinstance(method, DefaultMethod) else method
+DEFAULT_METHOD = 'objectcam' # it looks where the pass shows that it should: at a grid of convolutions, at tokens, at what a drawing is made from
 
 def as_method(
-    # Name of a method, also with wrappers (`'gradcam+tta'`), or a function `(cap, score) -> maps`; `None`: chosen by what the pass shows
-    method:str|Callable|None=None
+    method:str|Callable|None=None # Name of a method, also with wrappers (`'gradcam+tta'`), or a function `(cap, score) -> maps`; `None`: `DEFAULT_METHOD`
 ) -> Callable:
     "The method that `method` means; `ValueError` with the known ones if it means none"
-    if method is None: return DEFAULT_METHOD
+    if method is None: method = DEFAULT_METHOD
     if isinstance(method, str): return _by_name(method)
     if not callable(method):
         raise TypeError(

@@ -384,21 +384,21 @@ def last_two(self:LayerScan) -> list[LayerCall]: # The finer one first; one only
     return [block_of(end) for end in finer] + [last]
 
 @patch
-def _before_last_block(self:LayerScan):
-    "Of tokens, the last of the blocks that are repeated behind which another one comes; `None`: no block is repeated"
+def _before_last_blocks(self:LayerScan):
+    "Of tokens, the last of the blocks that are repeated behind which two more come, or one; `None`: no block is repeated"
     def row(seen): return seen.name.rpartition('.')[0], type(seen.module)
     grid = self.last.layout.grid # a class token may join later
     blocks = [seen for seen in self.seen if seen.is_block and seen.layout is not None and seen.layout.grid==grid]
-    followed = {seen.name for i,seen in enumerate(blocks) if any(row(other)==row(seen) for other in blocks[i+1:])}
-    found = [seen for seen in self.spatial if seen.name in followed]
-    return found[-1] if found else None
+    n_behind = {seen.name: sum(row(other)==row(seen) for other in blocks[i+1:]) for i,seen in enumerate(blocks)}
+    found = [seen for seen in self.spatial if n_behind.get(seen.name)]
+    return next((seen for seen in reversed(found) if n_behind[seen.name] > 1), found[-1] if found else None)
 
 @patch
 def evidence(self:LayerScan) -> list[LayerCall]: # The finer one first
-    """Where evidence is looked for: of a network that draws, the last layer; of tokens, what the last block gets,
+    """Where evidence is looked for: of a network that draws, the last layer; of tokens, what the last two blocks get,
     since a class token sees places no later; of others, the last two stages"""
     if self.draws: return [self.last]
-    before = self._before_last_block() if self.last.layout.is_tokens else None
+    before = self._before_last_blocks() if self.last.layout.is_tokens else None
     return self.last_two() if before is None else [before]
 
 # %% ../../nbs/16_probe.scan.ipynb #1d12b909

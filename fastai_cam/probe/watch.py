@@ -34,7 +34,7 @@ class Probe(ExitStack):
         model:nn.Module, # Model to watch
         # Module, dotted name, index into `model[0]`, or a list; `None`: the last layer with space;
         # `'stages'`: where each of the last four resolutions ends; `'last_stages'`: the last layer, and the last block that is finer;
-        # `'evidence'`: these two, or of tokens what the last block gets
+        # `'evidence'`: these two, or of tokens what the last two blocks get
         layers:nn.Module|str|int|Sequence|None=None,
         grad:bool=True, # Whether gradients will be wanted
         from_input:bool=False, # Record from the images on, so that there are gradients with respect to them too?

@@ -29,7 +29,7 @@ from ..probe.capture import Capture, Scores
 from ..probe.watch import Probe
 from ..tasks import Values
 from ..targets.kinds import Predicted, Target
-from ..methods.registry import as_methods, chosen_method, facts_of, method_name
+from ..methods.registry import as_methods, facts_of, method_name
 from ..maps.words import plain_html, plain_legend, plain_text
 from ..maps.draw import CAMMap, check_style, save_figure
 from ..maps.cams import Images
@@ -235,9 +235,8 @@ def _check_asked(learn, method, layer, n, how='cascading', n_steps=8):
     return methods
 
 def _asked_of_batch(cap, scores, callback):
-    "What went into the model, as plain tensors; what is asked; at which layers; and by which methods"
-    inputs = map_tensors(lambda inp: inp.detach().as_subclass(Tensor), tuple(cap.args))
-    return inputs,scores.detach(),cap.names,[chosen_method(method, cap) for method in callback.query.methods]
+    "What went into the model, as plain tensors; what is asked; and at which layers"
+    return map_tensors(lambda inp: inp.detach().as_subclass(Tensor), tuple(cap.args)),scores.detach(),cap.names
 
 def _as_one_batch(batches, most=64):
     "Inputs of all batches as one batch, of at most so many items: the statistics of batch norms are not to depend on the batch size"
@@ -272,14 +271,14 @@ def _check(learn, source, methods, layer, how, n_steps, seed):
     query = Query(target_of(learn, None), methods, layer)
     if len(source.items) < 2: raise ValueError('a single image cannot be compared with others: give at least 2')
     with preserve_state(learn) as quiet:
-        batches,asked,names,(query.methods,*_) = zip(*run_query(quiet, source, query, _asked_of_batch)[0])
+        batches,asked,names = zip(*run_query(quiet, source, query, _asked_of_batch)[0])
         model,args = unwrap_model(learn.model),(names[0], query, batches, asked)
         steps,found = randomization_steps(model, n_steps=n_steps),[_maps_of(model, *args)]
         copies = randomized(model, how=how, seed=seed, n_steps=n_steps, args=_as_one_batch(batches))
         for step,copy in with_bar(learn, copies, total=len(steps)): found.append(_maps_of_copy(copy, step, *args))
     sizes = np.array([len(layers) for layers in steps.values()])
     shares = (np.cumsum(sizes) if how=='cascading' else sizes)/sizes.sum()
-    by_method = {method_name(method): torch.stack(maps) for method,maps in zip(query.methods, zip(*found))}
+    by_method = {method_name(method): torch.stack(maps) for method,maps in zip(methods, zip(*found))}
     return SanityCheck(by_method, dict(zip(steps, shares.tolist())), how, source.images)
 
 # %% ../../nbs/77_trust.sanity.ipynb #15deb9da

@@ -29,7 +29,6 @@ from ..tasks import Values
 from ..targets.kinds import Predicted
 from ..targets.kinds import Target
 from ..methods.registry import as_methods
-from ..methods.registry import chosen_method
 from ..methods.registry import facts_of
 from ..methods.registry import method_name
 from ..maps.words import plain_html

@@ -115,9 +115,9 @@ class Kind:
                 (BASE, 'gradcam', 'hirescam', 'layercam', 'eigencam', 'likenesscam', 'pathcam', *KNOW_NOTHING)}
         rows.update({name: (method, None) for name, method in CURVE.items()})
         if not self.tokens: return rows
-        rows.update({name: (as_method(name), None) for name in ('grad_rollout', 'legrad') if name in METHODS})
+        rows.update({name: (as_method(name), None) for name in ('grad_rollout', 'legrad', 'attention_value')})
         for back in (2, 3, 5): # the block that ends so many before the last
-            for name in ('gradcam', 'pathcam'): rows[f'{name}, {back} blocks from the end'] = (as_method(name), f'blocks.{12 - back}')
+                    for name in ('objectcam', 'gradcam', 'pathcam'): rows[f'{name}, {back} blocks from the end'] = (as_method(name), f'blocks.{12 - back}')
         return rows
 
 
