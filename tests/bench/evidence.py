@@ -117,7 +117,7 @@ class Kind:
         if not self.tokens: return rows
         rows.update({name: (as_method(name), None) for name in ('grad_rollout', 'legrad', 'attention_value')})
         for back in (2, 3, 5): # the block that ends so many before the last
-                    for name in ('objectcam', 'gradcam', 'pathcam'): rows[f'{name}, {back} blocks from the end'] = (as_method(name), f'blocks.{12 - back}')
+            for name in ('objectcam', 'gradcam', 'pathcam'): rows[f'{name}, {back} blocks from the end'] = (as_method(name), f'blocks.{12 - back}')
         return rows
 
 
@@ -135,12 +135,28 @@ def kinds(args):
         dense=Kind(lambda n_out: Drawer(Body(args.lite), n_out + 1), *half, (2e-4, 2e-3), dense=True))
 
 
+NEW = ('1.', 'head', 'ask', 'look', 'classify') # what is not of the body
+
+
+def with_new_head(kind, pictures, which, seed, epochs=60):
+    "A transformer whose body is as the package has it: only what reads it is trained, on tokens that are made once"
+    torch.manual_seed(seed)
+    model = kind.make(int(pictures.labels.max()) + 1).to(pictures.pixels.device).eval()
+    optimiser = torch.optim.AdamW([p for name, p in model.named_parameters() if name.startswith(NEW)], lr=kind.rates[1], weight_decay=.05)
+    with torch.no_grad(): tokens = torch.cat([model.tokens(kind.images(pictures.pixels[batch])) for batch in which.split(32)])
+    for _ in range(epochs):
+        for rows in torch.randperm(len(which)).split(32):
+            loss = F.cross_entropy(model.read(tokens[rows]), pictures.labels[which[rows]], label_smoothing=.1)
+            optimiser.zero_grad(), loss.backward(), optimiser.step()
+    return model
+
+
 def trained(kind, pictures, which, seed, epochs=14):
     "A network of this kind, trained whole on some of the pictures"
     torch.manual_seed(seed)
-    device, new = pictures.pixels.device, ('1.', 'head', 'ask', 'look', 'classify')
+    device = pictures.pixels.device
     model = kind.make(int(pictures.labels.max()) + 1).to(device).train()
-    parts = [[p for name, p in model.named_parameters() if name.startswith(new)==is_new] for is_new in (False, True)]
+    parts = [[p for name, p in model.named_parameters() if name.startswith(NEW)==is_new] for is_new in (False, True)]
     optimiser = torch.optim.AdamW([dict(params=part) for part in parts], weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, kind.rates, total_steps=epochs*(len(which)//32))
     targets = (pictures.masks*(pictures.labels + 1)[:,None,None]) if kind.dense else pictures.labels
@@ -173,7 +189,7 @@ class Asked:
     @torch.no_grad()
     def rescore(self, images, items):
         "Probability of the class (of its pixels)"
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda): out = self.model(images).float()
+        with torch.autocast(images.device.type, dtype=torch.bfloat16): out = self.model(images).float()
         return self.score(out.softmax(1), items)
 
     def maps(self, method, layer, bs=24):
@@ -224,13 +240,13 @@ def rank_agreement(a, b):
     return F.cosine_similarity(*[one - one.mean(1, keepdim=True) for one in ranks])
 
 
-def measured(asked, maps, drops):
+def measured(asked, maps, drops, steps):
     "Numbers `[B]` of each measure of the maps, but for those of mosaics"
     images, masks, rescore = asked.images, asked.masks, asked.rescore
     found = {name: METRICS[metric](maps, masks) for name, metric in
              dict(pointing='pointing_game', energy='energy_in_mask', iou='iou').items()}
     for name in ('insertion', 'deletion', 'average_drop'):
-        options = {} if name=='average_drop' else dict(steps=10, baseline=dict(insertion='blur', deletion='mean')[name])
+        options = {} if name=='average_drop' else dict(steps=steps, baseline=dict(insertion='blur', deletion='mean')[name])
         found[name] = METRICS[name](maps, images, rescore, bs=384, **options)
     for name, drop in drops.items(): found[name] = rank_agreement(F.interpolate(maps[:,None], size=drop.shape[1:], mode='area')[:,0], drop)
     return {name: values.double().cpu().numpy() for name, values in found.items()}
@@ -249,23 +265,24 @@ def seconds(asked, method, layer):
     return min(once(lambda: few.maps(method, layer)) for _ in range(3))/plain
 
 
-def look_into(kind, pictures, seed, n):
+def look_into(kind, pictures, seed, n, frozen=False, only=(), steps=10):
     "All rows of one trained network: row → measure → numbers of items"
     learn_from, look_at = pictures.split(seed)
-    model = trained(kind, pictures, learn_from, seed)
+    model = (with_new_head if frozen else trained)(kind, pictures, learn_from, seed)
     which = look_at[torch.linspace(0, len(look_at) - 1, min(n, len(look_at))).long()].to(pictures.pixels.device)
     asked = Asked(kind, model, pictures.pixels[which], pictures.labels[which], pictures.masks[which])
     accuracy = None
     if not kind.dense:
         with torch.inference_mode(): accuracy = (model(asked.images).argmax(1)==asked.labels).double().mean().item()
-    drops = dict(cell=cell_drops(asked, 14), patch=cell_drops(asked, 7))
+    drops = dict(patch=cell_drops(asked, 7)) | ({} if only else dict(cell=cell_drops(asked, 14)))
     mosaic, quarters = mosaics(kind, model, pictures, look_at.to(which.device), len(which), seed)
     found = {}
     for name, (method, layer) in kind.rows.items():
-        found[name] = measured(asked, asked.maps(method, layer), drops)
+        if only and name not in only: continue
+        found[name] = measured(asked, asked.maps(method, layer), drops, steps)
         found[name]['which'] = in_quarter(mosaic.maps(method, layer), quarters).double().cpu().numpy()
         if name not in KNOW_NOTHING: found[name]['cost'] = np.array([seconds(asked, method, layer)])
-    found['the mask itself'] = measured(asked, F.interpolate(asked.masks[:,None].float(), size=(14, 14), mode='area')[:,0], drops)
+    found['the mask itself'] = measured(asked, F.interpolate(asked.masks[:,None].float(), size=(14, 14), mode='area')[:,0], drops, steps)
     return found, accuracy
 
 
@@ -291,6 +308,9 @@ def main():
     parser.add_argument('--n', type=int, default=48)
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--kinds', nargs='+', default=['pooled', 'fastai', 'class', 'mean', 'ask', 'dense'])
+    parser.add_argument('--frozen', action='store_true', help='train the heads of transformers only')
+    parser.add_argument('--only', nargs='+', default=(), help='these rows, and no single cells')
+    parser.add_argument('--steps', type=int, default=10, help='of insertion and deletion')
     parser.add_argument('--seconds', type=float, default=math.inf, help='begin no network after so many')
     parser.add_argument('--out', type=Path, default=HERE/'evidence.json')
     args = parser.parse_args()
@@ -300,7 +320,7 @@ def main():
     for seed in range(args.seeds):
         for kind in args.kinds:
             if time.time() - start > args.seconds: continue
-            found, accuracy = look_into(known[kind], pictures, seed, args.n)
+            found, accuracy = look_into(known[kind], pictures, seed, args.n, args.frozen, args.only, args.steps)
             networks.setdefault(kind, []).append((found, accuracy))
             results[kind] = dict(rows=summary([one for one, _ in networks[kind]]), accuracy=[accuracy for _, accuracy in networks[kind]],
                                  networks=len(networks[kind]), items=args.n*len(networks[kind]))

@@ -55,11 +55,15 @@ class ViT(nn.Module):
         if pool=='ask': self.ask = AttentionPool(width, heads)
         self.head = nn.Linear(width, n_out)
 
-    def forward(self, image):
+    def tokens(self, image):
         places = self.patch(image).flatten(2).transpose(1, 2)
-        tokens = self.norm(self.blocks(torch.cat([self.cls.expand(len(places), -1, -1), places], 1) + self.pos))
+        return self.norm(self.blocks(torch.cat([self.cls.expand(len(places), -1, -1), places], 1) + self.pos))
+
+    def read(self, tokens):
         if self.pool=='class': return self.head(tokens[:,0])
         return self.head(tokens[:,1:].mean(1) if self.pool=='mean' else self.ask(tokens[:,1:]))
+
+    def forward(self, image): return self.read(self.tokens(image))
 
 
 def _from_onnx(path):
