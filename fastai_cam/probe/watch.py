@@ -278,8 +278,8 @@ def recapture(self:Pass,
 def recapture_blocks(self:Pass,
     last:int|None=None # How many, counted from the end; `None`: all
 ) -> 'Capture':
-    """Another watched pass of a transformer, at its last blocks, with the attention of each:
-    recorded from what goes into the first of them on, which the block before returns, a layer of this pass too, or else from the images on"""
+    """Another watched pass of a transformer, at its last blocks, with the attention of each. It is recorded from what goes into the first
+    of them on, which the block before returns, a layer of this pass too; for all blocks, from the images on"""
     blocks = self.blocks()
     layers = blocks[-last - 1:] if last else blocks
     found = self.recapture(layers=[block.module for block in layers], from_input=len(layers)==len(blocks), attention=True)
