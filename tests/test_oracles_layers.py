@@ -143,7 +143,7 @@ def test_stages_and_tta_together():
 
 # --- several layers
 
-AT_THE_LAST_LAYER = {'cam', 'likenesscam', 'uniform_map', 'random_map'} # CAM belongs to the layer before the head, which is to be listed last, and likenesscam's evidence to the last; the baselines have that layer's size
+AT_THE_LAST_LAYER = {'cam', 'likenesscam', 'objectcam', 'uniform_map', 'random_map'} # CAM belongs to the layer before the head, which is to be listed last, and the evidence of likenesscam and objectcam to the last; the baselines have that layer's size
 
 @pytest.mark.parametrize('name', [name for name in ON_ANY_NET if name not in AT_THE_LAST_LAYER])
 def test_order_of_the_layers(name):

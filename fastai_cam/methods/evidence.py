@@ -131,18 +131,20 @@ def spread_alike(
     return torch.stack(spread).unflatten(-1, maps.shape[2:])
 
 def _evidence(cap, scores, steps):
-    "Evidence at the last layer, and what counts as a seed of likeness, `[B, K, h, w]` each, at the resolution of the finer layer"
+    "Evidence at the last layer, and what counts as a seed of likeness at the finer one, `[B, K, h, w]` each"
     if cap.layouts[-1].is_tokens:
         evidence = path_evidence(cap, scores, len(cap.layers) - 1, steps=steps)
-        return tuple(enlarge(found, cap.acts[0].shape[2:]) for found in (spread_alike(evidence, cap.acts[-1]), evidence))
-    fine,grads = at_least_float(cap.acts[0]),cap.grads(scores)
-    evidence,decides = (enlarge(found, fine.shape[2:]) for found in (gradcam(cap.only(-1), scores), weighted_sum(cap.acts[-1], grads[-1])))
-    return evidence, weighted_sum(fine.abs(), grads[0].abs())*decides.sign()
+        return spread_alike(evidence, cap.acts[-1]), evidence
+    finer,grads = -2 if len(cap.layers) > 1 else -1,cap.grads(scores)
+    decides = enlarge(weighted_sum(cap.acts[-1], grads[-1]), cap.acts[finer].shape[2:])
+    seeds = weighted_sum(at_least_float(cap.acts[finer]).abs(), grads[finer].abs())*decides.sign()
+    return gradcam(cap.only(-1), scores), seeds
 
 def _of_the_object(cap, evidence, seeds, likeness):
     "The geometric mean of the positive part of `evidence` and of the likeness to the positive part of `seeds`, as large as the evidence"
     space = tuple(range(2, evidence.dim()))
     alike = fuse_maps(cap, [likeness_to(act, seeds.clamp(min=0)) for act in cap.acts]).clamp(min=0)
+    evidence = enlarge(evidence, alike.shape[2:])
     def unit(positive, largest): return torch.where(largest > 0, positive/largest, positive)
     largest = evidence.abs().amax(space, keepdim=True)
     return largest*unit(alike, alike.amax(space, keepdim=True))**likeness*unit(evidence.clamp(min=0), largest)**(1 - likeness)

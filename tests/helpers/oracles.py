@@ -366,25 +366,27 @@ def guided_times_gradcam(model, layer, image, ask):
     return torch.stack([(colour*heat).abs() for colour in guided_gradient(model, image, ask)]).amax(0)
 
 
+def alike(act, seeds):
+    "Cosine similarity of every place to the features at the seeds, both less the average place's, by loops"
+    places = [(i, j) for i in range(act.shape[1]) for j in range(act.shape[2])]
+    features = {(i, j): act[:, i, j]/max(act[:, i, j].norm(), 1e-12) for i, j in places}
+    mean = sum(features.values())/len(places)
+    prototype = torch.zeros(len(act), dtype=torch.double)
+    for i, j in places:
+        (top, bottom), (left, right) = ((k*n//m, -(-(k + 1)*n//m)) for k, n, m in zip((i, j), seeds.shape, act.shape[1:]))
+        prototype += seeds[top:bottom, left:right].mean()*(features[i, j] - mean)
+    found = torch.zeros(act.shape[1:], dtype=torch.double)
+    for i, j in places: found[i, j] = prototype @ (features[i, j] - mean)
+    return found[None, None]
+
+
 def likeness_at(fine, last):
     "Cosine similarity of every place to the features where the finer layer has evidence that the last one speaks for, by loops, averaged over the two layers"
     def one(model, image, ask):
         (A, g), (B, h) = slope(model, fine, image, ask), slope(model, last, image, ask)
         speaks_for = large(sum(b*d for b, d in zip(B, h)), A.shape[1:])
         seeds = sum((a*d).abs() for a, d in zip(A, g))*(speaks_for > 0)
-        maps = []
-        for act in (A, B):
-            places = [(i, j) for i in range(act.shape[1]) for j in range(act.shape[2])]
-            features = {(i, j): act[:, i, j]/max(act[:, i, j].norm(), 1e-12) for i, j in places}
-            mean = sum(features.values())/len(places)
-            prototype = torch.zeros(len(act), dtype=torch.double)
-            for i, j in places:
-                (top, bottom), (left, right) = ((k*n//m, -(-(k + 1)*n//m)) for k, n, m in zip((i, j), seeds.shape, act.shape[1:]))
-                prototype += seeds[top:bottom, left:right].mean()*(features[i, j] - mean)
-            found = torch.zeros(act.shape[1:], dtype=torch.double)
-            for i, j in places: found[i, j] = prototype @ (features[i, j] - mean)
-            maps.append(found[None, None])
-        return fused(maps, 'mean')[0, 0]
+        return fused([alike(A, seeds), alike(B, seeds)], 'mean')[0, 0]
     return one
 
 
@@ -393,11 +395,46 @@ def likeness(model, layer, image, ask):
     return likeness_at(*(('mix', 'last') if isinstance(model, Odd) else ('0.1', '0')))(model, image, ask)
 
 
+def object_at(fine, last, share=.75):
+    "Grad-CAM at the last layer and likeness to where the finer one decides, for and against"
+    def one(model, image, ask):
+        (A, g), (B, h) = slope(model, fine, image, ask), slope(model, last, image, ask)
+        evidence, decides = (large(sum(b*d for b, d in zip(B, weights)), A.shape[1:]) for weights in ([d.mean() for d in h], h))
+        strength, top = sum((a*d).abs() for a, d in zip(A, g)), float(evidence.abs().max())
+        def side(sign):
+            seeds = torch.where(sign*decides > 0, strength, 0)
+            found = fused([alike(act, seeds) for act in ([A] if fine==last else [A, B])], 'mean')[0, 0].clamp(min=0)
+            return top*(found/max(float(found.max()), 1e-300))**share*((sign*evidence).clamp(min=0)/top)**(1 - share)
+        return side(1) - side(-1)
+    return one
+
+
+def the_object(model, layer, image, ask):
+    "At the last two stages; a layer that is named is both"
+    stages = ('mix', 'last') if isinstance(model, Odd) else ('0.1', '0')
+    return object_at(*(stages if layer is None else (layer, layer)))(model, image, ask)
+
+
+def along_the_way(model, layer, image, ask, tol=.01, most=64):
+    "The activation times the mean gradient on the way to it from 0, by Gauss's rule with twice the points until it adds up"
+    out, act = run(model, layer, image)
+    act, points = act.detach(), 1
+    gap = float(ask(out) - ask(run(model, layer, image, torch.zeros_like(act))[0]))
+    while True:
+        cells = torch.zeros(act.shape[2:], dtype=torch.double)
+        for at, weight in zip(*np.polynomial.legendre.leggauss(points)):
+            leaf = (act*(at + 1)/2).requires_grad_()
+            grad, = torch.autograd.grad(ask(run(model, layer, image, leaf)[0]), leaf)
+            cells += weight/2*(grad*act).sum((0, 1))
+        if abs(float(cells.sum()) - gap) <= tol*abs(gap) or points >= most: return cells
+        points *= 2
+
+
 TERM_ORACLES = {**{name: terms_of(name) for name in TERMS}, 'shapleycam': shapley_terms, 'smooth_gradcam_pp': smooth_terms, 'fem': fem_terms, 'ablationcam': ablation_terms,
                 'scorecam': lit_terms(lambda light: [light]), 'sscam': lit_terms(noisy_lights), 'iscam': lit_terms(rising_lights)}
 ORACLES = {**{name: (lambda *args, terms=terms: terms(*args).sum(0)) for name, terms in {**TERM_ORACLES, 'finercam': finer_terms()}.items()},
            'reciprocam': recipro(True), 'fullgrad': full_gradient, 'guided_backprop': lambda model, layer, image, ask: guided_gradient(model, image, ask).abs().amax(0), 'guided_gradcam': guided_times_gradcam,
-           'likenesscam': likeness, 'rise': masked_at_random(), 'groupcam': in_groups(), 'opticam': fitted_mask()}
+           'likenesscam': likeness, 'objectcam': the_object, 'pathcam': along_the_way, 'rise': masked_at_random(), 'groupcam': in_groups(), 'opticam': fitted_mask()}
 
 
 def oracle(name, model, layer, x, asks=None):
