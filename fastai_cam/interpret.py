@@ -244,8 +244,4 @@ def plot_top_losses_cam(self:CAMInterpretation,
     _refuse_class(kwargs)
     check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
     cams = self.top_losses_cams(k, largest, show, method, layer, image)
-    n_q = cams.n_questions
-    if nrows is None and ncols is None and 1 < n_q <= 3: # several items in a row, up to six maps
-        n,most = len(cams),6//n_q
-        ncols = n_q*(n if n <= most else min(most, round(n**.5)))
     cams.show(max_n=len(cams), nrows=nrows, ncols=ncols, figsize=figsize, loss=True, **kwargs)
