@@ -171,7 +171,7 @@ def test_titles_of_questions_do_not_overlap(name):
     fig.canvas.draw()
     for row in (axs[:n], axs[n:]):
         lines = [ax.get_title(loc='left').split('\n') for ax in row]
-        n_head = [line.startswith('▸') for line in lines[0]].index(True) # the item's title is above them all
+        n_head = min([line.startswith('▸') for line in one].index(True) for one in lines) # the item's title is above them all
         heads, lines = [one[:n_head] for one in lines], [one[n_head:] for one in lines]
         assert len({len(one) for one in lines})==1 and heads[0][0] and not any(''.join(head) for head in heads[1:])
         assert all(len(line) <= 34 for one in lines for line in one) and all(len(one) <= (4 if len(name) > 60 else 2) for one in lines)

@@ -19,6 +19,8 @@ from .cams import CAMs, Images, ItemMaps
 from ..tasks import TASKS
 import fastai_cam.maps.titles
 import fastai_cam.maps.grid
+import fastai_cam.maps.export
+import fastai_cam.maps.table
 import fastai_cam.maps.store
 
 _all_ = [

@@ -18,5 +18,7 @@ from .cams import ItemMaps
 from ..tasks import TASKS
 import fastai_cam.maps.titles
 import fastai_cam.maps.grid
+import fastai_cam.maps.export
+import fastai_cam.maps.table
 import fastai_cam.maps.store
 __all__ = ['TASKS', 'normalize', 'upsample', 'plain_text', 'plain_legend', 'plain_html', 'fading', 'to_pixels', 'to_slices', 'check_style', 'CAMMap', 'Box', 'Peak', 'Images', 'ItemMaps', 'CAMs']

@@ -2,6 +2,10 @@
 from typing import Any
 from fastai_cam.maps.boxes import Box
 from fastai_cam.maps.boxes import Peak
+import numpy as np
+from matplotlib.colors import Colormap
+from PIL import Image
+from typing import Sequence
 import textwrap
 import warnings
 from dataclasses import dataclass
@@ -11,14 +15,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-from typing import Sequence
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from contourpy import contour_generator
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -57,6 +58,8 @@ class CAMMap():
     def __repr__(self) -> str: ...
     def show(self, ctx: Axes | None=..., ax: Axes | None=..., alpha: float=..., cmap: str | Colormap | None=..., interpolation: str=..., signed: bool | None=..., saturate: float | None=..., title: str | None=..., figsize: tuple | None=..., save: str | Path | None=..., boxes: bool | float | Sequence=..., peaks: bool | float | Sequence=..., slice: int | None=..., photo: bool | None=..., style: str=..., contour: float | Sequence | bool | None=..., colorbar: bool | None=..., dpi: float=..., text: bool=..., **kwargs: Any) -> Axes: ...
     def show_slices(self, n: int=..., ax: Sequence[Axes] | None=..., signed: bool | None=..., saturate: float | None=..., title: str | None=..., figsize: tuple | None=..., save: str | Path | None=..., alpha: float=..., cmap: str | Colormap | None=..., interpolation: str=..., style: str=..., contour: float | Sequence | bool | None=..., dpi: float=..., text: bool=..., **kwargs: Any) -> list[Axes]: ...
+    def numpy(self) -> np.ndarray: ...
+    def overlay(self, size: str | tuple | None=..., style: str=..., alpha: float=..., cmap: str | Colormap | None=..., signed: bool | None=..., saturate: float | None=..., contour: float | Sequence | bool | None=..., interpolation: str=...) -> Image.Image: ...
     peak: Any = ...
     outlines: Any = ...
     item: Any = ...
