@@ -69,9 +69,12 @@ def fading(
     return ListedColormap(rgba, name=cmap.name)
 
 def veil(
-    signed:bool=False # Is zero in the middle?
+    signed:bool=False, # Is zero in the middle?
+    picture:np.ndarray|None=None # What is hidden: in white where it is dark itself
 ) -> Colormap:
-    "Black that hides a picture where there is no evidence, and clears up with it"
-    rgba = np.zeros((256, 4))
+    "Black, or white, that hides a picture where there is no evidence, and clears up with it"
+    full = 255 if picture is not None and picture.dtype==np.uint8 else 1
+    is_dark = picture is not None and picture.mean() < .2*full
+    rgba = np.full((256, 4), float(is_dark))
     rgba[:,3] = .9*(1 - np.clip(_strengths(signed)/.5, 0, 1))
     return ListedColormap(rgba, name='veil')

@@ -182,7 +182,7 @@ def show(self:CAMMap,
     ax = ctx if ax is None else ax
     axs = self._axes(ax, figsize, photo, style)
     self._draw_all(axs, self._marks(boxes, 'boxes'), self._marks(peaks, 'peaks'), slice, look, title,
-                   ax is None and self.map.dim()==2 if colorbar is None else colorbar)
+                   ax is None and text and self.map.dim()==2 if colorbar is None else colorbar)
     save_figure(axs[-1].figure, save, dpi, text)
     return axs[-1]
 
@@ -298,7 +298,7 @@ def _draw(self:CAMMap, ax, pixels, values, index, look):
     if silent:
         ground = dict(facecolor='white', alpha=.85, linewidth=0, pad=2)
         plain_text(ax.text(.5, .03, silent, transform=ax.transAxes, ha='center', va='bottom', fontsize=8, bbox=ground))
-    if not is_over or not silent and look.style != 'contour': _draw_values(ax, values, (h,w), look, is_over)
+    if not is_over or not silent and look.style != 'contour': _draw_values(ax, values, (h,w), look, pixels if is_over else None)
     outlines = self.outlines or (dict(region=self.region) if self.region is not None else {})
     if not silent: _draw_contours(ax, values, (h,w), look, look.levels(bool(outlines)))
     for number,region in enumerate(outlines.values()):
@@ -330,11 +330,12 @@ def _strongest_slice(values):
     strongest = (strength==strength.max()).nonzero().flatten()
     return int(strongest[len(strongest)//2])
 
-def _draw_values(ax, values, size, look, is_over):
-    "The map: see-through over a picture, and solid where there is none under it"
+def _draw_values(ax, values, size, look, picture):
+    "The map: see-through over a picture, and solid where there is none (`None`) under it"
     h,w = size
     cmap,alpha = as_cmap(look.cmap),{}
-    if is_over: cmap,alpha = (veil(look.signed), {}) if look.style=='masked' else (fading(cmap, look.signed), dict(alpha=look.alpha))
+    if picture is not None and look.style=='masked': cmap = veil(look.signed, picture)
+    elif picture is not None: cmap,alpha = fading(cmap, look.signed),dict(alpha=look.alpha)
     shown = dict(extent=(-.5, w-.5, h-.5, -.5), vmin=-1 if look.signed else 0, vmax=1)
     ax.imshow(values.numpy(), **{**shown, 'cmap': cmap, 'interpolation': look.interpolation, **alpha, **look.others})
 
@@ -352,7 +353,7 @@ def _draw_contours(ax, values, size, look, levels):
         color = as_cmap(look.cmap)(share) if look.style=='contour' else 'white'
         casing = [Stroke(linewidth=2.2, foreground='black'), Normal()]
         for line in contour_generator(x, y, z).lines(sign*level):
-            if np.ptp(line, axis=0).max() < .04*max(size): continue # a speck
+            if np.ptp(line, axis=0).max() < .06*max(size): continue # a speck
             drawn = dict(color=color, linewidth=1.2 if look.style=='contour' else .8, linestyle='-' if sign > 0 else '--')
             ax.add_artist(Line2D(*line.T, **drawn, path_effects=casing, gid=f'contour {sign*level:g}'))
 

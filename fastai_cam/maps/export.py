@@ -88,7 +88,8 @@ def blended(
     if look.style=='side': return np.concatenate([picture, blended(picture, torch.from_numpy(values), replace(look, style='heat'))], axis=1)
     found = picture.astype(np.float32)
     if look.style in ('overlay', 'masked'):
-        colours,opacity = _coloured(veil(look.signed) if look.style=='masked' else fading(look.cmap, look.signed), values, look.signed)
+        cmap = veil(look.signed, picture) if look.style=='masked' else fading(look.cmap, look.signed)
+        colours,opacity = _coloured(cmap, values, look.signed)
         opacity = opacity if look.style=='masked' else opacity*look.alpha
         found += (colours - found)*opacity
     elif look.style=='heat': found,_ = _coloured(look.cmap, values, look.signed)

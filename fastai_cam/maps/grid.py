@@ -20,11 +20,11 @@ import torch
 from matplotlib.axes import Axes
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
-from ..captions import rounded
+from ..captions import n_columns, rounded
 from .words import plain_text
 from .pixels import as_drawn, as_volume, full_strength, to_pixels
 from .style import as_axes, check_style, save_figure
-from .layout import arrange, panel_axes, panel_size
+from .layout import arrange, n_letters, panel_axes, panel_size
 from .draw import draw_colorbar, draw_picture, Look, look_of, signs
 from .cams import CAMs, ItemMaps
 
@@ -60,7 +60,8 @@ def show(self:CAMs,
     n = len(self) if max_n is None else min(len(self), max_n)
     if n==0: raise ValueError('there are no items to show')
     self._announce(range(n))
-    wanted = _Wanted(n, ax, figsize, loss, title, scale, colorbar, kwargs.pop('slice', None), look_of(kwargs, self.signed))
+    has_bars = False if not text and colorbar is None else colorbar
+    wanted = _Wanted(n, ax, figsize, loss, title, scale, has_bars, kwargs.pop('slice', None), look_of(kwargs, self.signed))
     if self.n_space==3 and wanted.slice is None: fig,axs = self._show_volumes(wanted, slices, nrows, ncols)
     else: fig,axs = self._show_grid(wanted, photo, nrows, ncols, marks)
     save_figure(fig, save, dpi, text)
@@ -165,6 +166,12 @@ def _aspect(pictures, maps):
     shapes = [picture.shape for picture in pictures if picture is not None] or [maps.shape[-2:]]
     return float(np.median([h/w for h,w,*_ in shapes]))
 
+# %% ../../nbs/45a_maps.grid.ipynb #d402144a
+def _longest(titles):
+    "Letters of the longest line that stands over one panel"
+    lines = chain.from_iterable(title.split('\n') for title in titles.values())
+    return max((n_columns(line) for line in lines if line.startswith('▸') or len(titles)==1), default=0)
+
 @patch
 def _places(self:CAMs, wanted, panels, has_photo, nrows, ncols, aspect):
     "A figure, the axes of each panel and its title, and how they are arranged"
@@ -174,17 +181,22 @@ def _places(self:CAMs, wanted, panels, has_photo, nrows, ncols, aspect):
     blocks = arrange(n, n_panels, nrows, ncols, wanted.figsize, aspect)
     cell = 3.4 if n==1 and n_panels <= 2 else 2.7
     letters = panel_size(blocks, n, wanted.figsize, cell)[1] if wanted.ax is None else wanted.letters
-    words = [self._panel_titles(i, row, wanted.loss, letters, has_photo, blocks.cols) for i,row in panels.items()]
-    titles = dict(zip(keys, chain.from_iterable(words)))
-    if len(keys)==1 and wanted.title is not None: titles = {keys[0]: str(wanted.title)}
+    def worded(letters):
+        words = [self._panel_titles(i, row, wanted.loss, letters, has_photo, blocks.cols) for i,row in panels.items()]
+        titles = dict(zip(keys, chain.from_iterable(words)))
+        if len(keys)==1 and wanted.title is not None: titles = {keys[0]: str(wanted.title)}
+        return titles,max(title.count('\n') for title in titles.values()) + 1 + (not self.is_finite[:n].all())
+    titles,n_lines = worded(letters)
+    if wanted.figsize is not None and wanted.ax is None: # a flat figure leaves less room for its pictures
+        letters = min(letters, max(14, n_letters(blocks, n, wanted.figsize, aspect, n_lines)))
+        titles,n_lines = worded(letters)
     if wanted.ax is not None:
         keys,given = [key for key in keys if not str(key[1]).startswith('blank')],as_axes(wanted.ax)
         if len(given) < len(keys):
             n = len(keys)
             raise ValueError(f'{n} maps need {n} axes, but {len(given)} were given: pass more, or fewer items (max_n)')
         return given[0].figure,dict(zip(keys, given)),titles,blocks
-    n_lines = max(title.count('\n') for title in titles.values()) + 1 + (not self.is_finite[:n].all())
-    fig,axs = panel_axes(blocks, n, n_panels, wanted.figsize, aspect, n_lines, cell)
+    fig,axs = panel_axes(blocks, n, n_panels, wanted.figsize, aspect, n_lines, cell, _longest(titles))
     return fig,dict(zip(keys, chain.from_iterable(axs))),titles,blocks
 
 # %% ../../nbs/45a_maps.grid.ipynb #b509cc73
@@ -220,6 +232,7 @@ def _bars(self:CAMs, places, groups, full, wanted, blocks):
     for members in groups.values():
         if not full.get(members[0]): continue # nothing was drawn
         axs = [places[panel] for panel in members]
+        if is_one_a_row: axs = [ax for (i,_),ax in places.items() if i==members[0][0]] # all bars in one column
         unit = 'share of the score' if getattr(self._facts(members[0][1]), 'adds_up', False) else 'evidence'
         draw_colorbar(axs if wanted.scale=='all' else [_last_in_row(axs)], wanted.look, full[members[0]], unit)
     return bool(groups)

@@ -13,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..captions import n_columns
 from ..captions import rounded
 from .words import plain_text
 from .pixels import as_drawn
@@ -23,6 +24,7 @@ from .style import as_axes
 from .style import check_style
 from .style import save_figure
 from .layout import arrange
+from .layout import n_letters
 from .layout import panel_axes
 from .layout import panel_size
 from .draw import draw_colorbar

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..captions import as_text, n_columns, printable, Row
+from ..captions import as_text, printable, Row
 from ..tasks import NOT_ASKED, Values
 from .words import wrapped_title
 from .cams import CAMs
@@ -136,15 +136,21 @@ def _side(self:CAMs, i, k):
     return ' and '.join(side for side in _sides if side in asked)
 
 # %% ../../nbs/45_maps.titles.ipynb #cea4b12d
+def _in_two_lines(words, width, most):
+    "Lines of `words(width of a name)`, two at most: names are as long as they can be, and shortened only where they have to be"
+    for longest in (1000, *range(2*most, 8, -3)):
+        lines = wrapped_title(words(longest), width, most)
+        if len(lines) <= 2: break
+    return lines
+
 @patch
 def _panel_titles(self:CAMs, i, columns, loss, letters, has_photo, n_cols):
     "Titles of the panels of item `i`: of the plain picture, and of its maps, `None` where a place is blank; `n_cols` are in a row"
     if len(columns)==1 and not has_photo: return [self._only_title(i, columns[0], loss, letters)]
-    def lines(k): return [] if k is None else wrapped_title(self._asked_in(i, k, letters, has_photo), int(.83*letters), letters)
-    asked = [lines(k) for k in columns]
-    asked = [[]]*has_photo + asked
+    asked = [[]]*has_photo + [self._question_lines(i, k, letters, has_photo) for k in columns]
     n_first = min(n_cols, len(asked))
-    head = wrapped_title(self._fitted(i, loss, letters*n_first - 6), letters*n_first - 6, letters*n_first - 6)
+    whole = letters*n_first - 6
+    head = _in_two_lines(lambda width: self.item_title(i, loss, width), whole, whole)
     n_lines = max(map(len, asked[:n_first]))
     first = next((number for number,k in enumerate([0]*has_photo + list(columns)) if k is not None), 0) # over no blank place
     def heading(number, lines): # the item's title stands above all others
@@ -153,24 +159,17 @@ def _panel_titles(self:CAMs, i, columns, loss, letters, has_photo, n_cols):
     return ['\n'.join(heading(number, lines)) for number,lines in enumerate(asked)]
 
 @patch
-def _fitted(self:CAMs, i, loss, letters):
-    "The title of item `i`, in two lines: only where it takes more, names are shortened"
-    whole = self.item_title(i, loss)
-    return whole if n_columns(whole) <= 2*letters - 8 else self.item_title(i, loss, max(11, letters - 20))
+def _question_lines(self:CAMs, i, k, letters, has_photo):
+    "What map `k` of item `i` explains, in two lines; nothing beside a picture whose title says it, and over a blank place"
+    if k is None or has_photo and self._is_explained(i, k) or not self.question(i, k): return []
+    return _in_two_lines(lambda width: '▸ ' + self.question(i, k, width, side=True), int(.83*letters), letters)
 
-@patch
-def _asked_in(self:CAMs, i, k, letters, has_photo):
-    "What map `k` of item `i` explains, in two lines; nothing beside a picture whose title says it"
-    if has_photo and self._is_explained(i, k): return ''
-    whole,name = (self.question(i, k, width, side=True) for width in (1000, 0))
-    most = int(1.5*letters) # lines end at blanks, before they are full
-    asked = whole if n_columns(whole) <= most else self.question(i, k, max(8, most - n_columns(name)), side=True)
-    return f'▸ {asked}' if asked else ''
-
+# %% ../../nbs/45_maps.titles.ipynb #6a51ca04
 @patch
 def _only_title(self:CAMs, i, k, loss, letters):
     "Title of an item with one panel, in lines that fit over it"
-    if k is None: return '\n'.join(self._known(i, loss, 2*letters - 16))
-    asked = '' if self._is_explained(i, k) else self.question(i, k, 2*letters - 16, side=True)
-    parts = [self._text(i), *self._known(i, loss, 2*letters - 16), f'▸ {asked}' if asked else '']
+    width = 2*letters - 16
+    if k is None: return '\n'.join(self._known(i, loss, width))
+    asked = '' if self._is_explained(i, k) else self.question(i, k, width, side=True)
+    parts = [self._text(i), *self._known(i, loss, width), f'▸ {asked}' if asked else '']
     return '\n'.join(chain.from_iterable(wrapped_title(part, int(.9*letters), letters) for part in parts))

@@ -106,7 +106,8 @@ def wrapped_title(
     if n_columns(text) <= most: return [text] if text else []
     lines = ['']
     for part in re.split(r'(?<=[ :+])', text):
-        if lines[-1] and n_columns((lines[-1] + part).rstrip()) > width: lines.append('')
+        is_too_long = n_columns(part.rstrip()) > width # it is broken anyway: let it begin where there is room
+        if lines[-1] and n_columns((lines[-1] + part).rstrip()) > width and not is_too_long: lines.append('')
         lines[-1] += part
     pieces = chain.from_iterable(_pieces(line, width) for line in lines)
     return [piece.rstrip() for piece in pieces if piece.strip()]
