@@ -109,9 +109,7 @@ def overlay(self:CAMMap,
 ) -> Image.Image:
     "The map over its picture as a picture, without words, marks and figure"
     look = Look(alpha, cmap, interpolation, self.signed if signed is None else signed, saturate, style, contour)
-    look.check()
-    _check_size(size)
-    check_choice(interpolation, ('bilinear', 'nearest'), "interpolation is 'bilinear' or 'nearest' here")
+    _check_overlay(look, size)
     if self.map.dim()==3:
         raise ValueError('an overlay is of a flat map, and this one is a volume: take one plane of it, CAMMap(cam_map.map[i])')
     if self.image is None and isinstance(size, str):
@@ -137,8 +135,10 @@ def _overlay(self:CAMMap, size, look, pixels):
     if not full: look = replace(look, contour=False) # there is nothing to surround
     return Image.fromarray(blended(picture, values, look))
 
-def _check_size(size):
-    "`ValueError` for what is no size of a picture"
+def _check_overlay(look, size, **options):
+    "`ValueError` for a look that no overlay can have, and for what is no size of a picture"
+    look.check(**options)
+    check_choice(look.interpolation, ('bilinear', 'nearest'), "interpolation is 'bilinear' or 'nearest' here")
     is_pair = is_listy(size) and len(size)==2 and all(isinstance(side, int) and side > 0 for side in size)
     if not (size is None or isinstance(size, str) and size=='original' or is_pair):
         raise ValueError(f"size is (height, width) in pixels, or 'original' for that of the file, not {size!r}")
@@ -167,8 +167,7 @@ def save_all(self:CAMs,
     "Write the overlay of every map as a PNG file; no figures are made"
     _refuse_options(kwargs)
     look = look_of(kwargs, self.signed)
-    look.check(scale=scale)
-    _check_size(size)
+    _check_overlay(look, size, scale=scale)
     if self.n_space==3: raise ValueError('overlays are of flat maps, and these are volumes: index one and take a plane of it')
     folder,written = as_path(folder),[]
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{str(folder)!r} is a file: give the name of a folder')

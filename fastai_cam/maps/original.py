@@ -8,6 +8,7 @@ Docs: https://fastai-cam.example/docs/maps.original.html.md"""
 __all__ = ['frame_in', 'in_frame', 'original_of']
 
 # %% ../../nbs/41d_maps.original.ipynb #9178ea89
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ def _frames(size, file_size):
     "Left, top, right and bottom in the file of the pictures that resizing, cropping and padding make; fastai's roundings included"
     (h,w),(height,width) = size,file_size
     scales = [min(width/w, height/h), max(width/w, height/h), 1.]
-    zooms = [1., 224/256, 1/1.14] # torchvision resizes to 256 and crops to 224; fastai's RandomResizedCrop leaves 14% in validation
-    sizes = [(width, height)] + [(int(scale*w), int(scale*h)) for scale in scales]
+    zooms = [1., 224/256, w/(w + math.ceil(.14*max(w, h)/8)*8)] # torchvision's 256 and 224; what fastai's RandomResizedCrop leaves out
+    narrow = min(width, int(height*4/3)),min(height, int(width*4/3)) # which it makes of wide pictures first
+    sizes = [(width, height), narrow] + [(int(scale*w), int(scale*h)) for scale in scales]
     for zoom in zooms:
         for wide,high in sizes:
             wide,high = wide*zoom,high*zoom

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..methods.combine import enlarge
-from ..captions import as_text
+
 from .pixels import as_drawn
 from .boxes import check_finding
 from .cams import CAMs
@@ -75,8 +75,9 @@ def _item_columns(self:CAMs, i):
     answers = self.task.answers(row) if self.task.reads(row) and row.is_finite else []
     pred,probabilities = self._predicted(i) if answers else None,self.task.row_probabilities(row) if answers else None
     loss = None if self.losses is None else self.losses[i].float().mean().item()
+    named = str(item) if isinstance(item, (str, Path)) else type(item).__name__
     return dict(
-        item=str(item) if isinstance(item, (str, Path)) or item is None else as_text(type(item).__name__), index=i,
+        item=None if item is None else named, index=i,
         prediction=answers[0] if answers else None, label=answers[1] if len(answers) > 1 else None,
         probability=probabilities[pred].item() if pred is not None and probabilities is not None else None, loss=loss)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..methods.combine import enlarge
-from ..captions import as_text
 from .pixels import as_drawn
 from .boxes import check_finding
 from .cams import CAMs
