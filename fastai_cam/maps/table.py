@@ -81,6 +81,7 @@ def _item_columns(self:CAMs, i):
         prediction=answers[0] if answers else None, label=answers[1] if len(answers) > 1 else None,
         probability=probabilities[pred].item() if pred is not None and probabilities is not None else None, loss=loss)
 
+# %% ../../nbs/46b_maps.table.ipynb #63a70f79
 @patch
 def _map_columns(self:CAMs, i, k, boxes, peaks):
     "What is known of one of its maps"

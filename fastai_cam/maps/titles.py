@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..captions import as_text, printable, Row
+from ..captions import as_text, n_columns, printable, Row
 from ..tasks import NOT_ASKED, Values
 from .words import wrapped_title
 from .cams import CAMs
@@ -136,11 +136,16 @@ def _side(self:CAMs, i, k):
     return ' and '.join(side for side in _sides if side in asked)
 
 # %% ../../nbs/45_maps.titles.ipynb #cea4b12d
-def _in_two_lines(words, width, most):
-    "Lines of `words(width of a name)`, two at most: names are as long as they can be, and shortened only where they have to be"
-    for longest in (1000, *range(2*most, 8, -3)):
-        lines = wrapped_title(words(longest), width, most)
-        if len(lines) <= 2: break
+def _in_two_lines(lines_of, most):
+    "`lines_of(width of a name)`, two at most: names are as long as they can be, and shortened only where they have to be"
+    return next((lines for lines in map(lines_of, (1000, *range(2*most, 8, -3))) if len(lines) <= 2), lines_of(8))
+
+def _joined(parts, width):
+    "Parts in lines of a width, several in one where they fit"
+    lines = []
+    for part in parts:
+        if lines and n_columns(f'{lines[-1]} · {part}') <= width: lines[-1] += f' · {part}'
+        else: lines += wrapped_title(part, width, width)
     return lines
 
 @patch
@@ -150,7 +155,8 @@ def _panel_titles(self:CAMs, i, columns, loss, letters, has_photo, n_cols):
     asked = [[]]*has_photo + [self._question_lines(i, k, letters, has_photo) for k in columns]
     n_first = min(n_cols, len(asked))
     whole = letters*n_first - 6
-    head = _in_two_lines(lambda width: self.item_title(i, loss, width), whole, whole)
+    text = [self._text(i, 2*whole)] if self._text(i) else []
+    head = _in_two_lines(lambda width: _joined([*text, *self._known(i, loss, width)], whole), whole)
     n_lines = max(map(len, asked[:n_first]))
     first = next((number for number,k in enumerate([0]*has_photo + list(columns)) if k is not None), 0) # over no blank place
     def heading(number, lines): # the item's title stands above all others
@@ -162,7 +168,7 @@ def _panel_titles(self:CAMs, i, columns, loss, letters, has_photo, n_cols):
 def _question_lines(self:CAMs, i, k, letters, has_photo):
     "What map `k` of item `i` explains, in two lines; nothing beside a picture whose title says it, and over a blank place"
     if k is None or has_photo and self._is_explained(i, k) or not self.question(i, k): return []
-    return _in_two_lines(lambda width: '▸ ' + self.question(i, k, width, side=True), int(.83*letters), letters)
+    return _in_two_lines(lambda width: wrapped_title('▸ ' + self.question(i, k, width, side=True), int(.83*letters), letters), letters)
 
 # %% ../../nbs/45_maps.titles.ipynb #6a51ca04
 @patch
