@@ -246,6 +246,9 @@ def test_outlines_of_a_mask_say_which_is_which():
     lines = [c for c in ax.collections if np.allclose(c.get_edgecolor()[0], 1)]
     assert [tuple(np.concatenate([path.vertices for path in line.get_paths()]).min(0)) for line in lines]==[(1.5, 1.5), (3.5, 9.5)]
     assert [line.get_linestyle()[0][1] is None for line in lines]==[True, False] # the second is dashed
+    cams.regions = ~pred # asked over a place of one's own: that alone is outlined
+    ax, = cams.show()
+    assert ax.figure.get_supxlabel()=='' and len(ax.collections)==2 and torch.equal(cams[0].region, ~pred[0]) and cams[0].outlines is None
     assert CAMs(STRONG[None], PICTURES[:1], torch.tensor([1]), regions=pred).show()[0].figure.get_supxlabel()=='' # of another task: nobody knows
 
 

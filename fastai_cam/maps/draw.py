@@ -198,7 +198,7 @@ def _axes(self:CAMMap, ax, figsize, photo, style):
     n = 1 + (is_asked or photo is None and is_flat and self.image is not None)
     h,w = self._picture_size() if is_flat else (1, 1)
     size = figsize or (3.4*n + .5, 3.4*min(max(h/w, .3), 2.5) + .5)
-    return list(plt.subplots(1, n, figsize=size, squeeze=False, layout='compressed')[1][0])
+    return list(plt.subplots(1, n, figsize=size, squeeze=False, layout='compressed', subplot_kw=dict(xticks=[], yticks=[]))[1][0])
 
 @patch
 def _draw_all(self:CAMMap, axs, boxes, peaks, index, look, title, has_bar):

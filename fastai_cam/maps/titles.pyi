@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..captions import as_text
+from ..captions import n_columns
 from ..captions import printable
 from ..captions import Row
 from ..tasks import NOT_ASKED
