@@ -7,7 +7,6 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from typing import Sequence
 import numpy as np
 import torch
