@@ -236,9 +236,9 @@ def plot_top_losses_cam(self:CAMInterpretation,
     ncols:int|None=None, # Columns of the grid
     figsize:tuple|None=None, # Size of the figure in inches
     image:int=0, # Which of the images, where several go into the model for one item
-    **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
+    **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `photo`, `style`, `scale`, `boxes`, `signed`, `save`, …
 ) -> None:
-    "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
+    "The items with the largest (or smallest) losses, decoded, with their maps, titled with prediction, actual class and loss"
     if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
     check_words(kwargs, self.method if method is None else method, ('layer', 'method', 'k'))
     _refuse_class(kwargs)
