@@ -9,7 +9,7 @@ __all__ = ['outside']
 
 # %% ../../nbs/46b_maps.table.ipynb #2c224768
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import pandas as pd
 import torch

@@ -2,7 +2,6 @@
 from typing import Any
 from pathlib import Path
 from typing import Any
-from typing import Sequence
 import pandas as pd
 import torch
 from torch import Tensor
