@@ -137,8 +137,12 @@ def _side(self:CAMs, i, k):
 
 # %% ../../nbs/45_maps.titles.ipynb #cea4b12d
 def _in_two_lines(lines_of, most):
-    "`lines_of(width of a name)`, two at most: names are as long as they can be, and shortened only where they have to be"
-    return next((lines for lines in map(lines_of, (1000, *range(2*most, 8, -3))) if len(lines) <= 2), lines_of(8))
+    """`lines_of(width of a name)`, two at most, or as few as the shortest names take:
+    names are as long as they can be, and shortened only where it helps"""
+    whole = lines_of(1000)
+    if len(whole) <= 2: return whole
+    fewest = max(2, len(lines_of(8)))
+    return next(lines for lines in map(lines_of, (1000, *range(2*most, 8, -3), 8)) if len(lines) <= fewest)
 
 def _joined(parts, width):
     "Parts in lines of a width, several in one where they fit"
