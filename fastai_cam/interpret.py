@@ -236,16 +236,12 @@ def plot_top_losses_cam(self:CAMInterpretation,
     ncols:int|None=None, # Columns of the grid
     figsize:tuple|None=None, # Size of the figure in inches
     image:int=0, # Which of the images, where several go into the model for one item
-    **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `alpha`, `cmap`, `interpolation`, `signed`, `save`, …
+    **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `ax`, `photo`, `style`, `scale`, `boxes`, `signed`, `save`, …
 ) -> None:
-    "The items with the largest (or smallest) losses, decoded, with their maps, titled prediction/actual/loss/probability"
+    "The items with the largest (or smallest) losses, decoded, with their maps, titled with prediction, actual class and loss"
     if 'max_n' in kwargs: raise TypeError('max_n is no option here: k says how many items to show')
     check_words(kwargs, self.method if method is None else method, ('layer', 'method', 'k'))
     _refuse_class(kwargs)
     check_style(nrows=nrows, ncols=ncols, figsize=figsize, **kwargs)
     cams = self.top_losses_cams(k, largest, show, method, layer, image)
-    n_q = cams.n_questions
-    if nrows is None and ncols is None and 1 < n_q <= 3: # several items in a row, up to six maps
-        n,most = len(cams),6//n_q
-        ncols = n_q*(n if n <= most else min(most, round(n**.5)))
     cams.show(max_n=len(cams), nrows=nrows, ncols=ncols, figsize=figsize, loss=True, **kwargs)

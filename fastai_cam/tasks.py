@@ -430,8 +430,7 @@ class Points(Values):
     def points(self, row:Row) -> dict:
         found = dict(predicted=row.pred, actual=row.targ)
         return {name: places.reshape(-1, 2) for name,places in found.items() if isinstance(places, Tensor)}
-    def legend(self, row:Row, has_loss:bool=False) -> str:
-        return ' / '.join([f'{mark} {name.title()}' for mark,name in zip('●✚', self.points(row))] + ['Loss']*has_loss)
+    def legend(self, row:Row) -> str: return '   '.join(f'{mark} {name}' for mark,name in zip('●✚', self.points(row)))
 
 # %% ../nbs/21_tasks.ipynb #b8538e71
 _no_answers = dict(

@@ -338,7 +338,7 @@ def test_every_stage(dls):
 
 def n_drawn(learn, item, **kwargs):
     plt.close('all')
-    learn.show_cam(item, **kwargs)
+    learn.show_cam(item, photo=False, colorbar=False, **kwargs)
     return sum(ax.has_data() for ax in plt.gcf().axes)
 
 

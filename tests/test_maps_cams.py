@@ -26,7 +26,7 @@ def test_volumes_are_shown_a_row_each():
     assert len(rows)==9 and not rows[8].images # the shallow volume has no third slice
     assert volumes.n_questions==2 and len(volumes[1])==1 and volumes[0, 1].map.shape==(3, 4, 4) and volumes[:, 0].n_questions==1
     assert repr(volumes)=='CAMs: 2 items × 2 (one, two), maps 3×4×4'
-    assert len(volumes.show(slice=0))==3 and volumes.show(slice=-1)[0].get_title(loc='left')=='\n▸ cat\nslice 7 of 8'
+    assert len(volumes.show(slice=0))==3 and volumes.show(slice=-1)[0].get_title(loc='left')=='▸ cat\nslice 7 of 8'
     given = plt.subplots(2, 4)[1]
     assert volumes.show(slices=3, ax=given)==list(given.ravel())
     with pytest.raises(ValueError, match='8 slices need 8 axes, but 3'): volumes.show(slices=3, ax=given[0, :3])
@@ -74,9 +74,9 @@ def test_a_question_that_was_not_asked_is_left_out():
     cams = CAMs(torch.rand(3, 3, 4, 4), [torch.rand(3, 8, 8) for _ in range(3)], classes, ['one', 'two', 'score'], torch.tensor([[.9, .8, .1], [.1, .2, .7], [0., 0., 0.]]), vocab=VOCAB, task='multi')
     assert [len(maps) for maps in cams]==[2, 2, 0] and all(isinstance(maps, ItemMaps) for maps in cams)
     assert torch.equal(cams[1][0].map, cams.maps[1, 1]) and torch.equal(cams[1, -1].map, cams.maps[1, 2])
-    assert [ax.get_title(loc='left') for ax in cams.show()]==['cat;dog\n▸ cat 0.90', '\n▸ dog 0.80', 'car\n▸ car 0.70', '\n▸ score']
+    assert [ax.get_title(loc='left') for ax in cams.show()]==['predicted cat;dog\n▸ cat 0.90', '\n▸ dog 0.80', 'predicted car\n▸ car 0.70', '\n▸ score']
     grid = plt.gcf().axes
-    assert [len(ax.images) for ax in grid]==[2, 2, 0, 0, 2, 2, 0, 0, 0] and grid[6].get_title(loc='left').strip()=='–' # nothing was predicted: the title says so
+    assert [len(ax.images) for ax in grid]==[2, 2, 0, 0, 2, 2, 0, 0, 0] and grid[6].get_title(loc='left').strip()=='predicted –' # nothing was predicted: the title says so
     given = plt.subplots(1, 4)[1]
     assert cams.show(ax=given)==list(given) # blanks need no axes
     with pytest.raises(ValueError, match='4 maps need 4 axes'): cams.show(ax=given[:3])
@@ -84,7 +84,7 @@ def test_a_question_that_was_not_asked_is_left_out():
     with pytest.raises(IndexError, match='question 3 is out of range'): cams[0, 3]
     with pytest.raises(ValueError, match='no question was asked about this item'): cams[2].show()
     flat = cams[:, 0]
-    assert len(flat.show())==1 and flat.boxes()[1:]==[[], []] and flat[1].title=='car'
+    assert len(flat.show())==1 and flat.boxes()[1:]==[[], []] and flat[1].title=='predicted car'
 
 
 def test_points_of_a_batch():
@@ -92,7 +92,8 @@ def test_points_of_a_batch():
     cams = CAMs(torch.ones(2, 2, 2), [torch.zeros(3, 10, 20)]*2, preds=preds, targs=targs, labels=['nose'], task='points')
     axs = cams.show()
     assert [ax.collections[0].get_offsets().tolist() for ax in axs]==[[[10, 5], [15, 7.5]], [[0, 0], [20, 10]]] and axs[0].collections[1].get_offsets().tolist()==[[10, 5]]*2
-    assert cams[:1].show()[0].figure.get_suptitle()=='● Predicted / ✚ Actual' # what the marks mean is said for a single picture too
+    assert axs[0].figure.get_supxlabel()=='● predicted   ✚ actual   red raises the score, blue lowers it'
+    assert cams[:1].show(colorbar=False)[0].figure.get_supxlabel()==axs[0].figure.get_supxlabel() # what the marks mean is said for a single picture too
     assert torch.equal(cams[1].points['predicted'], preds[1].reshape(2, 2))
 
 
@@ -168,7 +169,9 @@ def test_a_map_of_a_score_that_is_not_finite_is_none(preds, classes, finite, sin
 
 def test_the_legend_is_of_an_item_whose_output_is_finite():
     cams = CAMs(torch.ones(2, 2, 2), preds=torch.tensor([[float('nan')]*2, [.1, .9]]), targs=torch.tensor([1, 1]), vocab=VOCAB[:2])
-    assert cams.legend()=='Prediction/Actual/Probability' and [m.title for m in cams]==['output not finite', 'dog/dog / 0.90']
+    assert [m.title for m in cams]==['output not finite', 'predicted dog 0.90 · actual dog']
+    points = CAMs(torch.ones(2, 2, 2), preds=torch.tensor([[float('nan')]*2, [.1, .9]]), targs=torch.zeros(2, 2), task='points')
+    assert points.legend()=='● predicted   ✚ actual'
 
 
 # -- frames

@@ -153,7 +153,7 @@ def test_a_map_of_one_row_covers_the_picture(interpolation, upright):
     fig = plt.figure(figsize=(2, 8) if upright else (8, 2), dpi=50)
     ax = fig.add_axes([0, 0, 1, 1])
     cam_map = CAMMap(m, picture)
-    cam_map.show(ax=ax, interpolation=interpolation, alpha=1, title='')
+    cam_map.show(ax=ax, interpolation=interpolation, alpha=1, title='', contour=False)
     fig.canvas.draw()
     light = np.asarray(fig.canvas.buffer_rgba())[..., :3].sum(-1).astype(int)
     light = light.T if upright else light

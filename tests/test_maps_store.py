@@ -42,11 +42,11 @@ def test_a_task_that_is_not_known_where_its_file_is_read(tmp_path):
         def answers(self, row): return [f'rank {int(row.pred.argmax())}']
     cams = CAMs(torch.ones(1, 2, 2), preds=torch.tensor([[.2, .7, .1]]), targs=torch.tensor([2]), vocab=VOCAB, task=Rank(), thresh=.25)
     file = cams.save(tmp_path/'cams.npz')
-    assert cams.item_title(0)==CAMs.load(file).item_title(0)=='rank 1 / 0.70' and type(CAMs.load(file).task) is Rank
+    assert cams.item_title(0)==CAMs.load(file).item_title(0)=='predicted rank 1 0.70' and type(CAMs.load(file).task) is Rank
     del TASKS['rank']
     back = CAMs.load(file)
     assert (type(back.task), back.task.name, back.thresh, back.signed)==(Task, 'rank', .25, False)
-    assert back.item_title(0)==CAMs(cams.maps, preds=cams.preds, targs=cams.targs, vocab=VOCAB).item_title(0)=='dog/car / 0.70'
+    assert back.item_title(0)==CAMs(cams.maps, preds=cams.preds, targs=cams.targs, vocab=VOCAB).item_title(0)=='predicted dog 0.70 · actual car'
     assert CAMs.load(back.save(tmp_path/'again.npz')).task.name=='rank'
 
 

@@ -40,7 +40,7 @@ def test_words_are_drawn_as_they_are(word, capfd):
     two = dict(vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), targs=torch.tensor([0]), classes=torch.tensor([0]))
     check_drawn(CAMMap(torch.ones(2, 2), title=word).show().figure, word, capfd)
     flat = CAMs(torch.ones(1, 2, 2), **two).show()
-    assert flat[0].get_title()==f'{word}/{word} / 0.90'
+    assert flat[0].get_title()==f'predicted {word} 0.90\nactual {word}'
     check_drawn(flat[0].figure, word, capfd)
 
 
@@ -48,10 +48,10 @@ def test_words_are_drawn_as_they_are_in_every_title(capfd):
     word = EVERYTHING
     two = dict(vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), targs=torch.tensor([0]), classes=torch.tensor([0]))
     several = CAMs(torch.ones(2, 2, 2), labels=[word], vocab=[word, 'b'], preds=torch.eye(2), texts=[word, None], classes=torch.tensor([1, 0])).show(title=word)
-    assert several[0].get_title()==f'{word}\n{word} / 1.00\n▸ b 0.00' and several[0].figure.get_suptitle()==word
+    assert several[0].get_title()==f'{word}\npredicted {word} 1.00\n▸ b 0.00' and several[0].figure.get_suptitle()==word
     check_drawn(several[0].figure, word, capfd)
     columns = CAMs(torch.ones(1, 2, 2, 2), labels=[word, 'b'], vocab=[word, 'b'], preds=torch.tensor([[.9, .1]]), classes=torch.tensor([[0, -1]])).show()
-    assert columns[0].get_title(loc='left')==f'{word} / 0.90\n▸ {word} 0.90'
+    assert columns[0].get_title(loc='left')==f'predicted {word} 0.90\n▸ {word} 0.90'
     check_drawn(columns[0].figure, word, capfd)
     assert not columns[0].title.get_parse_math()
     check_drawn(CAMs(torch.ones(1, 2, 2, 2), n_space=3, **two).show()[0].figure, word, capfd)
@@ -91,9 +91,10 @@ def test_words_are_drawn_as_they_are_in_every_figure(capfd):
 ])
 def test_names_that_are_no_line_of_text(name, drawn):
     cams = CAMs(torch.ones(1, 1, 2, 2), vocab=[name, 'b'], preds=torch.tensor([[.75, .25]]), classes=torch.tensor([[0]]), labels=[str(name)])
-    assert cams.item_title(0)==f'{drawn} / 0.75' and cams.question(0)==f'{drawn} 0.75'
+    assert cams.item_title(0)==f'predicted {drawn} 0.75' and cams.question(0)==f'{drawn} 0.75'
     ax = cams.show()[0]
-    assert ''.join(ax.get_title().split())==''.join(f'{drawn}/0.75'.split())
+    short = drawn if len(drawn) < 69 else drawn[:67] + '…' # two lines of it
+    assert ''.join(ax.get_title().split())==''.join(f'predicted{short}0.75'.split())
     ax.figure.savefig(io.BytesIO())
 
 
@@ -114,7 +115,7 @@ def test_a_formula_that_is_written_later_is_one():
 
 
 def test_words_are_drawn_without_tex():
-    with plt.rc_context({'text.usetex': True}): axs = CAMs(torch.ones(2, 2, 2), vocab=['a_b', '50%'], preds=torch.eye(2), targs=torch.arange(2)).show()
+    with plt.rc_context({'text.usetex': True}): axs = CAMs(torch.ones(2, 2, 2), vocab=['a_b', '50%'], preds=torch.eye(2), targs=torch.arange(2)).show(title='a_b')
     assert not any(text.get_usetex() for text in [*(ax.title for ax in axs), axs[0].figure._suptitle])
 
 

@@ -651,8 +651,8 @@ def test_a_task_of_a_user(grades, tmp_path):
     for i in range(3): assert close(cams.maps[i], by_hand(grades, [x[i:i+1]], lambda out: out[0, :predicted[i]].sum() - out[0, predicted[i]:].sum()))
     steps = torch.cat([torch.ones(3, 1), cams.preds, torch.zeros(3, 1)], dim=1)
     shares = [(steps[i, k] - steps[i, k+1]).item() for i, k in enumerate(predicted)]
-    titles = [f'grade {k} of 4/{grade_of(12 + i)} / {shares[i]:.2f}' for i, k in enumerate(predicted)]
-    assert [m.title for m in cams]==titles and cams.legend(loss=True)=='Prediction/Actual/Loss/Probability'
+    titles = [f'predicted grade {k} of 4 {shares[i]:.2f} · actual {grade_of(12 + i)}' for i, k in enumerate(predicted)]
+    assert [m.title for m in cams]==titles and cams.item_title(0, loss=True)==f'{titles[0]} · loss {cams.losses[0]:.2f}'
     assert grades.get_cams(0, cls=4)[0].title==f'{titles[0]} · map: grade 4 {cams.preds[0, 3].item():.2f}'
     back = CAMs.load(cams.save(tmp_path/'grades.npz'))
     assert [m.title for m in back]==titles and type(back.task) is Grade
@@ -660,9 +660,8 @@ def test_a_task_of_a_user(grades, tmp_path):
 
 def test_a_task_of_a_user_is_shown(grades):
     grades.show_cam([0, 1])
-    titles = [ax.get_title() for ax in plt.gcf().axes]
-    assert titles==[m.title for m in grades.get_cams([0, 1])] and all(title.startswith('grade ') for title in titles)
-    assert plt.gcf().get_suptitle()=='Prediction/Actual/Probability'
+    titles = [ax.get_title().replace('\n', ' · ') for ax in plt.gcf().axes]
+    assert titles==[m.title for m in grades.get_cams([0, 1])] and all(title.startswith('predicted grade ') for title in titles)
     CAMInterpretation.from_learner(grades).plot_top_losses_cam(2)
 
 

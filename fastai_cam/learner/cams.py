@@ -153,7 +153,7 @@ def show_cam(self:Learner,
     figsize:tuple|None=None, # Size of the figure in inches
     ax:Axes|Sequence[Axes]|None=None, # Axes to draw in, one a map, instead of a new grid
     image:int=0, # Which of the images, where several go into the model for one item
-    **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `alpha`, `cmap`, `interpolation`, `signed`, `title`, `save`, …
+    **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `photo`, `style`, `scale`, `boxes`, `signed`, `cmap`, `title`, `save`, …
 ) -> None:
     "Show what the model looked at: `item`, decoded, with its class activation map over it"
     check_words(kwargs, method)

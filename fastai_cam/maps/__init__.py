@@ -10,12 +10,17 @@ __all__ = ['TASKS', 'normalize', 'upsample', 'plain_text', 'plain_legend', 'plai
 
 # %% ../../nbs/47_maps.ipynb #5aab057a
 from .words import plain_html, plain_legend, plain_text
-from .pixels import fading, normalize, to_pixels, to_slices, upsample
-from .draw import CAMMap, check_style
+from .pixels import normalize, to_pixels, to_slices, upsample
+from .style import check_style
+from .colours import fading
+from .draw import CAMMap
 from .boxes import Box, Peak
 from .cams import CAMs, Images, ItemMaps
 from ..tasks import TASKS
 import fastai_cam.maps.titles
+import fastai_cam.maps.grid
+import fastai_cam.maps.export
+import fastai_cam.maps.table
 import fastai_cam.maps.store
 
 _all_ = [

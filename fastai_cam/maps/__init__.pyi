@@ -3,13 +3,13 @@ from typing import Any
 from .words import plain_html
 from .words import plain_legend
 from .words import plain_text
-from .pixels import fading
 from .pixels import normalize
 from .pixels import to_pixels
 from .pixels import to_slices
 from .pixels import upsample
+from .style import check_style
+from .colours import fading
 from .draw import CAMMap
-from .draw import check_style
 from .boxes import Box
 from .boxes import Peak
 from .cams import CAMs
@@ -17,5 +17,8 @@ from .cams import Images
 from .cams import ItemMaps
 from ..tasks import TASKS
 import fastai_cam.maps.titles
+import fastai_cam.maps.grid
+import fastai_cam.maps.export
+import fastai_cam.maps.table
 import fastai_cam.maps.store
 __all__ = ['TASKS', 'normalize', 'upsample', 'plain_text', 'plain_legend', 'plain_html', 'fading', 'to_pixels', 'to_slices', 'check_style', 'CAMMap', 'Box', 'Peak', 'Images', 'ItemMaps', 'CAMs']

@@ -16,21 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
-from fastcore.xtras import is_listy
-from fastai.vision.data import get_grid
 from ..checks import check_share
 from ..tasks import as_task, NOT_ASKED, Task
 from ..captions import as_text
-from .words import plain_text
-from .pixels import as_volume
-from .draw import as_axes, CAMMap, check_style, save_figure, warn_not_finite, warn_of_cells
+from ..methods.registry import as_method, facts_of, MethodFacts
+from .draw import CAMMap, warn_not_finite, warn_of_cells
 from .boxes import check_finding
 
 # %% ../../nbs/44_maps.cams.ipynb #6a795665
@@ -202,18 +196,7 @@ def __repr__(self:CAMs) -> str:
 # %% ../../nbs/44_maps.cams.ipynb #8d4c67ec
 class ItemMaps(L):
     "The maps of one item, one a question"
-    def show(self,
-        figsize:tuple|None=None, # Size of the figure in inches
-        save:str|Path|None=None, # File to write the figure to
-        **kwargs # Passed to `CAMMap.show`
-    ) -> list[Axes]: # One a map
-        "Draw the maps side by side"
-        if len(self)==0: raise ValueError('no question was asked about this item, so there is no map to show')
-        check_style(figsize=figsize, save=save, **kwargs)
-        axs = get_grid(len(self), nrows=1, figsize=figsize or (2.7*len(self), 3.3), layout='constrained')
-        axs = [cam_map.show(ax=ax, **kwargs) for cam_map,ax in zip(self, axs)]
-        save_figure(axs[0].figure, save)
-        return axs
+    methods = None # the names of the methods that made them, where it is known
 
 # %% ../../nbs/44_maps.cams.ipynb #ac1f0dce
 @patch
@@ -226,7 +209,9 @@ def __getitem__(self:CAMs,
         i = self._position(i)
         image = self._image(i)
         if self._is_single: return self._map(i, 0, image, self.title(i))
-        return ItemMaps(self._map(i, k, image, self.title(i, k)) for k in self._asked(i))
+        maps = ItemMaps(self._map(i, k, image, self.title(i, k)) for k in self._asked(i))
+        maps.methods = [self._split(i, k)[0] for k in self._asked(i)]
+        return maps
     which = i if isinstance(i, slice) else torch.as_tensor(i if isinstance(i, Tensor) else list(i))
     return self._subset(torch.arange(len(self))[which].tolist())
 
@@ -278,12 +263,13 @@ def _region(self:CAMs, i, k):
 def _asked(self:CAMs, i): return [k for k in range(self.n_questions) if self._class(i, k) != NOT_ASKED]
 
 @patch
-def _map(self:CAMs, i, k, image, title=''):
+def _map(self:CAMs, i, k, image, title='', peak=None):
     "Map `k` of item `i`, with all that is drawn with it"
     found = self._flat(i)[k]
     if not self._are_scores_finite([i])[0,k]: found = torch.full_like(found, math.nan) # ReLUs may have let through zeros
     size = None if self.sizes is None else tuple(self.sizes[i].tolist())
-    return CAMMap(found, image, title, self._region(i, k), self._points(i), self.signed, size)
+    item = None if self.items is None else self.items[i]
+    return CAMMap(found, image, title, self._region(i, k), self._points(i), self.signed, size, peak, self._outlines(i, k), item)
 
 @patch
 def _with(self:CAMs, **changed):
@@ -301,152 +287,58 @@ def _loaded(self:CAMs, idxs):
     "The images of `idxs`, read together"
     return [None]*len(idxs) if self.images is None else _pick(self.images, idxs).load()
 
-# %% ../../nbs/44_maps.cams.ipynb #0be2c21e
+# %% ../../nbs/44_maps.cams.ipynb #a1699fca
 @patch
-def show(self:CAMs,
-    max_n:int|None=9, # How many items to show at most; `None`: all
-    nrows:int|None=None, # Rows of the grid
-    ncols:int|None=None, # Columns of the grid
-    figsize:tuple|None=None, # Size of the figure in inches
-    ax:Axes|Sequence[Axes]|None=None, # Axes to draw in, one a map, instead of a new grid
-    title:str|None=None, # Title of the figure (of the map, if there is one); the default says what the items' titles are
-    ctx:Axes|None=None, # fastai's name for `ax`
-    loss:bool=False, # Give the losses in the titles?
-    save:str|Path|None=None, # File to write the figure to
-    boxes:bool|float|Sequence=False, # Draw the boxes of the maps, those for this `threshold`, or these, as `cams.boxes` gives them
-    peaks:bool|float|Sequence=False, # Mark the peaks of the maps, those for this `threshold`, or these, as `cams.peaks` gives them
-    slices:int=6, # How many slices of a volume, in a row
-    **kwargs # Passed to `CAMMap.show`: `alpha`, `cmap`, `interpolation`, `signed`, `slice`, …
-) -> list[Axes]: # One a map (of volumes: one a slice)
-    "Draw the maps in a grid, the questions about one item side by side; a question that was not asked leaves its place blank"
-    ax = ctx if ax is None else ax
-    check_style(max_n=max_n, nrows=nrows, ncols=ncols, figsize=figsize, ax=ax, save=save, boxes=boxes, peaks=peaks,
-                slices=slices, **kwargs)
-    self._check_marks(boxes=boxes, peaks=peaks)
-    n = len(self) if max_n is None else min(len(self), max_n)
-    if n==0: raise ValueError('there are no items to show')
-    self._announce(range(n))
-    titles,asked = self._panels(n, loss, title)
-    is_in_rows = self.n_space==3 and kwargs.get('slice') is None
-    if is_in_rows: fig,axs = self._show_volumes(asked, titles, slices, nrows, ncols, figsize, ax, kwargs)
-    else: fig,axs = self._show_grid(asked, titles, nrows, ncols, figsize, ax, boxes, peaks, kwargs)
-    if ax is None: self._head(fig, n, title, loss)
-    save_figure(fig, save)
-    return axs
+def _outlines(self:CAMs, i, k):
+    "Where the class of map `k` is predicted and where it actually is, if the score was taken over one of these; `None` if not"
+    region,c = self._region(i, k),self._class(i, k)
+    if region is None or c < 0 or not self.task.is_drawn: return None
+    sides = dict(predicted=self.preds, actual=self.targs)
+    found = {name: _where(side, i, c) for name,side in sides.items() if isinstance(side, Tensor) and len(side)==len(self)}
+    found = {name: mask for name,mask in found.items() if mask is not None and mask.shape==region.shape}
+    return found if any(torch.equal(mask, region) for mask in found.values()) else None
 
-# %% ../../nbs/44_maps.cams.ipynb #44c0de03
-@patch
-def _check_marks(self:CAMs, **marks):
-    "`ValueError` for boxes or peaks that do not belong to these maps"
-    if self.n_space==3 and any(marks.values()):
-        raise ValueError('boxes and peaks lie in a picture, and these maps are volumes: leave them out')
-    for name,found in marks.items():
-        if is_listy(found) and len(found) != len(self):
-            raise ValueError(f'{name} has {len(found)} entries for {len(self)} items: give one list an item, as cams.{name}() does')
+def _where(side, i, c):
+    "The pixels that are of class `c`: in the probabilities of the classes, or in a mask"
+    row = side[i]
+    if not row.is_floating_point(): return (row[0] if row.dim() > 2 else row)==c
+    if row.dim() < 3: return None
+    if len(row) > 1: return row.argmax(0)==c
+    return (row[0] >= .5)==bool(c)
+
+# %% ../../nbs/44_maps.cams.ipynb #f3c7fbb6
+def _facts_by_name(name):
+    "What is known of the method of this name; `None` where there is no such method"
+    try: return facts_of(as_method(name))
+    except (TypeError, ValueError): return None
 
 @patch
-def _panels(self:CAMs, n, loss, title):
-    "The title of each place of a grid, and the places that have a map"
-    panels = [(i,j) for i,j in np.ndindex(n, self.n_questions)]
-    titles = {(i,j): self._panel_title(i, j, loss, j==min(self._asked(i), default=0)) for i,j in panels}
-    if len(panels)==1 and title is not None: titles = {(0,0): str(title)}
-    return titles,[(i,j) for i,j in panels if self._class(i, j) != NOT_ASKED]
+def method_of(self:CAMs,
+    k:int=0 # Index of the question
+) -> str: # Empty where it is not known
+    "The name of the method that made map `k`"
+    used = getattr(self, 'method', None)
+    used = [used] if isinstance(used, str) else list(used or [])
+    label = str(self.labels[k]) if self.labels else ''
+    named = [name for name in used if label.startswith(f'{name}: ')]
+    if named: return max(named, key=len)
+    if len(used)==1: return used[0]
+    prefix = label.partition(': ')[0] if ': ' in label else ''
+    return prefix if prefix and _facts_by_name(prefix) is not None else ''
 
 @patch
-def _head(self:CAMs, fig, n, title, loss):
-    "The title of the figure: what the titles of the items say, where they do not say it themselves"
-    if title is None and (n > 1 or self._points(0)): title = self.legend(loss)
-    elif n*self.n_questions==1: title = None # it stands over the map
-    if title: plain_text(fig.suptitle(title, weight='bold', size=12))
+def _facts(self:CAMs, k):
+    "What is known of the method that made map `k`"
+    return _facts_by_name(self.method_of(k)) or MethodFacts()
 
-# %% ../../nbs/44_maps.cams.ipynb #44c0de04
+# %% ../../nbs/44_maps.cams.ipynb #905f9f48
 @patch
-def _show_grid(self:CAMs, asked, titles, nrows, ncols, figsize, ax, boxes, peaks, style):
-    "One map a place, the questions about one item side by side"
-    n = len(titles)//self.n_questions
-    if ax is None:
-        title_lines = max(t.count('\n') for t in titles.values()) + 1 + (not self.is_finite[:n].all())
-        fig,grid = self._grid(n, self.n_questions, nrows, ncols, figsize, title_lines)
-        places = dict(zip(titles, grid))
-    else:
-        given = as_axes(ax)
-        if len(given) < len(asked):
-            raise ValueError(f'{len(asked)} maps need {len(asked)} axes, but {len(given)} were given: pass more, or fewer items (max_n)')
-        fig,places = given[0].figure,dict(zip(asked, given))
-    images = self._loaded(list(range(n)))
-    for (i,j),panel_ax in places.items():
-        if (i,j) in asked:
-            marks = dict(boxes=self._of_panel(boxes, i, j), peaks=self._of_panel(peaks, i, j))
-            self._announced(i, j, images[i]).show(ax=panel_ax, title='', **marks, **style)
-        else: panel_ax.axis('off')
-        self._head_panel(panel_ax, titles[i,j])
-    return fig,[places[panel] for panel in asked]
-
-@patch
-def _head_panel(self:CAMs, ax, title):
-    "Title a place of the grid, above what the map itself says of its slice"
-    plane = ax.get_title() # 'slice 3 of 8', if it is one
-    ax.set_title('')
-    heading = '\n'.join(part for part in (title, plane) if part)
-    plain_text(ax.set_title(heading, fontsize=9, loc='center' if self.n_questions==1 else 'left'))
-    if '$' in heading: ax.title.set_parse_math(False) # also for who moves the words to the middle
-
-# %% ../../nbs/44_maps.cams.ipynb #a978734b
-@patch
-def _grid(self:CAMs, n, k, nrows, ncols, figsize, title_lines):
-    "A figure with a place for each of `n` items' `k` maps, which stay in one row where they can"
-    if nrows is None and ncols is None: ncols = min(k, 8) if k > 1 else math.ceil(math.sqrt(n)) # one column a question
-    ncols = ncols or math.ceil(n*k/nrows)
-    if ncols >= k: ncols = math.ceil(ncols/k)*k # an item's maps stay in one row
-    nrows = max(nrows or 0, math.ceil(n*k/ncols))
-    figsize = figsize or (2.7*ncols, (2.7 + .2*title_lines)*nrows + .3)
-    return get_grid(n*k, nrows=nrows, ncols=ncols, figsize=figsize, return_fig=True, layout='constrained')
-
-@patch
-def _announced(self:CAMs, i, k, image):
+def _announced(self:CAMs, i, k, image, peak=None):
     "A map to draw of which all has been said"
-    cam_map = self._map(i, k, image)
+    cam_map = self._map(i, k, image, peak=peak)
     cam_map._is_announced = True
     return cam_map
 
-# %% ../../nbs/44_maps.cams.ipynb #26258d80
-@patch
-def _of_panel(self:CAMs, found, i, j):
-    "What to mark in one panel: entry of a list that was given, or the bool or threshold that stands for all"
-    if not is_listy(found): return found
-    return list(found[i] if self._is_single else found[i][self._asked(i).index(j)])
-
-@patch
-def _show_volumes(self:CAMs, asked, titles, slices, nrows, ncols, figsize, ax, style):
-    "One map a row, its slices side by side"
-    if nrows or ncols:
-        raise ValueError('a volume takes a row of its own: say with slices and max_n how many there are, not with nrows and ncols')
-    if not asked: raise ValueError('no question was asked about these items, so there is no map to show')
-    idxs = sorted({i for i,_ in asked})
-    images = dict(zip(idxs, self._loaded(idxs)))
-    maps = [self._announced(i, j, images[i]) for i,j in asked]
-    wide = [min(slices, len(m.map) if m.image is None else as_volume(m.image, len(m.map)).shape[-3]) for m in maps]
-    fig,grid = _rows_of_axes(wide, titles, figsize, ax)
-    style,shown = {name: value for name,value in style.items() if name != 'slice'},[]
-    for row,cam_map,panel,n in zip(grid, maps, asked, wide):
-        shown += cam_map.show_slices(n, row, title=titles[panel].strip('\n'), **style)
-        for spare in row[n:]: spare.axis('off')
-    return fig,shown
-
-def _rows_of_axes(wide, titles, figsize, ax):
-    "A figure, and for each map at least as many axes as it has slices to show: new ones, or those in `ax`"
-    if ax is None:
-        lines,n = max(t.count('\n') for t in titles.values()) + 2,max(wide)
-        size = figsize or (2*n, (2 + .2*lines)*len(wide) + .3)
-        return plt.subplots(len(wide), n, figsize=size, squeeze=False, layout='constrained')
-    given = as_axes(ax)
-    if len(given) < sum(wide):
-        n = sum(wide)
-        raise ValueError(f'{n} slices need {n} axes, but {len(given)} were given: pass more, or fewer items (max_n) or slices')
-    starts = np.cumsum([0] + wide)
-    return given[0].figure,[given[start:start+n] for start,n in zip(starts, wide)]
-
-# %% ../../nbs/44_maps.cams.ipynb #905f9f48
 @patch
 def _found(self:CAMs, find, size):
     "What `find` finds in each map, item by item"

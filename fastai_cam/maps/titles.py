@@ -11,10 +11,11 @@ __all__ = []
 import textwrap
 from itertools import chain
 
+import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..captions import as_text, printable, Row
-from ..tasks import NOT_ASKED
+from ..captions import as_text, n_columns, printable, Row
+from ..tasks import NOT_ASKED, Values
 from .words import wrapped_title
 from .cams import CAMs
 
@@ -52,9 +53,9 @@ def _text(self:CAMs, i, width=120):
 # %% ../../nbs/45_maps.titles.ipynb #3124b99a
 @patch
 def _known(self:CAMs, i, loss, width=1000):
-    "The answers of item `i`, its loss and its probability, as far as they are known"
+    "What was predicted of item `i`, what is actual, and its loss, as far as they are known, part by part"
     value = self.losses[i].float().mean().item() if loss and self.losses is not None else None
-    return self.task.caption(self._row(i, width), value)
+    return self.task.parts(self._row(i, width), value)
 
 @patch
 def item_title(self:CAMs,
@@ -62,58 +63,123 @@ def item_title(self:CAMs,
     loss:bool=False, # Give the loss too?
     width:int=1000 # Longer class names are shortened, numbers never
 ) -> str:
-    "Prediction/actual/loss/probability of item `i`, as fastai writes them, as far as they are known"
-    return ' · '.join(part for part in (self._text(i, min(120, max(30, 2*width))), self._known(i, loss, width)) if part)
+    "What was predicted of item `i`, with its probability, what is actual, and the loss, as far as they are known"
+    return ' · '.join(part for part in (self._text(i, min(120, max(30, 2*width))), *self._known(i, loss, width)) if part)
 
 @patch
-def legend(self:CAMs, loss:bool=False) -> str:
-    "What the parts of an item's title are, and of the marks in its picture"
-    i = next((i for i in range(len(self)) if self._row(i).is_finite), 0) # one of whose parts something can be said
-    return self.task.legend(self._row(i), bool(loss) and self.losses is not None)
+def legend(self:CAMs) -> str:
+    "What the marks in the pictures are, and which outline is which"
+    i = next((i for i in range(len(self)) if self._row(i).is_finite), 0) # one of which something can be said
+    outlines = [self._outlines(i, k) or {} for k in self._asked(i)]
+    lines = next((list(one) for one in outlines if one), [])
+    names = [f'outline {look}: {name}' for look,name in zip(('━', '╍'), lines)]
+    return '   '.join(part for part in (self.task.legend(self._row(i)), *names) if part)
 
 # %% ../../nbs/45_maps.titles.ipynb #d66cc3dc
+@patch
+def _split(self:CAMs, i, k):
+    "The method and the question in the label of map `k`, apart: names can have colons"
+    label,c = as_text(self.labels[k]) if self.labels else '',self._class(i, k)
+    method,_,asked = label.rpartition(': ')
+    name = self._row(i).name(c) if c >= 0 else ''
+    return (label.removesuffix(name).removesuffix(': '), name) if name and label.endswith(name) else (method, asked)
+
 @patch
 def question(self:CAMs,
     i:int, # Index of the item
     k:int=0, # Index of the question
-    width:int=1000 # A longer class name is shortened, numbers never
+    width:int=1000, # A longer class name is shortened, numbers never
+    side:bool=False # Say too whether it is the class that was predicted, or the actual one?
 ) -> str:
     "What map `k` of item `i` explains: the class and its probability"
-    label = as_text(self.labels[k]) if self.labels else ''
-    c,(method,_,asked) = self._class(i, k),label.rpartition(': ')
+    c,(method,asked) = self._class(i, k),self._split(i, k)
     if c==NOT_ASKED: return ''
-    if c >= 0:
-        name = self._row(i).name(c)
-        if label.endswith(name): method = label.removesuffix(name).removesuffix(': ') # names can have colons
-        asked = self.task.asked(self._row(i, width), c) or asked
+    if self._facts(k).class_free: return f'{method or self.method_of(k)} (the same for every class)'
+    words = self._side(i, k) if side else ''
+    if c >= 0: asked = self.task.asked(self._row(i, width), c) or asked
+    asked = f'{words} {asked}' if words and asked not in _sides else asked
     return f'{method}: {asked}' if method else asked
 
 @patch
 def title(self:CAMs, i:int, k:int=0) -> str:
     "Title of map `k` of item `i` when it is shown by itself"
-    item,asked = self.item_title(i),self.question(i, k)
-    if self.n_questions==1 and item and self._class(i, k)==self._predicted(i): return item
-    return f'{item} · map: {asked}' if item and asked else item or asked
+    item,asked = self.item_title(i),self.question(i, k, side=True)
+    return f'{item} · map: {asked}' if item and asked and not self._is_explained(i, k) else item or asked
+
+@patch
+def _is_explained(self:CAMs, i, k):
+    "Does the title of the item say what its only map is about?"
+    is_predicted = self.n_questions==1 and self._class(i, k)==self._predicted(i)
+    return is_predicted and not self._facts(k).class_free and bool(self.item_title(i))
+
+# %% ../../nbs/45_maps.titles.ipynb #ca33af80
+_sides = ('predicted', 'actual')
+
+@patch
+def _twins(self:CAMs, i, k):
+    "The maps of item `i` that are the same as map `k`, since what was predicted is what is actual; `k` itself is one"
+    method,asked = self._split(i, k)
+    c,region = self._class(i, k),self._region(i, k)
+    if c < 0 or asked not in _sides or isinstance(self.task, Values): return [k]
+    def is_same(other):
+        if self._class(i, other) != c or self._split(i, other)[0] != method or self._split(i, other)[1] not in _sides: return False
+        return region is None or torch.equal(self._region(i, other), region)
+    return [other for other in self._asked(i) if is_same(other)]
+
+@patch
+def _shown(self:CAMs, i): return [k for k in self._asked(i) if self._twins(i, k)[0]==k]
+
+@patch
+def _side(self:CAMs, i, k):
+    "Whether the class of map `k` is what was predicted, what is actual, or both; empty where it was asked by name"
+    asked = {self._split(i, other)[1] for other in self._twins(i, k)}
+    return ' and '.join(side for side in _sides if side in asked)
 
 # %% ../../nbs/45_maps.titles.ipynb #cea4b12d
-@patch
-def _panel_title(self:CAMs, i, j, loss, is_first):
-    "Title of map `j` of item `i` in a grid, in lines that fit over it; `is_first`: is it the first map of its item?"
-    if self.n_questions > 1: return self._title_of_several(i, j, loss, is_first)
-    explains = self.title(i)==self.item_title(i)
-    parts = [self._text(i), self._known(i, loss), '' if explains else '▸ ' + self.question(i, j)]
-    return '\n'.join(chain.from_iterable(textwrap.wrap(part, 34) for part in parts))
+def _in_two_lines(lines_of, most):
+    """`lines_of(width of a name)`, two at most, or as few as the shortest names take:
+    names are as long as they can be, and shortened only where it helps"""
+    whole = lines_of(1000)
+    if len(whole) <= 2: return whole
+    fewest = max(2, len(lines_of(8)))
+    return next(lines for lines in map(lines_of, (1000, *range(2*most, 8, -3), 8)) if len(lines) <= fewest)
+
+def _joined(parts, width):
+    "Parts in lines of a width, several in one where they fit"
+    lines = []
+    for part in parts:
+        if lines and n_columns(f'{lines[-1]} · {part}') <= width: lines[-1] += f' · {part}'
+        else: lines += wrapped_title(part, width, width)
+    return lines
 
 @patch
-def _title_of_several(self:CAMs, i, j, loss, is_first):
-    "The item's title stands over its first map and may run on over the others, which have their question only"
-    asked = [self._wrapped_question(i, k) for k in range(self.n_questions)]
-    spare = [''] * (max(map(len, asked)) - len(asked[j])) # so that the item's title stands above them all
-    item = self.item_title(i, loss, 11*self.n_questions) if is_first else ''
-    return '\n'.join([item, *spare, *asked[j]])
+def _panel_titles(self:CAMs, i, columns, loss, letters, has_photo, n_cols):
+    "Titles of the panels of item `i`: of the plain picture, and of its maps, `None` where a place is blank; `n_cols` are in a row"
+    if len(columns)==1 and not has_photo: return [self._only_title(i, columns[0], loss, letters)]
+    asked = [[]]*has_photo + [self._question_lines(i, k, letters, has_photo) for k in columns]
+    n_first = min(n_cols, len(asked))
+    whole = letters*n_first - 6
+    text = [self._text(i, 2*whole)] if self._text(i) else []
+    head = _in_two_lines(lambda width: _joined([*text, *self._known(i, loss, width)], whole), whole)
+    n_lines = max(map(len, asked[:n_first]))
+    first = next((number for number,k in enumerate([0]*has_photo + list(columns)) if k is not None), 0) # over no blank place
+    def heading(number, lines): # the item's title stands above all others
+        if number >= n_first: return lines
+        return [*(head if number==first else ['']*len(head)), *['']*(n_lines - len(lines)), *lines]
+    return ['\n'.join(heading(number, lines)) for number,lines in enumerate(asked)]
 
 @patch
-def _wrapped_question(self:CAMs, i, k):
-    "Lines of what map `k` of item `i` explains"
-    asked = self.question(i, k, 26)
-    return wrapped_title(f'▸ {asked}') if asked else []
+def _question_lines(self:CAMs, i, k, letters, has_photo):
+    "What map `k` of item `i` explains, in two lines; nothing beside a picture whose title says it, and over a blank place"
+    if k is None or has_photo and self._is_explained(i, k) or not self.question(i, k): return []
+    return _in_two_lines(lambda width: wrapped_title('▸ ' + self.question(i, k, width, side=True), int(.83*letters), letters), letters)
+
+# %% ../../nbs/45_maps.titles.ipynb #6a51ca04
+@patch
+def _only_title(self:CAMs, i, k, loss, letters):
+    "Title of an item with one panel, in lines that fit over it"
+    width = 2*letters - 16
+    if k is None: return '\n'.join(self._known(i, loss, width))
+    asked = '' if self._is_explained(i, k) else self.question(i, k, width, side=True)
+    parts = [self._text(i), *self._known(i, loss, width), f'▸ {asked}' if asked else '']
+    return '\n'.join(chain.from_iterable(wrapped_title(part, int(.9*letters), letters) for part in parts))

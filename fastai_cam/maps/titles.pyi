@@ -2,12 +2,15 @@
 from typing import Any
 import textwrap
 from itertools import chain
+import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..captions import as_text
+from ..captions import n_columns
 from ..captions import printable
 from ..captions import Row
 from ..tasks import NOT_ASKED
+from ..tasks import Values
 from .words import wrapped_title
 from .cams import CAMs
 __all__ = []

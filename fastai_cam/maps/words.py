@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.ft2font import FT2Font
 from matplotlib.legend import Legend
 from matplotlib.text import Text
-from ..captions import as_text, printable
+from ..captions import as_text, n_columns, printable
 
 # %% ../../nbs/40_maps.words.ipynb #4b6a1d21
 _generic = ('serif', 'sans-serif', 'cursive', 'fantasy', 'monospace') # each stands for a list of families
@@ -89,16 +89,25 @@ def plain_html(
     return f'<div class="tex2jax_ignore mathjax_ignore">{paragraph}{table}</div>'
 
 # %% ../../nbs/40_maps.words.ipynb #f6cb663a
+def _pieces(line, width):
+    "A line in pieces that fit: Chinese and Japanese letters take two places"
+    pieces = ['']
+    for letter in line:
+        if n_columns(pieces[-1] + letter) > width: pieces.append('')
+        pieces[-1] += letter
+    return pieces
+
 def wrapped_title(
     text:str, # Title
     width:int=28, # Letters of a line, where there are several
     most:int=34 # Letters of a line, where there is one
 ) -> list[str]:
     "One line of at most `most` letters, or lines of `width`: broken after blanks, colons and plus signs, and where there are none anywhere"
-    if len(text) <= most: return [text] if text else []
+    if n_columns(text) <= most: return [text] if text else []
     lines = ['']
     for part in re.split(r'(?<=[ :+])', text):
-        if lines[-1] and len((lines[-1] + part).rstrip()) > width: lines.append('')
+        is_too_long = n_columns(part.rstrip()) > width # it is broken anyway: let it begin where there is room
+        if lines[-1] and n_columns((lines[-1] + part).rstrip()) > width and not is_too_long: lines.append('')
         lines[-1] += part
-    pieces = chain.from_iterable([line[start:start + width] for start in range(0, len(line), width)] for line in lines)
+    pieces = chain.from_iterable(_pieces(line, width) for line in lines)
     return [piece.rstrip() for piece in pieces if piece.strip()]

@@ -13,6 +13,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from ..captions import as_text
+from ..captions import n_columns
 from ..captions import printable
 __all__ = ['plain_text', 'plain_legend', 'plain_html', 'wrapped_title']
 def plain_text(*texts: Text) -> None: ...

@@ -4,11 +4,13 @@ Every case runs its ways in turns in one process, on the same model, inputs and 
 Ratios are taken round by round; the table gives their median, minimum and maximum. Peak memory is taken in a process for each way.
 Named cases only: `python tests/bench/bench.py scorecam eigencam`. The table of each case that ran is written into nbs/stories/benchmarks.ipynb."""
 import inspect
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import warnings
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +21,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
@@ -431,6 +434,21 @@ def case_memory():
     small, large = (median(extra_memory(f'ours_raw(model, x, scorecam, bs={bs}, top=64)', 'resnet18', 2) for _ in range(3)) for bs in (4, 16))
     print(f'scorecam, two images: {small:,.0f} MB with bs=4, {large:,.0f} MB with bs=16')
     ROWS.append(('extra peak memory of `scorecam`, resnet18, batch 2', 'fastai_cam', 'bounded by `bs`', f'{small:,.0f} MB with `bs=4`', f'{large:,.0f} MB with `bs=16`', 'yes' if small < large else '**no**', ''))
+
+
+def case_files():
+    "Overlays of twenty photographs as PNG files, beside encoding the same pictures: reading, colouring and writing come to it"
+    from fastai_cam.examples.imagenet import imagenet_learner
+    learn = imagenet_learner()
+    with learn.no_bar(): cams = learn.get_cams(learn.dls.valid)
+    images = [cam_map.overlay() for cam_map in cams]
+    with tempfile.TemporaryDirectory() as folder:
+        def encode():
+            for image in images: image.save(io.BytesIO(), 'PNG')
+        times = in_turns({'PNG': encode, 'save_all': lambda: cams.save_all(folder)}, 7)
+        saved = [np.asarray(Image.open(file)) for file in sorted(Path(folder).iterdir())]
+    assert all((np.asarray(image)==file).all() for image, file in zip(images, saved, strict=True))
+    row('`cams.save_all(folder)` ÷ encoding its PNGs, 20 photographs, 224²', 'PNG', 3., ratios(times, 'save_all', 'PNG'), 'the same pixels')
 
 
 CASES = {name.removeprefix('case_'): case for name, case in list(globals().items()) if name.startswith('case_')}
