@@ -13,6 +13,7 @@ from .task import class_names, target_of, task_of
 from ..source.loaders import dl_source as _dl_source # the name that scripts know it by
 from .query import CaptureCallback, Query, query_of, run_query
 from .cams import cam_head, cam_learner, CAMCallback
+import fastai_cam.learner.layers # `learn.cam_layers`
 
 _all_ = [
     'class_names', 'task_of', 'target_of', 'Query', 'query_of', 'CaptureCallback', 'run_query', 'CAMCallback', 'cam_head', 'cam_learner']

@@ -11,4 +11,5 @@ from .query import run_query
 from .cams import cam_head
 from .cams import cam_learner
 from .cams import CAMCallback
+import fastai_cam.learner.layers
 __all__ = ['class_names', 'task_of', 'target_of', 'Query', 'query_of', 'CaptureCallback', 'run_query', 'CAMCallback', 'cam_head', 'cam_learner']

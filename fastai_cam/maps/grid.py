@@ -233,7 +233,7 @@ def _bars(self:CAMs, places, groups, full, wanted, blocks):
         if not full.get(members[0]): continue # nothing was drawn
         axs = [places[panel] for panel in members]
         if is_one_a_row: axs = [ax for (i,_),ax in places.items() if i==members[0][0]] # all bars in one column
-        unit = 'share of the score' if getattr(self._facts(members[0][1]), 'adds_up', False) else 'evidence'
+        unit = 'score per place' if self._facts(members[0][1]).adds_up else 'evidence'
         draw_colorbar(axs if wanted.scale=='all' else [_last_in_row(axs)], wanted.look, full[members[0]], unit)
     return bool(groups)
 
@@ -255,14 +255,15 @@ def carried(
 @patch
 def _carried(self:CAMs, i, k):
     "How much of its score the strongest places of a map carry, in words; empty where the map does not add up to it"
-    share = carried(self._map(i, k, None).map) if getattr(self._facts(k), 'adds_up', False) else None
+    share = carried(self._map(i, k, None).map) if self._facts(k).adds_up else None
     return '' if share is None else f'the strongest tenth of the places carries {rounded(100*share)}% of the score'
 
 @patch
 def _head(self:CAMs, fig, wanted, shown, is_untitled, has_bars):
     "Title of the figure, where it does not stand over its only map, and what the marks in it mean"
     if wanted.title is not None and is_untitled: plain_text(fig.suptitle(str(wanted.title), weight='bold', size=12))
-    words = [self.legend(), '' if has_bars else signs(wanted.look), self._carried(*shown[0]) if len(shown)==1 else '']
+    method = f'map: {self.method[0]}' if self.method and len(self.method)==1 else '' # several stand in the titles
+    words = [method, self.legend(), '' if has_bars else signs(wanted.look), self._carried(*shown[0]) if len(shown)==1 else '']
     words = '   '.join(part for part in words if part)
     if words: plain_text(fig.supxlabel(words, size=9))
 
