@@ -272,7 +272,7 @@ def test_precision_and_memory_format(name, how, record_property):
             with mixed(how in ('autocast', 'autocast around the method')): found = METHODS[name](cap, score)
         assert found.dtype==torch.float32 and bool(torch.isfinite(found).all())
         least = min(least, correlation(found, expected, of))
-    record_property('correlation', least)
+    record_property('correlation', float(least))
     coarse = .95 if name in ('likenesscam', 'objectcam') else .99 # where its evidence is about 0, a place may fall on the other side: 1 in 100 does here
     assert least > (.99999 if how in ('channels last', 'autocast around the method') else coarse)
 

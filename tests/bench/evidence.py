@@ -247,7 +247,7 @@ def measured(asked, maps, drops, steps):
              dict(pointing='pointing_game', energy='energy_in_mask', iou='iou').items()}
     for name in ('insertion', 'deletion', 'average_drop'):
         options = {} if name=='average_drop' else dict(steps=steps, baseline=dict(insertion='blur', deletion='mean')[name])
-        found[name] = METRICS[name](maps, images, rescore, bs=384, **options)
+        found[name] = METRICS[name](maps, images, rescore, bs=384 if images.is_cuda else 16, **options)
     for name, drop in drops.items(): found[name] = rank_agreement(F.interpolate(maps[:,None], size=drop.shape[1:], mode='area')[:,0], drop)
     return {name: values.double().cpu().numpy() for name, values in found.items()}
 
@@ -281,7 +281,7 @@ def look_into(kind, pictures, seed, n, frozen=False, only=(), steps=10):
         if only and name not in only: continue
         found[name] = measured(asked, asked.maps(method, layer), drops, steps)
         found[name]['which'] = in_quarter(mosaic.maps(method, layer), quarters).double().cpu().numpy()
-        if name not in KNOW_NOTHING: found[name]['cost'] = np.array([seconds(asked, method, layer)])
+        if name not in (*KNOW_NOTHING, *only): found[name]['cost'] = np.array([seconds(asked, method, layer)])
     found['the mask itself'] = measured(asked, F.interpolate(asked.masks[:,None].float(), size=(14, 14), mode='area')[:,0], drops, steps)
     return found, accuracy
 
