@@ -72,7 +72,7 @@ def test_validate_gives_the_same_numbers_with_the_callback(dls):
         without = list(learn.validate())
         callback = CAMCallback('actual')
         assert list(learn.validate(cbs=callback))==without
-    assert callback.cams.maps.shape==(12, 8, 8)
+    assert callback.cams.maps.shape==(12, 16, 16)
 
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
@@ -193,9 +193,9 @@ def test_images_are_those_the_maps_are_of(dls):
 def test_max_n_runs_no_more_than_it_shows(dls):
     learn, seen = small_learner(dls), []
     handle = learn.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    learn.show_cam(dls.valid, max_n=3)
-    learn.show_cam(max_n=2)
-    learn.show_cam() # a validation batch: 5 items
+    learn.show_cam(dls.valid, max_n=3, method='gradcam') # without a method, one more item shows where to look
+    learn.show_cam(max_n=2, method='gradcam')
+    learn.show_cam(method='gradcam') # a validation batch: 5 items
     handle.remove()
     assert seen==[3, 2, 5]
 
@@ -276,7 +276,7 @@ def test_methods_of_different_resolution_side_by_side(dls):
     learn = small_learner(dls)
     both = learn.get_cams([0, 1], method=['gradcam', 'fullgrad'])
     assert both.maps.shape==(2, 2, 64, 64) and both.labels==['gradcam: predicted', 'fullgrad: predicted']
-    assert torch.allclose(both.maps[:, 0], upsample(learn.get_cams([0, 1]).maps, (64, 64)), atol=1e-6)
+    assert torch.allclose(both.maps[:, 0], upsample(learn.get_cams([0, 1], method='gradcam').maps, (64, 64)), atol=1e-6)
     assert torch.allclose(both.maps[:, 1], learn.get_cams([0, 1], method='fullgrad').maps)
 
 
@@ -293,11 +293,11 @@ def test_options_and_names_of_methods(dls):
 def test_contrasts(dls):
     "Grad-CAM of a contrast is the difference of the Grad-CAMs; the title says what was asked"
     learn = small_learner(dls)
-    left, right, contrast = learn.get_cams(dls.valid, cls=['left', 'right', Versus('left', 'right')]).maps.unbind(1)
+    left, right, contrast = learn.get_cams(dls.valid, cls=['left', 'right', Versus('left', 'right')], method='gradcam').maps.unbind(1)
     assert torch.allclose(contrast, left - right, atol=1e-6) and contrast.abs().max() > 0
     odds = learn.get_cams(dls.valid).preds.log()
     learn.model[1][-1].bias.data[0] -= (odds[:, 0] - odds[:, 1]).median() # untrained, it says left to everything
-    why_not = learn.get_cams(dls.valid, cls=WhyNot('left'))
+    why_not = learn.get_cams(dls.valid, cls=WhyNot('left'), method='gradcam')
     is_left = why_not.preds.argmax(1)==0
     assert not why_not.maps[is_left].any() and is_left.any() and (~is_left).any()
     assert torch.allclose(why_not.maps[~is_left], (right - left)[~is_left], atol=1e-6)
@@ -330,9 +330,9 @@ def test_long_work_shows_a_bar_and_no_bar_hides_it(dls, monkeypatch):
 def test_every_stage(dls):
     "As a layer and as a wrapper: the end of each resolution, fused"
     learn = small_learner(dls)
-    as_layer = learn.get_cams([0, 1, 2], layer='stages').maps
+    as_layer = learn.get_cams([0, 1, 2], layer='stages', method='gradcam').maps
     with Probe(learn.model, 'stages') as p: assert p(dls.valid.one_batch()[0]).names==['0.1', '0']
-    assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], layer=['0.1', '0']).maps)
+    assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], layer=['0.1', '0'], method='gradcam').maps)
     assert torch.allclose(as_layer, learn.get_cams([0, 1, 2], method='gradcam+stages').maps, atol=1e-6) and as_layer.shape==(3, 16, 16)
 
 
@@ -366,8 +366,9 @@ def test_what_a_query_calls_its_maps_and_which_are_joined():
     target = as_target([0, 1, 2], list('abc'), 3, SingleLabel(list('abc')))
     query = Query(target, as_methods(['gradcam']), is_list=True)
     assert query.labels==['a', 'b', 'c'] # one method has not to be named
-    batch = dict(maps=torch.arange(12.).view(1, 3, 2, 2), classes=torch.tensor([[0, NOT_ASKED, 2]]), regions=None, task=SingleLabel())
+    batch = dict(maps=torch.arange(12.).view(1, 3, 2, 2), classes=torch.tensor([[0, NOT_ASKED, 2]]), regions=None, task=SingleLabel(), layer=['body'])
     found = join_maps([batch], query)
+    assert (found['method'], found['layers'])==(['gradcam'], ['body'])
     assert found['labels']==['a', 'c'] and found['classes'].tolist()==[[0, 2]] and torch.equal(found['maps'], batch['maps'][:, [0, 2]])
 
 

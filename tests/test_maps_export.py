@@ -115,7 +115,7 @@ def learner_of(photos, *item_tfms, batch_tfms=()):
 def test_a_map_lies_on_its_file_where_it_lay_on_the_picture(photos, tfms):
     learn = learner_of(photos, *tfms)
     for file in sorted(photos.iterdir()):
-        cam_map = learn.get_cams(file, cls='a', layer='body')[0]
+        cam_map = learn.get_cams(file, cls='a', method='gradcam', layer='body')[0]
         image = cam_map.overlay('original', style='heat', cmap='gray', interpolation='nearest')
         light = np.asarray(image)[..., 0].astype(float)
         y, x = (light > .6*light.max()).nonzero() # the cells that the spot lies in

@@ -275,4 +275,4 @@ def test_the_share_of_the_score_that_the_strongest_places_carry(monkeypatch):
     class Facts: class_free, adds_up = False, True
     monkeypatch.setattr('fastai_cam.maps.cams.MethodFacts', Facts)
     ax, = cams.show()
-    assert ax.figure.get_supxlabel()=='the strongest tenth of the places carries 55% of the score' and bars([ax])[0].get_ylabel()=='share of the score'
+    assert ax.figure.get_supxlabel()=='the strongest tenth of the places carries 55% of the score' and bars([ax])[0].get_ylabel()=='score per place'

@@ -113,7 +113,9 @@ def likeness_to(
     features = features - features.mean(-1, keepdim=True)
     pooled = F.interpolate(seeds, size=space, mode='area').flatten(2)
     prototypes = torch.einsum('bkp,bcp->bkc', pooled, features)
-    return torch.einsum('bkc,bcp->bkp', prototypes, features).unflatten(-1, space)
+    alike = torch.einsum('bkc,bcp->bkp', prototypes, features)
+    rounding = 64*torch.finfo(alike.dtype).eps*pooled.abs().sum(-1, keepdim=True) # of features that are all alike, only this is left
+    return torch.where(alike.abs() <= rounding, 0*alike, alike).unflatten(-1, space)
 
 # %% ../../nbs/32c_methods.evidence.ipynb #aa26c491
 def spread_alike(
@@ -145,9 +147,9 @@ def _of_the_object(cap, evidence, seeds, likeness):
     space = tuple(range(2, evidence.dim()))
     alike = fuse_maps(cap, [likeness_to(act, seeds.clamp(min=0)) for act in cap.acts]).clamp(min=0)
     evidence = enlarge(evidence, alike.shape[2:])
-    def unit(positive, largest): return torch.where(largest > 0, positive/largest, positive)
-    largest = evidence.abs().amax(space, keepdim=True)
-    return largest*unit(alike, alike.amax(space, keepdim=True))**likeness*unit(evidence.clamp(min=0), largest)**(1 - likeness)
+    most_alike,largest = alike.amax(space, keepdim=True),evidence.abs().amax(space, keepdim=True)
+    alike = torch.where(most_alike==0, 1, alike/most_alike) # features that are all alike say nothing, and the evidence is left
+    return largest*alike**likeness*torch.where(largest==0, 0*evidence, evidence.clamp(min=0)/largest)**(1 - likeness)
 
 @cam_method(resolution='finest layer', layers=EVIDENCE, cost='0.2 to 1 forward passes')
 def objectcam(
