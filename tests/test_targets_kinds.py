@@ -13,6 +13,8 @@ from fastai_cam.tasks import MultiLabel, SingleLabel, Values
 
 from helpers.targets import net, plain_learner
 
+pytestmark = pytest.mark.usefixtures('maps_by_gradcam') # these tests are about what is asked, not about how maps are made
+
 
 def test_a_class_index_is_a_position():
     assert ClassIndex(np.int64(2)).index==2 and ClassIndex(torch.tensor(1)).index==1 and as_target(ClassIndex(1, 'mine'), ['a', 'b']).labels==['mine']

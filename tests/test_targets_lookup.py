@@ -18,6 +18,8 @@ from fastai_cam.tasks import MultiLabel, SingleLabel
 
 from helpers.targets import net, plain_learner
 
+pytestmark = pytest.mark.usefixtures('maps_by_gradcam') # these tests are about what is asked, not about how maps are made
+
 
 class Colour(enum.Enum): RED, BLUE = 'red', 'blue'
 class Grade(enum.IntEnum): LOW, HIGH = 2, 3

@@ -20,6 +20,8 @@ from fastai_cam.targets.kinds import ClassIndex, Predicted, Several, Similarity
 from fastai_cam.targets.lookup import Output, Region, Versus, WhyNot
 from fastai_cam.tasks import BinaryLabel, MultiLabel, NoAnswer, NOT_ASKED, Points, SingleLabel, Task, TASKS, Values
 
+pytestmark = pytest.mark.usefixtures('maps_by_gradcam') # these tests are about what is asked, not about how maps are made
+
 
 def square_of(i):
     "Left and top of the bright square of picture `i`, and its colour"

@@ -19,6 +19,8 @@ from fastai_cam.probe.watch import Probe
 from fastai_cam.core import map_tensors, tensors_in
 from fastai_cam.targets.lookup import as_target, Output, Versus
 
+pytestmark = pytest.mark.usefixtures('maps_by_gradcam') # these tests are about what is asked, not about how maps are made
+
 
 class Attributes(OrderedDict):
     "A dict that answers to names, and raises what it likes"

@@ -232,6 +232,7 @@ def test_an_empty_mask_is_missing(interp, nothing):
     none.plot()
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_the_masks_of_a_segmentation_are_those_of_the_class_that_is_asked_about():
     learn = learner_of(ImageBlock, MaskBlock(['nothing', 'even', 'odd']), get_y=codes_of, model=Draws(), loss_func=CrossEntropyLossFlat(axis=1))
     interp = CAMInterpretation.from_learner(learn)
@@ -255,6 +256,7 @@ def boxes_of(i): return [] if i==9 else [box_of(i), (0, 0, 89, 8)] if i%2 else [
 def labels_of(i): return [] if i==9 else ['marker', 'edge'] if i%2 else ['marker']
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_boxes_in_the_labels():
     "Those of the class that is asked about; of an item that has none of it, all"
     learn = learner_of(ImageBlock, BBoxBlock, BBoxLblBlock, get_y=[boxes_of, labels_of], n_inp=1, loss_func=Boxes(), item_tfms=[Resize(48, method='squish')], n_out=3)

@@ -87,6 +87,7 @@ def test_real_weights_gradcam_passes_and_guided_backprop_fails():
     assert np.allclose(first.spearman['gradcam'], first.spearman['hirescam'], atol=1e-4) # GAP and a linear layer: the same map
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_maps_are_those_of_the_copies_asked_about_the_models_own_class(learn):
     check = learn.sanity_check(list(range(6)), n_steps=2)
     x = torch.stack([item[0] for item in learn.dls.valid_ds])
@@ -148,6 +149,7 @@ def test_similarity_of_learners(learn):
     assert similarity_of_learners(learn, other, method='eigencam', n=6).spearman[0]==1 # the head plays no part
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_randomization_similarity_is_spearman_with_one_copy(net, x):
     with Probe(net) as probe:
         cap = probe(x)
@@ -165,6 +167,7 @@ def test_randomization_similarity_is_spearman_with_one_copy(net, x):
             assert torch.allclose(found[i:i+1, k], spearman(own[i:i+1, k], other), atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_the_similarity_of_an_item_does_not_depend_on_its_company(net, x):
     def similarity(images):
         with Probe(net) as probe:

@@ -51,6 +51,7 @@ def test_a_map_of_the_evidence_is_believed(sees_red):
     assert trust.label=='red' and trust.verdict.startswith('The map can be believed: removing the lit 20% of the picture takes red from') and repr(trust)==trust.verdict in trust._repr_html_()
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_the_numbers_of_a_verdict(sees_red):
     "What is removed, insertion minus deletion, and the similarity, by the measures themselves"
     numbers = sees_red.cam_trust(0, share=.1, n_random=5, steps=4, seed=3).numbers

@@ -9,7 +9,6 @@ __all__ = ['STARTS', 'start_of_path', 'path_evidence', 'pathcam', 'likenesscam',
 
 # %% ../../nbs/32c_methods.evidence.ipynb #1746fca1
 from functools import lru_cache
-from typing import Callable
 
 import numpy as np
 import torch
@@ -149,7 +148,9 @@ def _of_the_object(cap, evidence, seeds, likeness):
     evidence = enlarge(evidence, alike.shape[2:])
     most_alike,largest = alike.amax(space, keepdim=True),evidence.abs().amax(space, keepdim=True)
     alike = torch.where(most_alike==0, 1, alike/most_alike) # features that are all alike say nothing, and the evidence is left
-    return largest*alike**likeness*torch.where(largest==0, 0*evidence, evidence.clamp(min=0)/largest)**(1 - likeness)
+    share = torch.where(largest==0, 0*evidence, evidence/largest)
+    share = torch.where(share < 1e-6, 0*share, share) # rounding errors, which a root would make visible
+    return largest*alike**likeness*share**(1 - likeness)
 
 @cam_method(resolution='finest layer', layers=EVIDENCE, cost='0.2 to 1 forward passes')
 def objectcam(

@@ -179,10 +179,12 @@ def _by_name(text):
         found = look_up(wrapper, WRAPPERS, 'wrapper')(found)
     return found
 
-DEFAULT_METHOD = 'objectcam' # it looks where the pass shows that it should: at a grid of convolutions, at tokens, at what a drawing is made from
+# It looks where the pass shows that it should: at a grid of convolutions, at tokens, at what a drawing is made from
+DEFAULT_METHOD = 'objectcam'
 
 def as_method(
-    method:str|Callable|None=None # Name of a method, also with wrappers (`'gradcam+tta'`), or a function `(cap, score) -> maps`; `None`: `DEFAULT_METHOD`
+    # Name of a method, also with wrappers (`'gradcam+tta'`), or a function `(cap, score) -> maps`; `None`: `DEFAULT_METHOD`
+    method:str|Callable|None=None
 ) -> Callable:
     "The method that `method` means; `ValueError` with the known ones if it means none"
     if method is None: method = DEFAULT_METHOD

@@ -27,7 +27,7 @@ from torchvision.models import resnet18, resnet50
 
 import fastai_cam.learner # adds get_cams to Learner
 from fastai_cam.maps.pixels import normalize, upsample
-from fastai_cam.methods.registry import as_method, METHODS
+from fastai_cam.methods.registry import as_method, facts_of, METHODS
 from fastai_cam.methods.catalogue import eigencam, fullgrad, gradcam, segeigencam, tta
 from fastai_cam.methods import masking
 from fastai_cam.methods.masking import ablationcam, groupcam, opticam, rise, scorecam
@@ -37,6 +37,7 @@ from fastai_cam.trust.impute import road
 from fastai_cam.probe.watch import Probe
 from fastai_cam.probe.guard import eval_mode
 from fastai_cam.targets.kinds import AllClasses, ClassIndex, Predicted
+from vit import ViT
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = []
@@ -342,6 +343,17 @@ def case_masking():
         name = f'`{method.__name__}(n={options["n"]})`' if options else f'`{method.__name__}`'
         row(f'a loop by hand ÷ {name}, resnet18, batch 2', 'fastai_cam', None, ratios(times, 'theirs', 'ours'), same, higher=True)
         row(f'{name} ÷ forward, resnet18, batch 2', 'fastai_cam', None, ratios(times, 'ours', 'forward'), '')
+
+
+def case_default():
+    "The map that is made if none is named, and evidence that adds up, beside the forward pass: a convolutional network, and a transformer (ViT-S/14, 256 places), whose methods are beside them"
+    for name, model, methods in (('resnet50', body_head(resnet50), ('objectcam', 'pathcam', 'gradcam', 'likenesscam')),
+                                 ('ViT-S/14', ViT(1000).eval(), ('objectcam', 'pathcam', 'gradcam', 'likenesscam', 'grad_rollout', 'legrad', 'attention_value'))):
+        x = images(8)
+        ways = {method: partial(ours_raw, model, x, METHODS[method], layer=facts_of(METHODS[method]).layers) for method in methods}
+        times = in_turns({'forward': lambda: plain(model, x), **ways}, 3)
+        for method in methods:
+            row(f'`{method}` ÷ forward, {name}, batch 8', 'fastai_cam', None, ratios(times, method, 'forward'), '')
 
 
 def case_fullgrad():
