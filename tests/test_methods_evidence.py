@@ -206,3 +206,30 @@ def test_keys_that_are_made_coarser_end_no_stage():
     model = timm.create_model('pvt_v2_b0', num_classes=3)
     assert [grid for _, grid in layers_of(model)]==[(4, 4), (2, 2)]
     assert [seen.layout.grid for seen in LayerScan(model, [torch.rand(1, 3, 64, 64)], {}).stages()]==[(16, 16), (8, 8), (4, 4), (2, 2)]
+
+
+@pytest.mark.parametrize('name,size', [
+    ('mobilenetv3_small_050', 96), ('ghostnet_050', 96), ('tinynet_e', 96), ('repvgg_a0', 64), ('convnext_atto', 64), ('vit_tiny_patch16_224', 224),
+    ('deit_tiny_distilled_patch16_224', 224), ('xcit_nano_12_p16_224', 224), ('mobilevit_xxs', 128), ('pvt_v2_b0', 64),
+    ('edgenext_xx_small', 64)])
+def test_cells_add_up_for_any_head(name, size):
+    "Where a network ends, and where evidence is looked for: to 1% of the score less that of a layer which says nothing"
+    import timm
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, size, size)
+    for layer in (None, EVIDENCE):
+        with Probe(model, layer) as p:
+            cap = p(x).only(-1)
+            scores = cap.score(classes)
+            cells, gap = pathcam(cap, scores), gap_of(cap, scores)
+            off, rounding = (cells.flatten(2).sum(-1) - gap).abs(), 1e-5*cells.abs().flatten(2).sum(-1) + 1e-6*scores.values.detach().abs()
+            assert (off <= .01*gap.abs() + rounding).all(), (layer, cap.names, off/gap.abs())
+
+
+def test_what_does_not_add_up_is_said(dls):
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    learn.model.eval()
+    with Probe(learn.model) as p:
+        cap = p(learn.dls.valid.one_batch()[0])
+        with pytest.warns(UserWarning, match=r"of 5 maps of pathcam at layer '0' do not add up to their score: give more steps"):
+            pathcam(cap, cap.score(ClassIndex(0)), tol=1e-9, most=1)

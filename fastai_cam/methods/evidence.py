@@ -8,6 +8,7 @@ Docs: https://fastai-cam.example/docs/methods.evidence.html.md"""
 __all__ = ['STARTS', 'start_of_path', 'path_evidence', 'pathcam', 'likenesscam', 'likeness_to', 'spread_alike', 'objectcam']
 
 # %% ../../nbs/32c_methods.evidence.ipynb #1746fca1
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -65,8 +66,15 @@ def _complete(cap, scores, layer, start, tol, most):
         found = cells if found is None else torch.where(done[(...,) + (None,)*(cells.dim() - 2)], found, cells)
         flat = found.flatten(2)
         done = (flat.sum(-1) - gap).abs() <= tol*gap.abs() + 1e-6*flat.abs().sum(-1)
-        if done.all() or steps >= most: return found
+        if done.all() or steps >= most: return _warned(found, done, cap.names[layer])
         steps *= 2
+
+def _warned(found, done, name):
+    "`found`, with a word about what does not add up"
+    if not done.all():
+        warnings.warn(f'{int((~done).sum())} of {done.numel()} maps of pathcam at layer {name!r} do not add up to their score: '
+                      'give more steps (most=), or name an earlier layer, whose gradient changes less abruptly', stacklevel=2)
+    return found
 
 @cam_method(adds_up=True, cost='a forward and a backward pass of what follows the layer for each step: 1 with a linear head, usually 4')
 def pathcam(
