@@ -603,6 +603,7 @@ def test_a_look_into_a_model_that_shares_a_part_with_one_at_work_is_refused(shar
     assert looked.get_cams([0]).maps.abs().max() > 0
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 @pytest.mark.parametrize('shares', ['learner', 'model', 'body'])
 @pytest.mark.parametrize('run', ['fit', 'validate'])
 def test_what_another_thread_begins_during_a_look_waits_for_its_end(shares, run):
@@ -633,6 +634,7 @@ def test_what_another_thread_begins_during_a_look_waits_for_its_end(shares, run)
     assert all_equal(trained(False), trained(True))
 
 
+@pytest.mark.usefixtures('maps_by_gradcam')
 def test_training_in_a_loop_of_the_users_own_ends_a_look_with_a_sentence():
     "Whether autograd notices or not; one that only runs the model does not matter"
     learn, sentence = plain_learner(Headed(Net().body)), 'the weights or modes of the model changed while it was looked into'

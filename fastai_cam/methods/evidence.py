@@ -149,6 +149,7 @@ def _evidence(cap, scores, steps):
     seeds = weighted_sum(at_least_float(cap.acts[finer]).abs(), grads[finer].abs())*decides.sign()
     return gradcam(cap.only(-1), scores), seeds
 
+# %% ../../nbs/32c_methods.evidence.ipynb #0599e425
 def _of_the_object(cap, evidence, seeds, likeness):
     "The geometric mean of the positive part of `evidence` and of the likeness to the positive part of `seeds`, as large as the evidence"
     space = tuple(range(2, evidence.dim()))

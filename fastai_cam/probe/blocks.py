@@ -109,7 +109,7 @@ def blocks(self:BlockScan) -> list[Block]: # From first to last
     chain = max((chain for chain in reversed(chains) if chain[-1].attentions[-1]==last), key=len)
     n_tokens = self.looks.found[last].shape[-1]
     of_all = [i for i in range(len(self.looks.found)) if self._relates_all(i, {n_tokens})]
-    held = [i for block in chain for i in block.attentions]
+    held = list(sum((block.attentions for block in chain), ()))
     if held != of_all or len({block.module for block in chain}) < len(chain):
         raise ValueError(
             f'the blocks of this {kind} could not be told: {len(of_all)} attentions relate all its tokens, and the longest chain '

@@ -354,7 +354,7 @@ def attend_by_blocks(self:Capture,
         raise ValueError(f'this {type(self.model).__name__} attends to all its tokens {len(of_all)} times in this batch, and '
                          f'{sum(map(len, which))} times with one item: use a method that needs only the layer, such as gradcam')
     self._of_blocks = [[of_all[i] for i in held] for held in which[-len(self.layers):]]
-    self._attention = [one for held in self._of_blocks for one in held] # the others are let go
+    self._attention = list(chain.from_iterable(self._of_blocks)) # the others are let go
 
 @patch
 def attention_of(self:Capture,

@@ -224,6 +224,7 @@ def run_from(self:Pass,
         for step in following: act = step(act)
         return act
 
+# %% ../../nbs/17_probe.rerun.ipynb #daa7b71b
 @patch
 @contextmanager
 def _recorded(self:Pass, grad, act):

@@ -374,6 +374,7 @@ def stages(self:LayerScan,
     ends[last.layout.grid] = last
     return list(ends.values())[-n:]
 
+# %% ../../nbs/16_probe.scan.ipynb #55601034
 @patch
 def last_two(self:LayerScan) -> list[LayerCall]: # The finer one first; one only where the network has a single resolution
     """The last layer, and the last block at the next finer resolution: within a block that makes its input coarser,

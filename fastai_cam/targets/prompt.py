@@ -127,6 +127,7 @@ def _scale_of(encoder):
     scale = getattr(scaled, 'logit_scale', None)
     return scale.detach().exp().item() if isinstance(scale, Tensor) and scale.numel()==1 else 1.
 
+# %% ../../nbs/22a_targets.prompt.ipynb #014372fb
 @patch
 def _encoded(self:Prompt, encoder, fingerprints):
     "The average of the embeddings that `encoder` makes of the texts"
