@@ -58,7 +58,7 @@ def path_evidence(
 
 # %% ../../nbs/32c_methods.evidence.ipynb #7ae3019c
 def _complete(cap, scores, layer, start, tol, most):
-    "`path_evidence` with twice the steps until it adds up, each item and score for itself"
+    "`path_evidence` with more and more steps until it adds up, each item and score for itself"
     begin = start_of_path(cap, layer, start).to(cap.acts[layer].dtype)
     gap,found,steps = at_least_float(scores.values.detach().as_subclass(Tensor) - scores.of(cap.run_from(begin, layer))),None,1
     while True:
@@ -67,7 +67,7 @@ def _complete(cap, scores, layer, start, tol, most):
         flat = found.flatten(2)
         done = (flat.sum(-1) - gap).abs() <= tol*gap.abs() + 1e-6*flat.abs().sum(-1)
         if done.all() or steps >= most: return _warned(found, done, cap.names[layer])
-        steps *= 2
+        steps = 4 if steps==1 else 2*steps # one is enough for a linear head, and two hardly ever
 
 def _warned(found, done, name):
     "`found`, with a word about what does not add up"

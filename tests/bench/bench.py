@@ -349,11 +349,11 @@ def case_default():
     "The map that is made if none is named, and evidence that adds up, beside the forward pass: a convolutional network, and a transformer (ViT-S/14, 256 places), whose methods are beside them"
     for name, model, methods in (('resnet50', body_head(resnet50), ('objectcam', 'pathcam', 'gradcam', 'likenesscam')),
                                  ('ViT-S/14', ViT(1000).eval(), ('objectcam', 'pathcam', 'gradcam', 'likenesscam', 'grad_rollout', 'legrad', 'attention_value'))):
-        x = images(8)
+        x = images(2)
         ways = {method: partial(ours_raw, model, x, METHODS[method], layer=facts_of(METHODS[method]).layers) for method in methods}
         times = in_turns({'forward': lambda: plain(model, x), **ways}, 3)
         for method in methods:
-            row(f'`{method}` ÷ forward, {name}, batch 8', 'fastai_cam', None, ratios(times, method, 'forward'), '')
+            row(f'`{method}` ÷ forward, {name}, batch 2', 'fastai_cam', None, ratios(times, method, 'forward'), '')
 
 
 def case_fullgrad():

@@ -416,7 +416,7 @@ def the_object(model, layer, image, ask):
 
 
 def along_the_way(model, layer, image, ask, tol=.01, most=64):
-    "The activation times the mean gradient on the way to it from 0, by Gauss's rule with twice the points until it adds up"
+    "The activation times the mean gradient on the way to it from 0, by Gauss's rule with 1, 4, 8, 16, … points until it adds up"
     out, act = run(model, layer, image)
     act, points = act.detach(), 1
     gap = float(ask(out) - ask(run(model, layer, image, torch.zeros_like(act))[0]))
@@ -427,7 +427,7 @@ def along_the_way(model, layer, image, ask, tol=.01, most=64):
             grad, = torch.autograd.grad(ask(run(model, layer, image, leaf)[0]), leaf)
             cells += weight/2*(grad*act).sum((0, 1))
         if abs(float(cells.sum()) - gap) <= tol*abs(gap) or points >= most: return cells
-        points *= 2
+        points = 4 if points==1 else 2*points
 
 
 TERM_ORACLES = {**{name: terms_of(name) for name in TERMS}, 'shapleycam': shapley_terms, 'smooth_gradcam_pp': smooth_terms, 'fem': fem_terms, 'ablationcam': ablation_terms,
