@@ -29,7 +29,7 @@ from .tasks import MultiLabel, Values
 from .targets.kinds import Actual, Predicted
 from .methods.registry import as_methods
 from .maps.words import plain_text
-from .maps.draw import check_style
+from .maps.style import check_style
 from .maps.cams import CAMs
 from .state import check_learner, preserve_state
 from .source.loaders import dl_source

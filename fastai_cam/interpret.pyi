@@ -28,7 +28,7 @@ from .targets.kinds import Actual
 from .targets.kinds import Predicted
 from .methods.registry import as_methods
 from .maps.words import plain_text
-from .maps.draw import check_style
+from .maps.style import check_style
 from .maps.cams import CAMs
 from .state import check_learner
 from .state import preserve_state

@@ -22,7 +22,7 @@ from ..probe.capture import Capture, Scores
 from ..tasks import NOT_ASKED, Values
 from ..methods.combine import enlarge
 from ..methods.registry import method_name
-from ..maps.draw import check_style
+from ..maps.style import check_style
 from ..maps.cams import CAMs
 from ..state import bar_of_long_work, check_learner, has_bar, preserve_state
 from ..source.loaders import Source

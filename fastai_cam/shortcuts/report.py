@@ -30,7 +30,8 @@ from ..tasks import Values
 from ..methods.registry import as_method
 from ..maps.words import plain_html, plain_text
 from ..maps.pixels import to_pixels
-from ..maps.draw import CAMMap, check_style, save_figure
+from ..maps.style import check_style, save_figure
+from ..maps.draw import CAMMap
 from ..state import check_learner, preserve_state, with_bar
 from ..source.passes import decode_images, n_inputs
 from ..source.loaders import dl_source

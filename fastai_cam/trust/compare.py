@@ -36,7 +36,7 @@ from ..targets.lookup import Versus
 from ..methods.registry import as_methods, method_name
 from ..methods.baselines import BASELINES
 from ..maps.words import plain_html, plain_text
-from ..maps.draw import check_style, save_figure
+from ..maps.style import check_style, save_figure
 from ..state import check_learner, preserve_state, with_bar
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments

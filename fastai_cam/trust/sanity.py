@@ -31,7 +31,8 @@ from ..tasks import Values
 from ..targets.kinds import Predicted, Target
 from ..methods.registry import as_methods, facts_of, method_name
 from ..maps.words import plain_html, plain_legend, plain_text
-from ..maps.draw import CAMMap, check_style, save_figure
+from ..maps.style import check_style, save_figure
+from ..maps.draw import CAMMap
 from ..maps.cams import Images
 from ..state import check_learner, preserve_state, with_bar
 from ..source.loaders import dl_source

@@ -34,9 +34,9 @@ from ..methods.registry import method_name
 from ..maps.words import plain_html
 from ..maps.words import plain_legend
 from ..maps.words import plain_text
+from ..maps.style import check_style
+from ..maps.style import save_figure
 from ..maps.draw import CAMMap
-from ..maps.draw import check_style
-from ..maps.draw import save_figure
 from ..maps.cams import Images
 from ..state import check_learner
 from ..state import preserve_state

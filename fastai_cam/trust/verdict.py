@@ -25,7 +25,8 @@ from ..checks import check_int, check_share
 from ..methods.registry import as_method
 from ..methods.baselines import BASELINES
 from ..maps.words import plain_html, plain_text
-from ..maps.draw import CAMMap, check_style, save_figure
+from ..maps.style import check_style, save_figure
+from ..maps.draw import CAMMap
 from ..state import check_learner, preserve_state, with_bar
 from ..source.items import as_source
 from ..learner.task import class_names

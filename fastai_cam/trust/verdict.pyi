@@ -21,9 +21,9 @@ from ..methods.registry import as_method
 from ..methods.baselines import BASELINES
 from ..maps.words import plain_html
 from ..maps.words import plain_text
+from ..maps.style import check_style
+from ..maps.style import save_figure
 from ..maps.draw import CAMMap
-from ..maps.draw import check_style
-from ..maps.draw import save_figure
 from ..state import check_learner
 from ..state import preserve_state
 from ..state import with_bar
