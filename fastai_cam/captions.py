@@ -34,6 +34,7 @@ def n_columns(
     text:str # One line
 ) -> int:
     "How many places of a line it takes: letters as wide as they are high take two"
+    if text.isascii(): return len(text)
     return sum(2 if unicodedata.east_asian_width(letter) in 'WF' else 1 for letter in text)
 
 def cut(

@@ -276,3 +276,11 @@ def test_the_share_of_the_score_that_the_strongest_places_carry(monkeypatch):
     monkeypatch.setattr('fastai_cam.maps.cams.MethodFacts', Facts)
     ax, = cams.show()
     assert ax.figure.get_supxlabel()=='the strongest tenth of the places carries 55% of the score' and bars([ax])[0].get_ylabel()=='score per place'
+
+
+def test_signed_volumes_say_what_their_colours_mean():
+    "A grid of volumes has no bar, so the words stand below it, whatever the colours are"
+    cams = CAMs(torch.tensor([1., -2., 3., 0.]).view(1, 1, 4, 1, 1).expand(2, 2, 4, 2, 2), n_space=3, labels=['a', 'b'], vocab=VOCAB, signed=True)
+    def words(**kwargs): return ' '.join(text.get_text() for text in cams.show(colorbar=False, **kwargs)[0].figure.findobj(Text))
+    assert 'red raises the score, blue lowers it' in words()
+    assert 'the upper colours raise the score, the lower ones lower it' in words(cmap='PiYG')

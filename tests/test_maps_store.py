@@ -164,6 +164,18 @@ def test_pickle_keeps_what_is_held_and_leaves_what_must_be_read():
     assert torch.equal(pickle.loads(pickle.dumps(cams[0, 1])).map, cams.maps[0, 1])
 
 
+def test_maps_that_were_pickled_before_methods_were_kept(tmp_path):
+    "They show, slice and save as before, and of no method"
+    cams = CAMs(torch.arange(16.).view(2, 2, 2, 2), labels=['a', 'b'], vocab=VOCAB)
+    state = {name: value for name,value in cams.__getstate__().items() if name not in ('method', 'layers')}
+    old = CAMs.__new__(CAMs)
+    old.__setstate__(state)
+    assert old.method_of(0)=='' and old.layers is None and len(old.show())==4
+    assert old[:1].method is None and torch.equal(old[:1].maps, cams.maps[:1])
+    back = CAMs.load(old.save(tmp_path/'old.npz'))
+    assert back.method is None and torch.equal(back.maps, cams.maps)
+
+
 def test_copies_keep_their_images():
     needed = CAMs(torch.zeros(2, 2, 2), Images(lambda idxs: [torch.full((3, 4, 4), float(i)) for i in idxs], range(2)))
     for same_again in (copy.copy(needed), copy.deepcopy(needed)): assert same_again[1].image.max()==1

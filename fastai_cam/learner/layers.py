@@ -19,23 +19,17 @@ from ..source.items import as_source
 from .query import query_of, run_query
 
 # %% ../../nbs/63a_learner.layers.ipynb #e7cf525d
-def _roles(cap, scan):
-    "Who looks at a layer if none is named, by its name"
-    roles = {}
-    def add(names, role):
-        for name in names: roles.setdefault(name, []).append(role)
-    add((seen.name for seen in scan.evidence()), 'the default map')
-    add(cap.names, 'methods of one layer')
-    add((seen.name for seen in scan.stages()), "layer='stages'")
-    return roles
-
 def _rows_of(cap, *_):
     "Every layer that can be looked at, with what is known of it"
     scan = LayerScan(cap.model, cap.args, cap.kwargs, cap.image_index)
-    roles,rows = _roles(cap, scan),{}
+    takers = {
+        'the default map': [seen.name for seen in scan.evidence()], 'methods of one layer': cap.names,
+        "layer='stages'": [seen.name for seen in scan.stages()]}
+    def used_by(name): return ', '.join(role for role,names in takers.items() if name in names)
+    rows = {}
     for seen in scan.spatial:
         grid = ' × '.join(map(str, seen.layout.grid))
-        rows[seen.name] = (seen.name, type(seen.module).__name__, grid, seen.n_channels, ', '.join(roles.get(seen.name, [])))
+        rows[seen.name] = (seen.name, type(seen.module).__name__, grid, seen.n_channels, used_by(seen.name))
     return list(rows.values())
 
 @patch

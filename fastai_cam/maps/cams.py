@@ -95,6 +95,7 @@ class CAMs:
     "Maps of several items and what is known about them; can be indexed, sliced, iterated and shown"
     task = property(lambda self: self._task, lambda self,task: setattr(self, '_task', as_task(task))) # of a name: the task of that name
     signed,thresh = _of_task('signed'),_of_task('thresh')
+    method = layers = None # of maps that earlier versions pickled
     def __init__(self,
         maps:Tensor, # `[n, h, w]`, or `[n, K, h, w]` for K questions; signed and raw
         images:'Images|Sequence|None'=None, # Decoded images
@@ -265,11 +266,16 @@ def _asked(self:CAMs, i): return [k for k in range(self.n_questions) if self._cl
 @patch
 def _map(self:CAMs, i, k, image, title='', peak=None):
     "Map `k` of item `i`, with all that is drawn with it"
-    found = self._flat(i)[k]
-    if not self._are_scores_finite([i])[0,k]: found = torch.full_like(found, math.nan) # ReLUs may have let through zeros
     size = None if self.sizes is None else tuple(self.sizes[i].tolist())
     item = None if self.items is None else self.items[i]
-    return CAMMap(found, image, title, self._region(i, k), self._points(i), self.signed, size, peak, self._outlines(i, k), item)
+    return CAMMap(
+        self._values(i, k), image, title, self._region(i, k), self._points(i), self.signed, size, peak, self._outlines(i, k), item)
+
+@patch
+def _values(self:CAMs, i, k):
+    "Map `k` of item `i` by itself; not a number where its score is none, though ReLUs may have let through zeros"
+    found = self._flat(i)[k]
+    return found if self._are_scores_finite([i])[0,k] else torch.full_like(found, math.nan)
 
 @patch
 def _with(self:CAMs, **changed):
@@ -317,8 +323,7 @@ def method_of(self:CAMs,
     k:int=0 # Index of the question
 ) -> str: # Empty where it is not known
     "The name of the method that made map `k`"
-    used = getattr(self, 'method', None)
-    used = [used] if isinstance(used, str) else list(used or [])
+    used = self.method or []
     label = str(self.labels[k]) if self.labels else ''
     named = [name for name in used if label.startswith(f'{name}: ')]
     if named: return max(named, key=len)

@@ -129,8 +129,8 @@ class Look:
 
     def coloured(self, pictures:Sequence) -> 'Look':
         "With colours that these pictures have less of, where none were asked for"
-        usual = DIVERGING if self.signed else heat_colours(pictures)
-        return replace(self, cmap=usual if self.cmap is None else self.cmap)
+        if self.cmap is not None: return self
+        return replace(self, cmap=DIVERGING if self.signed else heat_colours(pictures))
 
     def levels(self, is_outlined:bool) -> tuple:
         "Shares of full strength at which lines are drawn; in overlays at half, unless other things are outlined"
@@ -234,8 +234,8 @@ def signs(
 ) -> str:
     "What the two sides of a signed map mean, in its colours; nothing of other maps"
     if not look.signed: return ''
-    up,down = ('red', 'blue') if as_cmap(look.cmap).name==DIVERGING else ('the upper colours', 'the lower ones')
-    return f'{up} raises the score, {down} lowers it' if up=='red' else f'{up} raise the score, {down} lower it'
+    is_usual = look.cmap is None or as_cmap(look.cmap).name==DIVERGING
+    return 'red raises the score, blue lowers it' if is_usual else 'the upper colours raise the score, the lower ones lower it'
 
 # %% ../../nbs/42_maps.draw.ipynb #1d2ead11
 @patch
@@ -274,9 +274,17 @@ def _layers(self:CAMMap, look):
     if self.image is not None: pixels = to_pixels(self.image) if self.map.dim()==2 else to_slices(self.image, len(self.map))
     values = as_drawn(self.map)
     if self.map.dim()==3 and pixels is not None: values = enlarge(values, (len(pixels), *values.shape[1:]))
-    if not self.is_finite: return pixels,torch.zeros_like(values),0.
+    return pixels,*self.scaled(values, look)
+
+@patch
+def scaled(self:CAMMap,
+    values:Tensor, # The map as it is drawn, at any resolution
+    look:Look # How
+) -> tuple[Tensor,float]: # On its scale, and the value at full strength
+    "A map on the scale that it is drawn on; one that is not finite is empty"
+    if not self.is_finite: return torch.zeros_like(values),0.
     full = full_strength(values, look.saturate, look.signed) if self.peak is None else self.peak
-    return pixels,on_scale(values, full, look.signed),full
+    return on_scale(values, full, look.signed),full
 
 def as_pictures(
     pixels:np.ndarray|None # A picture, or the slices of a volume

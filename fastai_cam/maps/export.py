@@ -29,7 +29,7 @@ from ..checks import check_choice
 from ..methods.combine import enlarge
 from ..captions import as_text
 from .words import plain_html
-from .pixels import as_drawn, full_strength, on_scale, to_pixels
+from .pixels import as_drawn, to_pixels
 from .colours import as_cmap, fading, veil
 from .draw import CAMMap, Look, look_of
 from .cams import CAMs, ItemMaps
@@ -80,8 +80,7 @@ def _lined(picture, values, look, levels):
 def blended(
     picture:np.ndarray, # `[H, W, 3]`, bytes
     values:torch.Tensor, # A map on its scale, `[h, w]`
-    look:Look, # How it is drawn
-    is_outlined:bool=False # Are other things outlined?
+    look:Look # How it is drawn
 ) -> np.ndarray: # `[H, W, 3]`, bytes; `[H, 2W, 3]` where the style is 'side'
     "The map over the picture"
     values = enlarge(values[None,None].float(), picture.shape[:2], 'nearest' if look.interpolation=='nearest' else None)[0,0].numpy()
@@ -93,7 +92,7 @@ def blended(
         opacity = opacity if look.style=='masked' else opacity*look.alpha
         found += (colours - found)*opacity
     elif look.style=='heat': found,_ = _coloured(look.cmap, values, look.signed)
-    return _lined(found + .5, values, look, look.levels(is_outlined)).astype(np.uint8)
+    return _lined(found + .5, values, look, look.levels(False)).astype(np.uint8)
 
 # %% ../../nbs/46a_maps.export.ipynb #878f6834
 @patch
@@ -121,10 +120,7 @@ def overlay(self:CAMMap,
 @patch
 def _overlay(self:CAMMap, size, look, pixels):
     "The overlay, by a look that was checked"
-    values = as_drawn(self.map)
-    full = full_strength(values, look.saturate, look.signed) if self.peak is None else self.peak
-    if not self.is_finite: full,values = 0.,torch.zeros_like(values)
-    values,look = on_scale(values, full, look.signed),look.coloured([pixels])
+    (values,full),look = self.scaled(as_drawn(self.map), look),look.coloured([pixels])
     if pixels is None: picture,look = np.zeros((*self._picture_size(), 3), np.uint8),replace(look, style='heat')
     else: picture = as_bytes(pixels)
     if size=='original':

@@ -22,8 +22,6 @@ from ..methods.combine import enlarge
 from ..captions import as_text
 from .words import plain_html
 from .pixels import as_drawn
-from .pixels import full_strength
-from .pixels import on_scale
 from .pixels import to_pixels
 from .colours import as_cmap
 from .colours import fading
@@ -38,4 +36,4 @@ from .original import in_frame
 from .original import original_of
 __all__ = ['as_bytes', 'blended']
 def as_bytes(pixels: np.ndarray) -> np.ndarray: ...
-def blended(picture: np.ndarray, values: torch.Tensor, look: Look, is_outlined: bool=...) -> np.ndarray: ...
+def blended(picture: np.ndarray, values: torch.Tensor, look: Look) -> np.ndarray: ...

@@ -34,7 +34,7 @@ from .draw import look_of
 from .draw import signs
 from .cams import CAMs
 from .cams import ItemMaps
-__all__ = ['carried']
+__all__ = ['carried', 'carried_share']
 @dataclass
 class _Wanted():
     n: int
@@ -48,3 +48,4 @@ class _Wanted():
     look: Look
     letters: int = ...
 def carried(values: Any, places: float=...) -> float | None: ...
+def carried_share(cams: CAMs, i: int, k: int, places: float=...) -> float | None: ...

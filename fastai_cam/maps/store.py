@@ -57,12 +57,11 @@ def _as_bytes(image, n_space, depth):
 def _header_of(cams, tensors, n_images):
     "What is written beside the arrays"
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
-    words = {name: getattr(cams, name) for name in _saved_words}
+    words = {name: getattr(cams, name) for name in (*_saved_words, *_made_by)}
     words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None})
     words.update(task=cams.task.name, signed=bool(cams.signed))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
     if header['items'] is not None: header['items'] = [str(item) for item in header['items']]
-    for name in _made_by: header[name] = _as_json(getattr(cams, name))
     return header
 
 # %% ../../nbs/46_maps.store.ipynb #46c0de01
@@ -269,8 +268,7 @@ def load(cls:CAMs,
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
-        words = {name: header[name] for name in _saved_words} | dict(task=task_named(header['task'])) if known else {}
-        words.update({name: header.get(name) for name in _made_by})
+        words = {name: header.get(name) for name in (*_saved_words, *_made_by)} | dict(task=task_named(header['task'])) if known else {}
         loaded = cls(images=stored or None, sizes=_sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way

@@ -21,7 +21,7 @@ from ..methods.combine import enlarge
 from .pixels import as_drawn
 from .boxes import check_finding
 from .cams import CAMs
-from .grid import carried
+from .grid import carried_share
 
 # %% ../../nbs/46b_maps.table.ipynb #2f090df8
 def outside(
@@ -85,21 +85,20 @@ def _item_columns(self:CAMs, i):
 @patch
 def _map_columns(self:CAMs, i, k, boxes, peaks):
     "What is known of one of its maps"
-    c,values = self._class(i, k),self._map(i, k, None)
+    c,values = self._class(i, k),self._values(i, k)
     name = self._row(i).name(c) if c >= 0 and not self._facts(k).class_free else self._split(i, k)[1]
     place = (peaks[0].x, peaks[0].y) if peaks else (None, None)
-    share = carried(values.map) if getattr(self._facts(k), 'adds_up', False) else None
     return dict(
-        explains=name or None, method=self.method_of(k) or None, peak=as_drawn(values.map).max().item() if values.is_finite else None,
-        peak_x=place[0], peak_y=place[1], boxes=[tuple(box[:4]) for box in boxes], carried=share)
+        explains=name or None, method=self.method_of(k) or None, peak=as_drawn(values).max().item() if bool(torch.isfinite(values).all()) else None,
+        peak_x=place[0], peak_y=place[1], boxes=[tuple(box[:4]) for box in boxes], carried=carried_share(self, i, k))
 
 # %% ../../nbs/46b_maps.table.ipynb #bb5ba476
 @patch
 def _outside_columns(self:CAMs, i, k, masks):
     "How much of a map lies outside the object, where it is known where that is"
     known = (self._outlines(i, k) or {}).get('actual') if masks is None else masks[i]
-    values = self._map(i, k, None)
-    if known is None or not values.is_finite: return dict(share_outside=None)
+    values = self._values(i, k)
+    if known is None or not bool(torch.isfinite(values).all()): return dict(share_outside=None)
     image = self._image(i) if masks is not None and not isinstance(known, Tensor) else None
     size = self._map(i, k, image)._picture_size() if image is not None or self.sizes is not None else None
-    return dict(share_outside=outside(values.map, _as_mask(known, size)))
+    return dict(share_outside=outside(values, _as_mask(known, size)))

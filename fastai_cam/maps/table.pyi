@@ -11,6 +11,6 @@ from ..methods.combine import enlarge
 from .pixels import as_drawn
 from .boxes import check_finding
 from .cams import CAMs
-from .grid import carried
+from .grid import carried_share
 __all__ = ['outside']
 def outside(values: Tensor, mask: Tensor) -> float | None: ...

@@ -81,12 +81,13 @@ def _by_block(cap, scores, last, read):
     and of the gradients of what the network would say of this block's tokens"""
     whole = cap.recapture_blocks(last)
     asked,n = whole.score(scores),len(whole.layers)
-    def of_block(i, piece):
-        paid,grads = whole.attention_of(i),whole.attention_grads(piece, block=i)
+    def of_piece(i, paid, piece):
+        grads = whole.attention_grads(piece, block=i)
         return sum(nan_unless_finite(read(one[:,None], grad), grad) for one,grad in zip(paid, grads))
     total = 0
     for i in range(n - min(last or n, n), n): # one score at a time: its gradients are as large as the attention
-        total = total + torch.cat([of_block(i, piece) for piece in whole.score_early(asked, i).chunks(1)], dim=1)
+        paid,pieces = whole.attention_of(i),whole.score_early(asked, i).chunks(1)
+        total = total + torch.cat([of_piece(i, paid, piece) for piece in pieces], dim=1)
     return _of_places(total, whole.layouts[-1])
 
 # %% ../../nbs/32b_methods.attention.ipynb #1e640003

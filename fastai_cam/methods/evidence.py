@@ -99,25 +99,33 @@ def likenesscam(
     r"""$\langle \hat f_p, \sum_q y_q \hat f_q\rangle$ at both layers, averaged: $\hat f_p$ = features of a place,
     of length 1, less their mean over places; $y = \sum_k |g^k A^k|$ at the finer layer, where HiResCAM of the last one is positive.
     Where the object is, with its outline, rather than what of it was needed"""
-    staged = cap if len(cap.layers) > 1 else cap.recapture(layers=LAST_TWO_STAGES)
-    finer,maps = -2 if len(staged.layers) > 1 else -1,[] # a network of one resolution has one layer for both
-    fine,last = staged.acts[finer],staged.acts[-1]
-    asked = scores if staged is cap else staged.score(scores)
-    for piece in asked.chunks():
-        grads = staged.grads(piece)
-        speaks_for = enlarge(weighted_sum(last, grads[-1]), fine.shape[2:]) > 0
-        seeds = weighted_sum(at_least_float(fine).abs(), grads[finer].abs())*speaks_for
-        maps.append(nan_unless_finite(fuse_maps(staged, [likeness_to(act, seeds) for act in (fine, last)]), grads[-1], grads[finer]))
+    staged,maps = cap if len(cap.layers) > 1 else cap.recapture(layers=LAST_TWO_STAGES),[]
+    finer = _finer(staged)
+    for piece in (scores if staged is cap else staged.score(scores)).chunks():
+        seeds,grads = _seeds(staged, piece).clamp(min=0),staged.grads(piece)
+        alike = fuse_maps(staged, [likeness_to(staged.acts[layer], seeds) for layer in (finer, -1)])
+        maps.append(nan_unless_finite(alike, grads[-1], grads[finer]))
     return torch.cat(maps, dim=1)
+
+def _finer(cap): return -2 if len(cap.layers) > 1 else -1 # a network of one resolution has one layer for both
+
+def _seeds(cap, scores):
+    "Where the finer layer is at work, with the sign of what the last layer says there (HiResCAM), `[B, K, h, w]`"
+    fine,grads = at_least_float(cap.acts[_finer(cap)]),cap.grads(scores)
+    decides = enlarge(weighted_sum(cap.acts[-1], grads[-1]), fine.shape[2:])
+    return weighted_sum(fine.abs(), grads[_finer(cap)].abs())*decides.sign()
+
+def _features(acts):
+    "Features of the places, of length 1, less those of the average place, `[B, C, places]`"
+    features = F.normalize(at_least_float(acts).flatten(2), dim=1)
+    return features - features.mean(-1, keepdim=True)
 
 def likeness_to(
     acts:Tensor, # `[B, C, *space]`
     seeds:Tensor # How much each place counts, `[B, K, *any space]`
 ) -> Tensor: # `[B, K, *space]`
     "Cosine similarity to the features at the seeds, both less those of the average place: uniform seeds make an empty map"
-    space = acts.shape[2:]
-    features = F.normalize(at_least_float(acts).flatten(2), dim=1)
-    features = features - features.mean(-1, keepdim=True)
+    space,features = acts.shape[2:],_features(acts)
     pooled = F.interpolate(seeds, size=space, mode='area').flatten(2)
     prototypes = torch.einsum('bkp,bcp->bkc', pooled, features)
     alike = torch.einsum('bkc,bcp->bkp', prototypes, features)
@@ -131,8 +139,7 @@ def spread_alike(
     sharpness:float=2. # Power of the likeness
 ) -> Tensor: # `[B, K, *space]`, with the same sum
     "What each place has, handed out to the places that are like it (by the cosine of their features less the average place's)"
-    features = F.normalize(at_least_float(acts).flatten(2), dim=1)
-    features = F.normalize(features - features.mean(-1, keepdim=True), dim=1)
+    features = F.normalize(_features(acts), dim=1)
     def of_item(own, has):
         alike = (own.T @ own).clamp(min=0)**sharpness
         return has @ (alike/alike.sum(0).clamp(min=torch.finfo(alike.dtype).tiny)).T
@@ -144,10 +151,7 @@ def _evidence(cap, scores, steps):
     if cap.layouts[-1].is_tokens:
         evidence = path_evidence(cap, scores, len(cap.layers) - 1, steps=steps)
         return spread_alike(evidence, cap.acts[-1]), evidence
-    finer,grads = -2 if len(cap.layers) > 1 else -1,cap.grads(scores)
-    decides = enlarge(weighted_sum(cap.acts[-1], grads[-1]), cap.acts[finer].shape[2:])
-    seeds = weighted_sum(at_least_float(cap.acts[finer]).abs(), grads[finer].abs())*decides.sign()
-    return gradcam(cap.only(-1), scores), seeds
+    return gradcam(cap.only(-1), scores), _seeds(cap, scores)
 
 # %% ../../nbs/32c_methods.evidence.ipynb #0599e425
 def _of_the_object(cap, evidence, seeds, likeness):
@@ -174,6 +178,7 @@ def objectcam(
     staged,maps = cap if cap.wanted is not None else cap.recapture(layers=EVIDENCE),[]
     for piece in (scores if staged is cap else staged.score(scores)).chunks():
         evidence,seeds = _evidence(staged, piece, steps)
-        for_it,against = (_of_the_object(staged, sign*evidence, sign*seeds, likeness) for sign in (1, -1))
+        both = [torch.cat([one, -one], dim=1) for one in (evidence, seeds)] # for and against, as so many questions more
+        for_it,against = _of_the_object(staged, *both, likeness).chunk(2, dim=1)
         maps.append(nan_unless_finite(for_it - against, evidence))
     return torch.cat(maps, dim=1)

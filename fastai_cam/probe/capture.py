@@ -321,7 +321,7 @@ def keep_attention(self:Capture,
 @patch(as_prop=True)
 def attention(self:Capture) -> list[Tensor]: # `[B, heads, N, N]` each
     "What each attention of the pass paid attention to, from first to last: rows look at columns; with a Probe that was told to keep it"
-    return [self._heads(at_least_float(one.detach().as_subclass(Tensor))) for one in self._attention]
+    return self._plain_heads(self._attention)
 
 # %% ../../nbs/18_probe.capture.ipynb #d81f37fe
 @patch
@@ -336,6 +336,9 @@ def attention_grads(self:Capture,
             found = gradients_of(score.values[:,k].sum(), paid, retain_graph=True, allow_unused=True)
             grads.append([torch.zeros_like(one) if grad is None else grad for one,grad in zip(paid, found)])
     return [torch.stack([self._heads(at_least_float(grad)) for grad in of_scores], dim=1) for of_scores in zip(*grads)]
+
+@patch
+def _plain_heads(self:Capture, paid): return [self._heads(at_least_float(one.detach().as_subclass(Tensor))) for one in paid]
 
 @patch
 def _heads(self:Capture, attention):
@@ -361,7 +364,7 @@ def attention_of(self:Capture,
     block:int # Which of the layers
 ) -> list[Tensor]: # `[B, heads, N, N]` each
     "What was paid attention to in a block, of a pass at blocks"
-    return [self._heads(at_least_float(one.detach().as_subclass(Tensor))) for one in self._of_blocks[block]]
+    return self._plain_heads(self._of_blocks[block])
 
 @patch
 def score_early(self:Capture,
@@ -369,11 +372,11 @@ def score_early(self:Capture,
     layer:int # Which of the layers
 ) -> Scores: # `[B, K]`, with the graph that made them
     "`score` of what the model would have returned had the last of the layers returned what `layer` did"
-    layout,items = self.layouts[layer],torch.arange(len(self))
+    layout = self.layouts[layer]
     with torch.inference_mode(False): # the tokens are part of the graph only if they are taken out with gradients on
         act = self._tracked[layer].as_subclass(Tensor)
-        out = self.run_from(layout.spatial(act), len(self.layers) - 1, items, layout.extra(act), grad=True)
-        return Scores(score.of(out, items), score.fn, score.cols, score.most)
+        out = self.run_from(layout.spatial(act), len(self.layers) - 1, extra=layout.extra(act), grad=True)
+        return Scores(score.of(out), score.fn, score.cols, score.most)
 
 # %% ../../nbs/18_probe.capture.ipynb #ab4c470c
 @patch

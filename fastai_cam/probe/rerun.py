@@ -218,9 +218,9 @@ def run_from(self:Pass,
     if extra is None and self.extras[layer] is not None: extra = self.extras[layer][items.to(self.extras[layer].device)]
     with self._aside(), self._recorded(grad, act):
         act = self.layouts[layer].restored(act, extra)
-        if grad: act = act.clone() # what follows may change it in place
         following = modules_after(self.model, name)
         if following is None or self.contained[layer]: return self._resumed(name, module, act, items, self.calls[layer])
+        if grad: act = act.clone() # what follows may change it in place
         for step in following: act = step(act)
         return act
 

@@ -10,7 +10,7 @@ __all__ = ['OneItem', 'LayerCall', 'LayerScan', 'last_spatial_layer', 'stage_lay
 # %% ../../nbs/16_probe.scan.ipynb #be41d990
 import math
 from collections import Counter
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, Callable, Sequence
 from weakref import WeakKeyDictionary
 
@@ -363,16 +363,16 @@ def stages(self:LayerScan,
 ) -> list[LayerCall]: # From the finest resolution to the coarsest
     "The last layer at each of the `n` coarsest resolutions: where each stage of the network ends"
     last,ends,coarsest = self.last,{},None
-    def is_aside(seen): return any( # as the keys that some attentions make coarser than their block is
-        seen.name.startswith(f'{block.name}.') and math.prod(block.layout.grid) > math.prod(seen.layout.grid) for block in self.spatial)
+    most = Counter() # places that each layer returns: of several calls, the most
+    for seen in self.spatial: most[seen.name] = max(most[seen.name], math.prod(seen.layout.grid))
     for seen in self.spatial:
-        if is_aside(seen): continue
         n_places = math.prod(seen.layout.grid)
+        *around,_ = accumulate(seen.name.split('.'), '{}.{}'.format)
+        if any(most[name] > n_places for name in around): continue # as the keys that some attentions make coarser than their block is
         # a decoder's growing maps are no stages
         if coarsest is None or n_places <= coarsest: ends[seen.layout.grid],coarsest = seen,n_places
         if seen is last: break
-    ends[last.layout.grid] = last
-    return list(ends.values())[-n:]
+    return list((ends | {last.layout.grid: last}).values())[-n:]
 
 # %% ../../nbs/16_probe.scan.ipynb #55601034
 @patch

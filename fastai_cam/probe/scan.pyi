@@ -2,6 +2,7 @@
 from typing import Any
 import math
 from collections import Counter
+from itertools import accumulate
 from itertools import chain
 from typing import Any
 from typing import Callable

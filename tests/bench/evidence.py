@@ -19,6 +19,8 @@ from torch import nn
 from fastai.vision.learner import create_head
 from fastai_cam.core import mean_interval
 from fastai_cam.methods import as_method, enlarge, facts_of, METHODS
+from fastai_cam.examples.imagenet import imagenet_photos
+from fastai_cam.maps import CAMs
 from fastai_cam.probe import Probe
 from fastai_cam.trust import BASELINE_IMAGES, METRICS
 
@@ -139,16 +141,18 @@ NEW = ('1.', 'head', 'ask', 'look', 'classify') # what is not of the body
 
 
 def with_new_head(kind, pictures, which, seed, epochs=60):
-    "A transformer whose body is as the package has it: only what reads it is trained, on tokens that are made once"
+    "A network whose body is as its package has it: only what reads it is trained, on what the body makes of the pictures once"
     torch.manual_seed(seed)
     model = kind.make(int(pictures.labels.max()) + 1).to(pictures.pixels.device).eval()
+    body, read = (model.tokens, model.read) if kind.tokens else (model[0], model[1])
     optimiser = torch.optim.AdamW([p for name, p in model.named_parameters() if name.startswith(NEW)], lr=kind.rates[1], weight_decay=.05)
-    with torch.no_grad(): tokens = torch.cat([model.tokens(kind.images(pictures.pixels[batch])) for batch in which.split(32)])
+    with torch.no_grad(): features = torch.cat([body(kind.images(pictures.pixels[batch])) for batch in which.split(32)])
+    if not kind.tokens: read.train() # fastai's head has batch norms
     for _ in range(epochs):
-        for rows in torch.randperm(len(which)).split(32):
-            loss = F.cross_entropy(model.read(tokens[rows]), pictures.labels[which[rows]], label_smoothing=.1)
+        for rows in torch.randperm(len(which)).split(32)[:max(1, len(which)//32)]:
+            loss = F.cross_entropy(read(features[rows]), pictures.labels[which[rows]], label_smoothing=.1)
             optimiser.zero_grad(), loss.backward(), optimiser.step()
-    return model
+    return model.eval()
 
 
 def trained(kind, pictures, which, seed, epochs=14):
@@ -301,6 +305,25 @@ def summary(networks):
     return rows
 
 
+def draw(args, pictures, known, file):
+    "Photographs of packages, and the maps by Grad-CAM and by default, of two networks: fastai's default head, and a class token"
+    photos = [photo for photo in imagenet_photos() if photo.stem.split('_')[1] in ('04', '06', '15')]
+    pixels = [np.asarray(Image.open(photo).convert('RGB').resize((224, 224))) for photo in photos]
+    names, strips = sorted(part.name for part in (args.data/'images').iterdir()), []
+    for kind in (known['fastai'], known['class']):
+        model = with_new_head(kind, pictures, torch.arange(len(pictures.labels)), 0)
+        images = kind.images(torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).to(pictures.pixels.device)/255)
+        with torch.no_grad(): found = model(images).softmax(1)
+        asked = Asked(kind, model, images, found.argmax(1))
+        asked.images, methods = images, ('gradcam', BASE)
+        maps = torch.stack([enlarge(asked.maps(as_method(method), None).cpu(), (14, 14)) for method in methods], 1)
+        cams = CAMs(maps, pixels, found.argmax(1)[:,None].expand(-1, 2).cpu(), [f'{method}: predicted' for method in methods],
+                    found.cpu(), vocab=names, task='single', method=list(methods))
+        cams.show(None, nrows=1, photo=True, scale='own', save=file, dpi=60)
+        strips.append(np.asarray(Image.open(file).convert('RGB')))
+    Image.fromarray(np.concatenate(strips)).quantize(64).save(file, optimize=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', type=Path)
@@ -308,14 +331,16 @@ def main():
     parser.add_argument('--n', type=int, default=48)
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--kinds', nargs='+', default=['pooled', 'fastai', 'class', 'mean', 'ask', 'dense'])
-    parser.add_argument('--frozen', action='store_true', help='train the heads of transformers only')
+    parser.add_argument('--frozen', action='store_true', help='train heads only; not for dense ones')
     parser.add_argument('--only', nargs='+', default=(), help='these rows, and no single cells')
     parser.add_argument('--steps', type=int, default=10, help='of insertion and deletion')
+    parser.add_argument('--pictures', type=Path, help='draw maps before and after to this file, and measure nothing (with --data)')
     parser.add_argument('--seconds', type=float, default=math.inf, help='begin no network after so many')
     parser.add_argument('--out', type=Path, default=HERE/'evidence.json')
     args = parser.parse_args()
     device, known, start = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), kinds(args), time.time()
     pictures, networks, results = Pictures(args.data, device), {}, {}
+    if args.pictures: return draw(args, pictures, known, args.pictures)
     name = torch.cuda.get_device_name() if device.type=='cuda' else 'a CPU'
     for seed in range(args.seeds):
         for kind in args.kinds:
