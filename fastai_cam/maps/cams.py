@@ -277,6 +277,7 @@ def _values(self:CAMs, i, k):
     found = self._flat(i)[k]
     return found if self._are_scores_finite([i])[0,k] else torch.full_like(found, math.nan)
 
+# %% ../../nbs/44_maps.cams.ipynb #bc51e499
 @patch
 def _with(self:CAMs, **changed):
     "The same maps, with something else known about them"

@@ -89,8 +89,9 @@ def _map_columns(self:CAMs, i, k, boxes, peaks):
     name = self._row(i).name(c) if c >= 0 and not self._facts(k).class_free else self._split(i, k)[1]
     place = (peaks[0].x, peaks[0].y) if peaks else (None, None)
     return dict(
-        explains=name or None, method=self.method_of(k) or None, peak=as_drawn(values).max().item() if bool(torch.isfinite(values).all()) else None,
-        peak_x=place[0], peak_y=place[1], boxes=[tuple(box[:4]) for box in boxes], carried=carried_share(self, i, k))
+        explains=name or None, method=self.method_of(k) or None,
+        peak=as_drawn(values).max().item() if bool(torch.isfinite(values).all()) else None, peak_x=place[0], peak_y=place[1],
+        boxes=[tuple(box[:4]) for box in boxes], carried=carried_share(self, i, k))
 
 # %% ../../nbs/46b_maps.table.ipynb #bb5ba476
 @patch

@@ -115,6 +115,7 @@ def _seeds(cap, scores):
     decides = enlarge(weighted_sum(cap.acts[-1], grads[-1]), fine.shape[2:])
     return weighted_sum(fine.abs(), grads[_finer(cap)].abs())*decides.sign()
 
+# %% ../../nbs/32c_methods.evidence.ipynb #af38d659
 def _features(acts):
     "Features of the places, of length 1, less those of the average place, `[B, C, places]`"
     features = F.normalize(at_least_float(acts).flatten(2), dim=1)

@@ -211,7 +211,8 @@ def groupcam(
     def one_map(terms, item, asked):
         masks = _group_masks(terms, n_groups, percentile, size)
         masks = torch.cat([masks, torch.zeros_like(image[:1,0])]) # last, the blurred image alone
-        found = torch.cat([_scores_of(cap, asked, base[item] + some[:,None]*(image[item] - base[item]), item) for some in masks.split(bs)])[:,0]
+        added = image[item] - base[item]
+        found = torch.cat([_scores_of(cap, asked, base[item] + some[:,None]*added, item) for some in masks.split(bs)])[:,0]
         return torch.einsum('n,n...->...', found[:-1] - found[-1], masks[:-1])
     def one_layer(act, grad, asked):
         weights = grad.flatten(3).mean(-1)[(...,) + (None,)*(act.dim() - 2)]
