@@ -7,6 +7,7 @@ from fastai_cam.probe.capture import Scores
 from fastai_cam.probe.watch import Probe
 
 from helpers.probe import image
+from helpers.transformers import vit
 
 
 class Returns(nn.Module):
@@ -104,3 +105,56 @@ def test_another_pass_is_of_the_same_image_and_shows_its_progress_in_the_same_wa
         cap.bar = bar
         again = cap.recapture()
     assert torch.equal(again.image, x.flip(-1)) and again.bar is bar
+
+
+# --- what came before a layer, kept while the pass runs
+
+class Skips(nn.Module):
+    "A layer that is called twice; what ran before its calls is used behind them, changed in place in between"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.h = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Linear(4, 3)
+    def forward(self, x):
+        before = self.a(x)
+        f = self.b(self.b(before).relu_())
+        return self.h((f + before.mul_(2)).mean((2, 3)))
+
+
+def counted(model):
+    calls = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    return calls
+
+
+@pytest.mark.parametrize('build,layer', [(Skips, 'b'), (lambda: Container('tuple'), 'b')])
+def test_a_pass_that_will_be_resumed_keeps_what_came_before(build, layer):
+    "The same numbers as from a pass of its own, and one pass less"
+    torch.manual_seed(0)
+    model, x = build().eval(), image()
+    calls, outs = counted(model), {}
+    for resumes in ('', 'all'):
+        with Probe(model, layer, resumes=resumes) as p:
+            cap = p(x)
+            calls.clear()
+            outs[resumes] = [cap.run_from(cap.acts[0]*3), cap.run_from(cap.acts[0][[1, 1]], items=torch.tensor([1, 0])), len(calls)]
+    assert all(torch.equal(*both) for both in zip(outs[''][:2], outs['all'][:2]))
+    assert (outs[''][2], outs['all'][2])==(3, 2)
+    if build is Skips:
+        before = model.a(x).detach()
+        act = model.b(model.b(before).relu()).detach()
+        assert torch.allclose(outs['all'][0], model.h((3*act + 2*before).mean((2, 3))), atol=1e-6)
+
+
+def test_only_tokens_that_were_found_are_resumed_from():
+    "Of a grid of convolutions, and of a layer that is named, nothing is kept"
+    model, x = vit(), torch.rand(2, 3, 24, 32, dtype=torch.float64)
+    calls = counted(model)
+    for layers, n in ((None, 0), ('blocks.0', 1)):
+        with Probe(model, layers, resumes='tokens') as p:
+            cap = p(x)
+            calls.clear()
+            cap.run_from(cap.acts[0])
+        assert len(calls)==n + 1
+    with Probe(Skips().eval(), resumes='tokens') as p:
+        p(x.float())
+        assert not p._last._recordings

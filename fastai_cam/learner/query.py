@@ -48,6 +48,11 @@ class Query:
         return any(facts_of(method).grad for method in self.methods)
 
     @property
+    def resumes(self) -> str:
+        "Of which layers what comes before must be kept, as `Probe` takes it"
+        return next((facts_of(method).resumes for method in self.methods if facts_of(method).resumes), '')
+
+    @property
     def layers(self) -> Any:
         "The layers asked for; if none are, those that all the methods want"
         wanted = {facts_of(method).layers for method in self.methods}
@@ -123,7 +128,8 @@ def before_validate(self:CaptureCallback):
     self.n_rows,self.results = [],[]
     self.wrapped = self.learn,self.learn.model # first what `close` needs, then what it ends
     self.learn.model = unwrap_model(self.learn.model)
-    self.watcher = Probe(self.model, self.query.layers, self.query.needs_grad, image=self.query.image, asks=self._score_of_one)
+    options = dict(image=self.query.image, asks=self._score_of_one, resumes=self.query.resumes)
+    self.watcher = Probe(self.model, self.query.layers, self.query.needs_grad, **options)
     self.watcher.attach()
 
 @patch

@@ -76,7 +76,9 @@ def _warned(found, done, name):
                       'give more steps (most=), or name an earlier layer, whose gradient changes less abruptly', stacklevel=2)
     return found
 
-@cam_method(adds_up=True, cost='a forward and a backward pass of what follows the layer for each step: 1 with a linear head, usually 4')
+@cam_method(
+    adds_up=True, resumes='all',
+    cost='a forward and a backward pass of what follows the layer for each step: 1 with a linear head, usually 4')
 def pathcam(
     cap:Capture, # Pass that was captured
     scores:Scores, # What is explained
@@ -166,7 +168,7 @@ def _of_the_object(cap, evidence, seeds, likeness):
     share = torch.where(share < 1e-6, 0*share, share) # rounding errors, which a root would make visible
     return largest*alike**likeness*share**(1 - likeness)
 
-@cam_method(resolution='finest layer', layers=EVIDENCE, cost='0.2 to 1 forward passes')
+@cam_method(resolution='finest layer', layers=EVIDENCE, resumes='tokens', cost='0.2 to 1 forward passes')
 def objectcam(
     cap:Capture, # Pass at the layers of `'evidence'`, or at named ones; otherwise the model is run again and watched there
     scores:Scores, # What is explained
@@ -176,7 +178,7 @@ def objectcam(
     r"""$L^{\lambda}E^{1-\lambda}$ with $E$ the evidence of the class at a place (Grad-CAM; of tokens, the gradient integrated through
     the last two blocks, spread over places that are alike) and $L$ the likeness of the place to those that decided,
     each without its negative part; less the same of $-E$"""
-    staged,maps = cap if cap.wanted is not None else cap.recapture(layers=EVIDENCE),[]
+    staged,maps = cap if cap.wanted is not None else cap.recapture(layers=EVIDENCE, resumes='tokens'),[]
     for piece in (scores if staged is cap else staged.score(scores)).chunks():
         evidence,seeds = _evidence(staged, piece, steps)
         both = [torch.cat([one, -one], dim=1) for one in (evidence, seeds)] # for and against, as so many questions more

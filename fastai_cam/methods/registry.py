@@ -37,6 +37,7 @@ class MethodFacts:
     cost:str = '' # beyond the forward pass
     layers:Any = None # where it looks if no layer is named; `None`: at the last layer that still has space
     adds_up:bool = False # do the cells of its map add up to the score, less that of a layer which says nothing?
+    resumes:str = '' # does it run the model on from its layer? From 'all', from those that hold 'tokens', or from none
 
 def warn_if_taken(
     known:dict, # Registry

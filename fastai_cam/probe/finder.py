@@ -34,6 +34,7 @@ class PassState:
         self.image_size = image_size_of(self.args, self.kwargs, image)
         self.acts:dict[int,list[Tensor]] = {} # what each call of a layer returned, by the layer's number
         self.contained:set[int] = set() # layers that return their activation among other things
+        self.recordings:dict[str,Any] = {} # what came before some layers, by their names
         self.cut:list[str] = [] # layers that run in a block that turns autograd off
         self.leaf:Tensor|None = None # the images, if autograd runs from them on
         self.out:Any = None # what the model returned
@@ -52,9 +53,10 @@ class LayerFinder:
         model:nn.Module, # Model to look into
         layers:Any=None, # As `Probe` takes them
         image:int=0, # Which of the images is explained, where several go in
-        asks:Callable|None=None # What will be asked of the output
+        asks:Callable|None=None, # What will be asked of the output
+        resumes:str='' # From which layers passes will go on: from 'all', or those that are found and hold 'tokens'
     ):
-        store_attr('model,image,asks')
+        store_attr('model,image,asks,resumes')
         self.wanted,self.is_named = layers,not (layers is None or is_found_by_pass(layers))
         self.layers = resolve_layers(model, layers) if self.is_named else [] # names and modules, as far as they are known
         self.scans:dict[tuple|None,LayerScan] = {} # by the size of the images
@@ -84,6 +86,12 @@ def search(self:LayerFinder, state:PassState) -> None:
     if self.wanted is None: found = [scan.last]
     else: found = {EVERY_STAGE: scan.stages, LAST_TWO_STAGES: scan.last_two, EVIDENCE: scan.evidence}[self.wanted]()
     self.layers = [(seen.name, seen.module) for seen in found]
+
+@patch
+def resumes_at(self:LayerFinder, state:PassState) -> bool:
+    "Will passes go on from the layers of this one?"
+    if self.resumes != 'tokens' or self.is_named: return self.resumes=='all'
+    return state.image_size in self.scans and self.scan(state).last.layout.is_tokens
 
 # %% ../../nbs/16a_probe.finder.ipynb #589ca4dc
 @patch

@@ -24,7 +24,7 @@ from .reasons import words_of_no_space
 from .modes import AttentionMaps, differentiable_rnns, GuidedReLU
 from .readings import activation_in
 from .finder import LayerFinder, PassState
-from .rerun import Pass
+from .rerun import modules_after, Pass, recorded_modules, Recording
 from .capture import Capture
 
 # %% ../../nbs/19_probe.watch.ipynb #bdf40168
@@ -41,7 +41,10 @@ class Probe(ExitStack):
         guided:bool=False, # Let the ReLUs pass positive gradients only (guided backpropagation)?
         attention:bool=False, # Keep what the model's attention pays attention to?
         image:int=0, # Which of the images is explained, where several go into the model
-        asks:Callable|None=None # What will be asked of the output: it helps `layers=None` to find a layer that matters for it
+        asks:Callable|None=None, # What will be asked of the output: it helps `layers=None` to find a layer that matters for it
+        # Keep what came before the layers, so that `run_from` costs no pass of its own: of layers that are found and hold tokens
+        # ('tokens'), or of all ('all')?
+        resumes:str=''
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f'a Probe watches an nn.Module, not {type(model).__name__}: for a Learner, pass learn.model')
@@ -49,7 +52,7 @@ class Probe(ExitStack):
         check_watchable(model)
         super().__init__()
         store_attr('model,grad,from_input,guided,attention')
-        self.finder,self.hooks = LayerFinder(model, layers, image, asks),ProbeHooks()
+        self.finder,self.hooks = LayerFinder(model, layers, image, asks, resumes),ProbeHooks()
         self._from_start = False # whether autograd has to be on from the start of a pass
         self._pass,self._last = PassState(),None # the pass that is watched, and what `run_from` needs of the one that was taken
 
@@ -96,6 +99,18 @@ def _watch(self:Probe):
     "Hooks on the layers as far as they are known, and on no others"
     remove_hooks(self.hooks.on_layers)
     for i,(_,module) in enumerate(self.layers): register_hook(self.hooks.on_layers, module, weak_hook(self._capture, i))
+    for name in self._resumed():
+        for module in recorded_modules(self.model, name): register_hook(self.hooks.on_layers, module, weak_hook(self._record, name))
+
+@patch
+def _resumed(self:Probe):
+    "Names of the layers before which modules are recorded: where a `Sequential` goes on, none needs to be"
+    return [name for name,_ in self.layers if modules_after(self.model, name) is None] if self.finder.resumes_at(self._pass) else []
+
+@patch
+def _record(self:Probe, name, module, inputs, out):
+    "A module that is a layer, or beside one, has run"
+    if self._is_mine: self._pass.recordings.setdefault(name, Recording(self.model.get_submodule(name))).note(module, out)
 
 @patch
 def _search(self:Probe):
@@ -212,6 +227,8 @@ def _handed_on(self:Probe, state, layouts, calls):
     capture.cut = state.cut
     self._last = Pass(self.model, self.layers, extras=capture.extras, **inputs)
     self._last._recordings = capture._recordings
+    for i,(name,_) in enumerate(self.layers):
+        if name in state.recordings: capture._recordings[name] = state.recordings[name].settled(calls[i], state.n_items)
     return capture
 
 @patch

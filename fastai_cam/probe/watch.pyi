@@ -36,11 +36,14 @@ from .modes import GuidedReLU
 from .readings import activation_in
 from .finder import LayerFinder
 from .finder import PassState
+from .rerun import modules_after
 from .rerun import Pass
+from .rerun import recorded_modules
+from .rerun import Recording
 from .capture import Capture
 __all__ = ['Probe', 'alignment']
 class Probe(ExitStack):
-    def __init__(self, model: nn.Module, layers: nn.Module | str | int | Sequence | None=..., grad: bool=..., from_input: bool=..., guided: bool=..., attention: bool=..., image: int=..., asks: Callable | None=...) -> None: ...
+    def __init__(self, model: nn.Module, layers: nn.Module | str | int | Sequence | None=..., grad: bool=..., from_input: bool=..., guided: bool=..., attention: bool=..., image: int=..., asks: Callable | None=..., resumes: str=...) -> None: ...
     @property
     def layers(self) -> list[tuple[str, nn.Module]]: ...
     def attach(self) -> 'Probe': ...

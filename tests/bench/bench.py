@@ -90,7 +90,7 @@ def ours(model, x, method=gradcam, layer=None, target=None, **options):
 
 def ours_raw(model, x, method=gradcam, layer=None, target=None, **options):
     "Maps of `method` as the library keeps them: signed, at the resolution of the layer"
-    with Probe(model, layer, grad=method.facts.grad) as p:
+    with Probe(model, layer, grad=method.facts.grad, resumes=method.facts.resumes) as p:
         cap = p(x)
         return method(cap, cap.score(target or ClassIndex(3)), **options)
 
