@@ -96,12 +96,18 @@ def test_legrad_responds_where_the_image_was_disturbed(name):
 
 
 @pytest.mark.parametrize('name,options,verdict', [
-    ('xcit_nano_12_p16_224', dict(depth=3, img_size=SMALL), ''), ('test_convnext', {}, ''), ('crossvit_tiny_240', {}, 'refused: the blocks of this CrossVit could not be told'),
-    ('swinv2_tiny_window8_256', dict(depths=(1, 1, 1, 1), img_size=SMALL), 'empty')]) # its norms start at zero
+    ('xcit_nano_12_p16_224', dict(depth=3, img_size=SMALL), ''), ('test_convnext', {}, ''), ('crossvit_tiny_240', {}, 'refused: the blocks of this CrossVit could not be told')])
 def test_what_has_no_blocks_that_say_something(name, options, verdict):
     size = SQUARE.get(name, SMALL)
     model = enliven(timm.create_model(name, pretrained=False, num_classes=5, **options), 4, size)
     assert legrad_quadrants(model, pictures(1, size)).startswith(verdict) and bool(legrad_quadrants(model, pictures(1, size)))==bool(verdict)
+
+
+def test_branches_that_begin_at_zero():
+    "Before training, the norms that end the branches of a Swin v2 are zero, and LeGrad's map is empty; the check gives them the weights of others"
+    model = timm.create_model('swinv2_tiny_window8_256', pretrained=False, num_classes=5, depths=(1, 1, 1, 1), img_size=SMALL).eval()
+    x = pictures(1, SMALL)
+    assert legrad_quadrants(model, x)=='empty' and legrad_quadrants(enliven(model, 4, SMALL), x)=='4 of 4'
 
 
 # -- the check can fail

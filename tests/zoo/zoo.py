@@ -82,14 +82,18 @@ def look_near(model):
             module.attention_biases.copy_(-2.*(torch.arange(height)[:, None] + torch.arange(width)).flatten())
 
 
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
 def enliven(model, n, size):
     "Make random weights say something about places, as trained ones do: no layer is zero, what is near counts most, batch norms know real activations"
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     model.train() # which also clears what was remembered of other weights
     model.eval()
     with torch.no_grad():
-        for linear in model.modules():
-            if isinstance(linear, nn.Linear) and not linear.weight.any(): nn.init.normal_(linear.weight, std=.02)
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and not layer.weight.any(): nn.init.normal_(layer.weight, std=.02)
+            if isinstance(layer, NORMS) and layer.weight is not None and not layer.weight.any(): nn.init.ones_(layer.weight) # as of branches that begin at zero
         look_near(model)
         for norm in norms:
             norm.reset_running_stats()
