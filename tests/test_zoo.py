@@ -103,6 +103,7 @@ def test_what_has_no_blocks_that_say_something(name, options, verdict):
     assert legrad_quadrants(model, pictures(1, size)).startswith(verdict) and bool(legrad_quadrants(model, pictures(1, size)))==bool(verdict)
 
 
+@pytest.mark.slow
 def test_branches_that_begin_at_zero():
     "Before training, the norms that end the branches of a Swin v2 are zero, and LeGrad's map is empty; the check gives them the weights of others"
     model = timm.create_model('swinv2_tiny_window8_256', pretrained=False, num_classes=5, depths=(1, 1, 1, 1), img_size=SMALL).eval()
