@@ -39,6 +39,7 @@ class Query:
     layer:Any = None # where, as `learn.show_cam` takes it
     image:int = 0 # which of the images that go into the model for one item
     is_list:bool = False # was a list of methods asked for?
+    fuse:bool = True # are several layers put together, or has each a map of its own?
 
     def __len__(self) -> int: return len(self.target)*len(self.methods)
 
@@ -59,6 +60,13 @@ class Query:
         if len(self.methods)==1: return list(self.target.labels)
         return [f'{method_name(method)}: {label}' for method,label in product(self.methods, self.target.labels)]
 
+    def labels_by(self,
+        names:Sequence[str] # Of the layers
+    ) -> list[str]:
+        "What each map of an item answers, where each layer has maps of its own"
+        prefixes = [f'{method_name(method)}: ' if len(self.methods) > 1 else '' for method in self.methods]
+        return [f'{prefix}{name}: {label}' for prefix,name,label in product(prefixes, names, self.target.labels)]
+
     @property
     def is_several(self) -> bool:
         "Has an item a list of maps, be it of one?"
@@ -70,11 +78,14 @@ def query_of(
     cls:Any=None, # As `learn.show_cam` takes it
     method:str|Callable|Sequence|None=None, # As `learn.show_cam` takes it
     layer:Any=None, # As `learn.show_cam` takes it
-    image:int=0 # Which of the images that go into the model for one item
+    image:int=0, # Which of the images that go into the model for one item
+    fuse:bool=True # Put several layers together? `False`: a map of each
 ) -> Query:
     "What these arguments ask of `learn`; a sentence for whatever is wrong with them, before any work"
     check_learner(learn)
-    query = Query(target_of(learn, cls), as_methods(method), layer, image, is_listy(method))
+    if not isinstance(fuse, bool):
+        raise TypeError(f'fuse is True (several layers make one map) or False (a map of each), not {fuse!r}')
+    query = Query(target_of(learn, cls), as_methods(method), layer, image, is_listy(method), fuse)
     check_layers(learn.model, layer)
     return query
 
