@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.xtras import is_listy
 from ..core import at_least_float, evenly_spaced
-from ..captions import as_text, rounded
+from ..captions import as_text
 from ..checks import check_int
 from ..probe.layers import is_found_by_pass
 from ..targets.kinds import ClassIndex
@@ -30,7 +30,7 @@ from ..learner.arguments import check_words
 from ..learner.query import query_of, run_query
 from .base import CAMInterpretation
 import fastai_cam.interpret.selection # `interp.class_indices`
-from .page import check_page, draw_page, full_of, Panel, Row
+from .page import check_page, draw_page, full_of, Panel, percent, Row
 
 # %% ../../nbs/65g_interpret.concepts.ipynb #abd508cb
 def factorise(
@@ -74,10 +74,8 @@ class CAMConcepts:
 
     def __len__(self) -> int: return len(self.directions)
     def __repr__(self) -> str:
-        shares = ', '.join(_percent(share) for share in self.shares.tolist())
+        shares = ', '.join(percent(share) for share in self.shares.tolist())
         return f'CAMConcepts: {len(self)} of {self.name or "a class"} in {len(self.maps)} pictures, carrying {shares} of its score'
-
-def _percent(share): return f'{rounded(100*share)}%'
 
 @patch(as_prop=True)
 def shares(self:CAMConcepts) -> Tensor: # `[k]`
@@ -151,6 +149,6 @@ def plot(self:CAMConcepts,
         panels = [panel(i, concept) for i in self.best(concept, n)]
         full = full_of(*[one.map for one in panels])
         for one in panels: one.map.peak = full
-        rows.append(Row(panels, f'concept {concept + 1}: {_percent(share)} of the score'))
-    rest = f'the rest carries {_percent(self.rest_share)}'
+        rows.append(Row(panels, f'concept {concept + 1}: {percent(share)} of the score'))
+    rest = f'the rest carries {percent(self.rest_share)}'
     return draw_page(rows, kwargs, f'where the concept is   {rest}', f'{self.name}: {len(self)} concepts in {len(self.maps)} pictures')

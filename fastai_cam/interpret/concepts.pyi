@@ -12,7 +12,6 @@ from fastcore.xtras import is_listy
 from ..core import at_least_float
 from ..core import evenly_spaced
 from ..captions import as_text
-from ..captions import rounded
 from ..checks import check_int
 from ..probe.layers import is_found_by_pass
 from ..targets.kinds import ClassIndex
@@ -29,6 +28,7 @@ from .page import check_page
 from .page import draw_page
 from .page import full_of
 from .page import Panel
+from .page import percent
 from .page import Row
 __all__ = ['factorise', 'CAMConcepts']
 def factorise(acts: Tensor, k: int, seed: int=...) -> tuple[Tensor, Tensor]: ...

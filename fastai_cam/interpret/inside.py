@@ -17,7 +17,6 @@ from fastcore.meta import delegates
 from fastcore.xtras import is_listy
 from fastai.learner import Learner
 from ..core import at_least_float
-from ..captions import rounded
 from ..checks import check_int, is_int
 from ..probe.layers import EVERY_STAGE, is_found_by_pass
 from ..maps.draw import CAMMap
@@ -30,7 +29,7 @@ from ..learner.arguments import check_words
 from ..learner.query import check_single, Query, query_of, run_query
 from ..learner.task import activation_of, class_names
 from .base import CAMInterpretation
-from .page import check_page, draw_page, full_of, Panel, Row
+from .page import check_page, draw_page, full_of, Panel, percent, Row
 
 # %% ../../nbs/65f_interpret.inside.ipynb #0f688cd3
 def look_into(
@@ -57,10 +56,6 @@ def look_into(
     known = dict(images=source.images, items=source.items, texts=texts, preds=preds, targs=targs if source.labelled else None)
     return maps,rest,CAMs(last[None], classes=classes, labels=labels, vocab=class_names(learn.dls), task=task, **known)
 
-def _row_title(cams):
-    "What is known of the item, and what is asked"
-    item,asked = cams.item_title(0),cams.question(0, side=True)
-    return ' · '.join(part for part in (item, f'▸ {asked}' if asked else '') if part)
 
 def _photo(cams):
     "The panel of the plain picture, where there is one"
@@ -94,7 +89,7 @@ def plot_layers(self:Learner,
     picture = None if cams.images is None else cams.images[0]
     def panel(name, one, n): return Panel(CAMMap(one, picture), title=f'{name or "model"}\n{"×".join(map(str, one.shape))}, {n} channels')
     panels = [panel(*named, n) for named,n in zip(maps.items(), n_channels)]
-    return draw_page(_in_rows(_photo(cams) + panels, _row_title(cams)), kwargs, f'map: {method_name(query.methods[0])}   each on its own scale')
+    return draw_page(_in_rows(_photo(cams) + panels, cams.title(0)), kwargs, f'map: {method_name(query.methods[0])}   each on its own scale')
 
 def _one_method(method, name):
     "`method`; `TypeError` for a list"
@@ -115,7 +110,7 @@ def shares_of(
     total:float # What all of it adds up to
 ) -> list[str]:
     "Shares in words; where it adds up to nothing, or less, the numbers themselves"
-    return [f'{rounded(100*part/total)}%' if total > 0 else f'{part:+.3g}' for part in parts.tolist()]
+    return [percent(part/total) if total > 0 else f'{part:+.3g}' for part in parts.tolist()]
 
 @patch
 def plot_channels(self:Learner,
@@ -144,8 +139,10 @@ def plot_channels(self:Learner,
     full,shares = full_of(*shown, signed=not largest),shares_of(parts[order], parts.sum().item())
     panels = [panel(one.map, f'channel {c}: {share}', full) for one,c,share in zip(shown, order.tolist(), shares)]
     panels = [*_photo(cams), *[panel(one, f'{name}\n({len(parts)})') for name,one in maps.items()], *panels]
-    return draw_page(_in_rows(panels, _row_title(cams)), kwargs, f'feature maps × weights   the {len(order)} shown carry '
-                     f'{shares_of(parts[order].sum()[None], parts.sum().item())[0]} of the evidence')
+    sums = torch.stack([parts[order].sum(), parts.sum() - parts[order].sum()])
+    of_shown,of_others = shares_of(sums, parts.sum().item())
+    legend = f'feature maps × weights   the {len(order)} shown make up {of_shown} of the sum, the other {len(parts) - len(order)} {of_others}'
+    return draw_page(_in_rows(panels, cams.title(0)), kwargs, legend)
 
 # %% ../../nbs/65f_interpret.inside.ipynb #663d54e1
 @patch

@@ -9,7 +9,6 @@ from fastcore.meta import delegates
 from fastcore.xtras import is_listy
 from fastai.learner import Learner
 from ..core import at_least_float
-from ..captions import rounded
 from ..checks import check_int
 from ..checks import is_int
 from ..probe.layers import EVERY_STAGE
@@ -33,6 +32,7 @@ from .page import check_page
 from .page import draw_page
 from .page import full_of
 from .page import Panel
+from .page import percent
 from .page import Row
 __all__ = ['look_into', 'channel_terms', 'shares_of']
 def look_into(learn: Learner, item: Any, query: Query, work: Callable) -> tuple[dict, Any, CAMs]: ...

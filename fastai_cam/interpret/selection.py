@@ -169,10 +169,14 @@ def _evaluated(self:CAMInterpretation, where):
     "What a condition or a function says about the table; a column that it names and that needs maps is made first"
     while True:
         df = self.to_df()
-        try: return df.eval(where) if isinstance(where, str) else where(df)
+        words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
+        try: return df.eval(where, resolvers=[words]) if isinstance(where, str) else where(df)
         except Exception as error:
             name = _missing(error)
             if name in ON_DEMAND and name not in df: self._measure(name)
+            elif name in ('wrong', 'right') and isinstance(where, str):
+                raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {_listed(df)}, so "
+                                 "write e.g. where='loss > 1'") from error
             elif isinstance(name, str) and (isinstance(where, str) or isinstance(error, KeyError)):
                 raise ValueError(f'where={where!r} names {name!r}, which is no column: {_listed(df)}; '
                                  "the words are 'wrong' and 'right'") from error
@@ -193,14 +197,8 @@ def _positions(found, n):
 @patch
 def _where(self:CAMInterpretation, where):
     "The indices that `where` means"
-    n = len(self.losses)
-    if isinstance(where, str) and where in ('wrong', 'right'):
-        df = self.to_df()
-        if 'is_right' not in df:
-            raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {_listed(df)}, so write "
-                             "e.g. where='loss > 1'")
-        return _positions(df.is_right==(where=='right'), n)
-    return _positions(self._evaluated(where) if isinstance(where, str) or callable(where) else where, n)
+    found = self._evaluated(where) if isinstance(where, str) or callable(where) else where
+    return _positions(found, len(self.losses))
 
 # %% ../../nbs/65b_interpret.selection.ipynb #5a135627
 @patch

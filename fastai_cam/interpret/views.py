@@ -209,5 +209,5 @@ def _item_panel(cams, i, probability, is_right, kind):
     "One item of a class, with how sure the model is of it"
     found = cams[i]
     found.peak = None
-    verdict = '' if is_right[i] else ', predicted wrong'
+    verdict = '' if is_right[i] else ', wrong'
     return Panel(found, title=f'{kind}: {probability[i].item():.2f}{verdict}')
