@@ -107,6 +107,7 @@ class ItemAnswers:
     task:Task|None = None # as the output says
     problem:Exception|None = None # why nothing is known
 
+# %% ../../nbs/65_interpret.answers.ipynb #f4d50485
 class AnswersCallback(Callback):
     "Keep what is answered about each item that goes through a validation loop, and none of the outputs"
     run_train,order = False,90 # when the batch is done, whatever other callbacks make of it
@@ -130,6 +131,7 @@ class AnswersCallback(Callback):
         task = self.task.of(out, y)
         self.found.task,self.found.n_classes = task,None if isinstance(task, Values) else task.n_classes(out)
 
+# %% ../../nbs/65_interpret.answers.ipynb #821a52df
 @patch
 def answers(self:AnswersCallback) -> ItemAnswers:
     "What was kept, put together"
@@ -140,7 +142,7 @@ def answers(self:AnswersCallback) -> ItemAnswers:
     self.batches = []
     return self.found
 
-# %% ../../nbs/65_interpret.answers.ipynb #f4d50485
+# %% ../../nbs/65_interpret.answers.ipynb #a2953980
 def answers_callback(
     learn:Learner, # Learner that will run
     act:Callable|None=None # Instead of the loss function's activation

@@ -29,7 +29,6 @@ from ..source.loaders import dl_source
 from ..learner.arguments import check_words
 from ..learner.query import query_of, run_query
 from .base import CAMInterpretation
-import fastai_cam.interpret.selection # `interp.class_indices`
 from .page import check_page, draw_page, full_of, Panel, percent, Row
 
 # %% ../../nbs/65g_interpret.concepts.ipynb #abd508cb
@@ -72,10 +71,14 @@ class CAMConcepts:
         rest = evidence - contributions.sum(1)
         store_attr('maps,directions,contributions,evidence,rest,images,items,index,name')
 
-    def __len__(self) -> int: return len(self.directions)
-    def __repr__(self) -> str:
-        shares = ', '.join(percent(share) for share in self.shares.tolist())
-        return f'CAMConcepts: {len(self)} of {self.name or "a class"} in {len(self.maps)} pictures, carrying {shares} of its score'
+# %% ../../nbs/65g_interpret.concepts.ipynb #49e96a68
+@patch
+def __len__(self:CAMConcepts) -> int: return len(self.directions)
+
+@patch
+def __repr__(self:CAMConcepts) -> str:
+    shares = ', '.join(percent(share) for share in self.shares.tolist())
+    return f'CAMConcepts: {len(self)} of {self.name or "a class"} in {len(self.maps)} pictures, carrying {shares} of its score'
 
 @patch(as_prop=True)
 def shares(self:CAMConcepts) -> Tensor: # `[k]`
@@ -95,7 +98,7 @@ def best(self:CAMConcepts,
     "The pictures with most of a concept at some place"
     return self.maps[:,concept].flatten(1).amax(1).argsort(descending=True, stable=True)[:n].tolist()
 
-# %% ../../nbs/65g_interpret.concepts.ipynb #2d076334
+# %% ../../nbs/65g_interpret.concepts.ipynb #dfa13aff
 @patch
 def concepts(self:CAMInterpretation,
     cls:Any, # Name or index of a class
@@ -134,7 +137,7 @@ def _activations(self:CAMInterpretation, idxs, c, layer, image):
         found,_ = run_query(quiet, source, query, work)
     return source,*map(torch.cat, zip(*found))
 
-# %% ../../nbs/65g_interpret.concepts.ipynb #90237570
+# %% ../../nbs/65g_interpret.concepts.ipynb #44d20703
 @patch
 def plot(self:CAMConcepts,
     n:int=5, # How many pictures of each

@@ -23,7 +23,6 @@ from ..learner.arguments import check_words
 from ..learner.query import query_of
 from ..learner.query import run_query
 from .base import CAMInterpretation
-import fastai_cam.interpret.selection
 from .page import check_page
 from .page import draw_page
 from .page import full_of

@@ -42,7 +42,8 @@ def look_into(
     if is_listy(item) and len(item) != 1: raise TypeError(f'one item is looked into at a time, not {len(item)}: ask for each by itself')
     def done(cap, scores, callback):
         if len(cap) != 1: raise ValueError(f'one item is looked into at a time, and here are {len(cap)}: ask for each by itself')
-        if cap.acts[-1].dim() > 4: raise ValueError('this view is of flat pictures, and these are volumes: learn.show_cam shows their slices')
+        if cap.acts[-1].dim() > 4:
+            raise ValueError('this view is of flat pictures, and these are volumes: learn.show_cam shows their slices')
         maps,rest = work(cap, scores[:,:1])
         target = query.target
         classes = target.item_classes(cap.out, callback.y, 1)[0,:1].cpu()
@@ -89,7 +90,8 @@ def plot_layers(self:Learner,
     picture = None if cams.images is None else cams.images[0]
     def panel(name, one, n): return Panel(CAMMap(one, picture), title=f'{name or "model"}\n{"×".join(map(str, one.shape))}, {n} channels')
     panels = [panel(*named, n) for named,n in zip(maps.items(), n_channels)]
-    return draw_page(_in_rows(_photo(cams) + panels, cams.title(0)), kwargs, f'map: {method_name(query.methods[0])}   each on its own scale')
+    legend = f'map: {method_name(query.methods[0])}   each on its own scale'
+    return draw_page(_in_rows(_photo(cams) + panels, cams.title(0)), kwargs, legend)
 
 def _one_method(method, name):
     "`method`; `TypeError` for a list"
@@ -112,6 +114,7 @@ def shares_of(
     "Shares in words; where it adds up to nothing, or less, the numbers themselves"
     return [percent(part/total) if total > 0 else f'{part:+.3g}' for part in parts.tolist()]
 
+# %% ../../nbs/65f_interpret.inside.ipynb #0418450c
 @patch
 def plot_channels(self:Learner,
     item:Any=None, # As `learn.show_cam` takes it: one item; `None`: the first of the validation set
@@ -141,10 +144,11 @@ def plot_channels(self:Learner,
     panels = [*_photo(cams), *[panel(one, f'{name}\n({len(parts)})') for name,one in maps.items()], *panels]
     sums = torch.stack([parts[order].sum(), parts.sum() - parts[order].sum()])
     of_shown,of_others = shares_of(sums, parts.sum().item())
-    legend = f'feature maps × weights   the {len(order)} shown make up {of_shown} of the sum, the other {len(parts) - len(order)} {of_others}'
+    n_others = len(parts) - len(order)
+    legend = f'feature maps × weights   the {len(order)} shown make up {of_shown} of the sum, the other {n_others} {of_others}'
     return draw_page(_in_rows(panels, cams.title(0)), kwargs, legend)
 
-# %% ../../nbs/65f_interpret.inside.ipynb #663d54e1
+# %% ../../nbs/65f_interpret.inside.ipynb #8e164b07
 @patch
 def one_item(self:CAMInterpretation,
     item:int, # Index into the set

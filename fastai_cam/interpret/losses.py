@@ -23,10 +23,8 @@ from ..state import preserve_state
 from ..source.loaders import dl_source
 from ..learner.task import task_of
 from ..learner.arguments import ARGUMENT_WORDS, check_words
-import fastai_cam.learner.cams # `learn.get_cams`
 from .base import CAMInterpretation
 from .page import check_page, Drawn, draw_page, full_of, Panel, Row
-import fastai_cam.interpret.selection # `interp.ranked`
 
 # %% ../../nbs/65d_interpret.losses.ipynb #24376823
 _own = ('layer', 'method', 'k')
@@ -47,8 +45,9 @@ def _refuse_class(kwargs):
     named = next((name for name in kwargs if name in ARGUMENT_WORDS['cls'] and name != 'label'), None)
     if named is None: return
     asked = kwargs[named] if isinstance(kwargs[named], (str, int)) else '...'
-    raise TypeError(f"there is no argument {named!r} here: cls={asked!r} chooses the items of a class, show='pred', 'actual', 'both' or 'diff' "
-                    f'whose maps are shown, and learn.show_cam(interp.top_losses(k)[1], cls={asked!r}) asks about one class')
+    raise TypeError(f"there is no argument {named!r} here: cls={asked!r} chooses the items of a class, "
+                    f"show='pred', 'actual', 'both' or 'diff' whose maps are shown, "
+                    f'and learn.show_cam(interp.top_losses(k)[1], cls={asked!r}) asks about one class')
 
 # %% ../../nbs/65d_interpret.losses.ipynb #a5988083
 _words = dict(predicted='pred', prediction='pred', label='actual', targ='actual', difference='diff') # what else `show` may be called
@@ -106,6 +105,7 @@ def cams_of(self:CAMInterpretation,
     cams.index = idxs.tolist()
     return with_difference(cams) if show=='diff' else cams
 
+# %% ../../nbs/65d_interpret.losses.ipynb #83a54726
 @patch
 def top_losses_cams(self:CAMInterpretation,
     k:int|Sequence[int], # How many items, or their ranks
@@ -126,7 +126,7 @@ def top_losses_cams(self:CAMInterpretation,
     self._question(show, self.method if method is None else method)
     return self.cams_of(self.ranked(k, largest, where, cls, by)[1], show, method, layer, image, fuse)
 
-# %% ../../nbs/65d_interpret.losses.ipynb #407bd8b1
+# %% ../../nbs/65d_interpret.losses.ipynb #d9a1ab76
 def _difference_row(cams, i):
     "Photo, prediction, label and difference of an item; of one that is predicted right there is nothing to compare"
     maps,image = [cams[i,k] for k in range(3)],None if cams.images is None else cams.images[i]
@@ -148,6 +148,7 @@ def difference_rows(
     "A row an item: photo, for the prediction, for the label, difference"
     return [_difference_row(cams, i) for i in range(len(cams))]
 
+# %% ../../nbs/65d_interpret.losses.ipynb #dd2072d2
 @patch
 def plot_top_losses_cam(self:CAMInterpretation,
     k:int|Sequence[int], # How many items, or their ranks (0 is the largest loss); more than there are means all

@@ -20,7 +20,6 @@ from ..source.loaders import dl_source
 from ..learner.task import task_of
 from ..learner.arguments import ARGUMENT_WORDS
 from ..learner.arguments import check_words
-import fastai_cam.learner.cams
 from .base import CAMInterpretation
 from .page import check_page
 from .page import Drawn
@@ -28,7 +27,6 @@ from .page import draw_page
 from .page import full_of
 from .page import Panel
 from .page import Row
-import fastai_cam.interpret.selection
 __all__ = ['DIFFERENCE_LEGEND', 'refuse_words', 'with_difference', 'difference_rows']
 def refuse_words(kwargs: dict, method: Any, name: str, has: Sequence=...) -> None: ...
 def with_difference(cams: CAMs) -> CAMs: ...

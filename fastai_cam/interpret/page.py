@@ -13,13 +13,12 @@ from itertools import chain
 from typing import Any, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from ..captions import rounded
 from ..maps.words import plain_text, wrapped_title
 from ..maps.pixels import as_drawn, full_strength, to_pixels
 from ..maps.style import as_axes, check_style, save_figure
 from ..maps.layout import Blocks, n_letters, panel_axes, panel_size
-from ..maps.draw import CAMMap, draw_colorbar, draw_picture, Look, look_of
+from ..maps.draw import CAMMap, draw_colorbar, draw_picture, look_of
 
 # %% ../../nbs/65c_interpret.page.ipynb #f63bdd9d
 @dataclass
@@ -66,7 +65,8 @@ def check_page(
     wrong = next((name for name in options if name not in PAGE_OPTIONS), None)
     if wrong is not None: raise TypeError(f'{wrong!r} is no option of this view: the options are {", ".join(PAGE_OPTIONS)}')
     check_style(**options)
-    if options.get('style')=='side': raise ValueError("style='side' puts the picture beside the map, and here it is there already: leave it out")
+    if options.get('style')=='side':
+        raise ValueError("style='side' puts the picture beside the map, and here it is there already: leave it out")
 
 def _pictures(rows):
     "All the pictures on a page"
@@ -99,7 +99,8 @@ def _places(rows, n_cols, figsize, ax, aspect):
     if ax is not None:
         given,needed = as_axes(ax),sum(len(row.panels) for row in rows)
         if len(given) < needed:
-            raise ValueError(f'this view has {needed} panels and needs as many axes, but {len(given)} were given: pass more, or leave out ax')
+            raise ValueError(f'this view has {needed} panels and needs as many axes, but {len(given)} were given: '
+                             'pass more, or leave out ax')
         places = iter(given)
         return given[0].figure,[[next(places) for _ in row.panels] for row in rows],letters
     n_lines = max(title.count('\n') + 1 for title in chain.from_iterable(_titles(row, letters, n_cols) for row in rows))

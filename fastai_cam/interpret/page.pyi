@@ -6,7 +6,6 @@ from itertools import chain
 from typing import Any
 from typing import Sequence
 import numpy as np
-from matplotlib.axes import Axes
 from ..captions import rounded
 from ..maps.words import plain_text
 from ..maps.words import wrapped_title
@@ -23,7 +22,6 @@ from ..maps.layout import panel_size
 from ..maps.draw import CAMMap
 from ..maps.draw import draw_colorbar
 from ..maps.draw import draw_picture
-from ..maps.draw import Look
 from ..maps.draw import look_of
 __all__ = ['PAGE_OPTIONS', 'Panel', 'Row', 'percent', 'Drawn', 'full_of', 'check_page', 'draw_page']
 @dataclass

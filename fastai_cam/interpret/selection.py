@@ -28,7 +28,6 @@ from ..state import preserve_state, with_bar
 from ..source.passes import reason
 from ..source.loaders import dl_source
 from ..learner.task import target_of, task_of
-import fastai_cam.learner.cams # `learn.get_cams`
 from .answers import ItemAnswers
 from .base import CAMInterpretation
 
@@ -58,6 +57,7 @@ def _value_columns(found):
     error = (found.predicted - found.actual).abs().mean(1).numpy()
     return dict(prediction=told(found.predicted), label=told(found.actual), error=error)
 
+# %% ../../nbs/65b_interpret.selection.ipynb #dc032459
 @patch
 def _answer_columns(self:CAMInterpretation):
     "What is known of the answers; nothing where there are none"
@@ -74,7 +74,7 @@ def _item_names(self:CAMInterpretation):
     with preserve_state(self.learn): items = dl_source(self.learn, self.dl).items
     return [str(item) if isinstance(item, (str, Path)) else type(item).__name__ for item in items]
 
-# %% ../../nbs/65b_interpret.selection.ipynb #dc032459
+# %% ../../nbs/65b_interpret.selection.ipynb #9733e5d4
 ON_DEMAND = dict(
     share_outside='the share of the evidence for the prediction that lies outside the object',
     disagreement='1 − the rank correlation between the maps of several methods')
@@ -94,13 +94,13 @@ def to_df(self:CAMInterpretation,
     known = dict(index=range(n), item=self._item_names(), **self._answer_columns(), loss=self.losses.as_subclass(Tensor).float().numpy())
     return pd.DataFrame({**known, **(self._measured or {})}, index=range(n))
 
-# %% ../../nbs/65b_interpret.selection.ipynb #a97bf9ca
+# %% ../../nbs/65b_interpret.selection.ipynb #83d90010
 @patch
 def _take_masks(self:CAMInterpretation, masks):
     "Where the objects are, from now on"
     if not (isinstance(masks, Tensor) or is_listy(masks)) or len(masks) != len(self.losses):
-        raise ValueError(f'masks are a bool tensor [n, height, width], or a list with the boxes of each item, for the n = {len(self.losses)} '
-                         'items of the set: None for one whose object is not known')
+        raise ValueError('masks are a bool tensor [n, height, width], or a list with the boxes of each item, for the '
+                         f'n = {len(self.losses)} items of the set: None for one whose object is not known')
     self._masks = masks
     if self._measured: self._measured.pop('share_outside', None)
 
@@ -131,7 +131,7 @@ def _outside(self:CAMInterpretation, idxs):
     rows = self._maps_of(idxs).to_df(masks).drop_duplicates('index')
     return rows.get('share_outside', pd.Series(np.nan, index=rows.index)).to_numpy(dtype=float)
 
-# %% ../../nbs/65b_interpret.selection.ipynb #83d90010
+# %% ../../nbs/65b_interpret.selection.ipynb #1d5d1c2f
 def rank_disagreement(
     maps:Tensor # `[n_methods, n_places]`
 ) -> float:
@@ -151,7 +151,7 @@ def _disagreement(self:CAMInterpretation, idxs):
     maps = cams.maps.unflatten(1, (len(methods), -1))[:,:,0].flatten(2)
     return np.array([rank_disagreement(one) if bool(one.isfinite().all()) else np.nan for one in maps])
 
-# %% ../../nbs/65b_interpret.selection.ipynb #45d788f1
+# %% ../../nbs/65b_interpret.selection.ipynb #5a135627
 def _missing(error):
     "The name of a column that an error says is not there"
     if isinstance(error, KeyError): return error.args[0] if error.args else None
@@ -185,6 +185,7 @@ def _evaluated(self:CAMInterpretation, where):
                                  f'''\'loss > 1 and label == "cat"\', or a function of the table; {_listed(df)}''') from error
             else: raise
 
+# %% ../../nbs/65b_interpret.selection.ipynb #a8833721
 def _positions(found, n):
     "The indices that a mask, a list of indices or some rows of the table mean"
     if isinstance(found, pd.DataFrame): found = found['index']
@@ -200,7 +201,7 @@ def _where(self:CAMInterpretation, where):
     found = self._evaluated(where) if isinstance(where, str) or callable(where) else where
     return _positions(found, len(self.losses))
 
-# %% ../../nbs/65b_interpret.selection.ipynb #5a135627
+# %% ../../nbs/65b_interpret.selection.ipynb #8e782849
 @patch
 def class_indices(self:CAMInterpretation,
     cls:Any # Name or index of a class, or a list of these
@@ -239,7 +240,7 @@ def select(self:CAMInterpretation,
         raise ValueError(f'of the {len(self.losses)} items none is left by {words}')
     return torch.tensor(list(idxs))
 
-# %% ../../nbs/65b_interpret.selection.ipynb #05ddb217
+# %% ../../nbs/65b_interpret.selection.ipynb #5c626b34
 @patch
 def _keys(self:CAMInterpretation, by):
     "A number for each item to rank it by"
@@ -265,7 +266,8 @@ def ranked(self:CAMInterpretation,
     if is_number and k < 1: raise ValueError(f'k={k} leaves nothing to show: give at least 1, or a list of ranks')
     if not (k is None or is_number or is_listy(k) or isinstance(k, range)):
         raise TypeError(f'k is a number of items or a list of ranks, not {type(k).__name__}')
-    if not (k is None or is_number) and len(k)==0: raise ValueError('the list of ranks is empty: give at least one, 0 being the largest loss')
+    if not (k is None or is_number) and len(k)==0:
+        raise ValueError('the list of ranks is empty: give at least one, 0 being the largest loss')
     idxs = self._in_order(largest, where, cls, by)
     if k is None or is_number: idxs = idxs[:k]
     else:
@@ -275,6 +277,7 @@ def ranked(self:CAMInterpretation,
         idxs = idxs[list(k)]
     return self.losses[idxs],idxs
 
+# %% ../../nbs/65b_interpret.selection.ipynb #5d8e6655
 @patch
 def _in_order(self:CAMInterpretation, largest, where, cls, by):
     "Indices of the items that are chosen, in order; what has no number to rank it by is left out"

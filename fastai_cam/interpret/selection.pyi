@@ -26,7 +26,6 @@ from ..source.passes import reason
 from ..source.loaders import dl_source
 from ..learner.task import target_of
 from ..learner.task import task_of
-import fastai_cam.learner.cams
 from .answers import ItemAnswers
 from .base import CAMInterpretation
 __all__ = ['ON_DEMAND', 'rank_disagreement']

@@ -30,7 +30,6 @@ from ..learner.cams import join_maps, maps_of_batch
 from ..learner.query import query_of, run_query
 from .base import CAMInterpretation
 from .page import check_page, draw_page, Panel, Row
-import fastai_cam.interpret.selection # `interp.class_indices`
 from .losses import DIFFERENCE_LEGEND, difference_rows
 
 # %% ../../nbs/65e_interpret.views.ipynb #3d403e24
@@ -83,7 +82,8 @@ def plot_confused_cam(self:CAMInterpretation,
     and the difference"""
     check_words(kwargs, self.method if method is None else method, ('layer', 'method', 'k'))
     check_page(kwargs)
-    for name,value in (('k', 1 if k is None else k), ('n_pairs', n_pairs)): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
+    counts = dict(k=1 if k is None else k, n_pairs=n_pairs)
+    for name,value in counts.items(): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
     self._check_one_class('items are confused with each other where each has one class')
     pairs = self._pairs(a, b, n_pairs)
     k = k or (5 if len(pairs)==1 else 2)
@@ -128,6 +128,7 @@ def features_of(self:CAMInterpretation,
     cams = CAMs(images=source.images, items=source.items, vocab=self.vocab, index=idxs, **join_maps(found, query))
     return cams,torch.cat([batch['features'] for batch in found])
 
+# %% ../../nbs/65e_interpret.views.ipynb #93fb5f95
 def most_typical(
     features:Tensor # `[n, C]`
 ) -> Tensor: # Positions, the most typical first
@@ -142,15 +143,15 @@ def mean_map(
     maps = normalize(cams.maps, n_space=cams.n_space)[which & cams.is_finite]
     return maps.mean(0) if len(maps) else None
 
-# %% ../../nbs/65e_interpret.views.ipynb #8b1498be
+# %% ../../nbs/65e_interpret.views.ipynb #db985c4f
 @patch
 def _class_of(self:CAMInterpretation, cls):
     "The one class that a view is about; `ValueError` where there is none, or no probability of it"
     classes = self.class_indices(cls)
     if len(classes) != 1: raise ValueError(f'one class at a time is shown, not {len(classes)}: ask for each by itself')
     if isinstance(self.answers.task, Segmentation):
-        raise ValueError('a class is shown by the items that the model is more and less sure of, and here each pixel has a probability of its '
-                         'own: plot_top_losses_cam(9, cls=...) shows the items in which a class is')
+        raise ValueError('a class is shown by the items that the model is more and less sure of, and here each pixel has a '
+                         'probability of its own: plot_top_losses_cam(9, cls=...) shows the items in which a class is')
     return classes[0]
 
 @patch
@@ -165,6 +166,7 @@ def _class_items(self:CAMInterpretation, c, k, n):
     rows = [[place[int(one)] for one in some] for some in (surest, least)]
     return idxs[looked].tolist(),*rows,is_right[looked],probability[looked],len(idxs)
 
+# %% ../../nbs/65e_interpret.views.ipynb #36151d99
 @patch
 def _name_of(self:CAMInterpretation, c):
     names = self.answers.task.class_names(self.vocab)
@@ -194,11 +196,13 @@ def plot_class_cam(self:CAMInterpretation,
     all_of_them = torch.ones(len(cams), dtype=torch.bool)
     kinds = [('typical', typical, 'mean map', all_of_them), ('most sure', surest, 'mean where predicted right', is_right),
              ('least sure', least, 'mean where predicted wrong', ~is_right)]
-    rows = [Row([_mean_panel(cams, *mean), *[_item_panel(cams, i, probability, is_right, kind) for i in shown]]) for kind,shown,*mean in kinds]
+    def row(kind, shown, *mean):
+        return Row([_mean_panel(cams, *mean), *[_item_panel(cams, i, probability, is_right, kind) for i in shown]])
+    rows = [row(*kind) for kind in kinds]
     some = f'{len(cams)} of {n_all}' if len(cams) < n_all else f'{n_all}'
     return draw_page(rows, kwargs, title=f'{as_text(self._name_of(c))}: {some} item{"s"*(n_all != 1)}')
 
-# %% ../../nbs/65e_interpret.views.ipynb #db985c4f
+# %% ../../nbs/65e_interpret.views.ipynb #dbaba537
 def _mean_panel(cams, words, which):
     "The mean of some of the maps, or that there are none of these"
     mean,n = mean_map(cams, which),int(which.sum())

@@ -30,7 +30,6 @@ from .page import check_page
 from .page import draw_page
 from .page import Panel
 from .page import Row
-import fastai_cam.interpret.selection
 from .losses import DIFFERENCE_LEGEND
 from .losses import difference_rows
 __all__ = ['most_typical', 'mean_map']

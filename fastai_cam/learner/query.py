@@ -60,19 +60,20 @@ class Query:
         if len(self.methods)==1: return list(self.target.labels)
         return [f'{method_name(method)}: {label}' for method,label in product(self.methods, self.target.labels)]
 
-    def labels_by(self,
-        names:Sequence[str] # Of the layers
-    ) -> list[str]:
-        "What each map of an item answers, where each layer has maps of its own"
-        prefixes = [f'{method_name(method)}: ' if len(self.methods) > 1 else '' for method in self.methods]
-        return [f'{prefix}{name}: {label}' for prefix,name,label in product(prefixes, names, self.target.labels)]
-
     @property
     def is_several(self) -> bool:
         "Has an item a list of maps, be it of one?"
         return isinstance(self.target, (Several, AllClasses)) or self.is_list
 
 # %% ../../nbs/62_learner.query.ipynb #4ccfa103
+@patch
+def labels_by(self:Query,
+    names:Sequence[str] # Of the layers
+) -> list[str]:
+    "What each map of an item answers, where each layer has maps of its own"
+    prefixes = [f'{method_name(method)}: ' if len(self.methods) > 1 else '' for method in self.methods]
+    return [f'{prefix}{name}: {label}' for prefix,name,label in product(prefixes, names, self.target.labels)]
+
 def query_of(
     learn:Learner, # Learner that is asked
     cls:Any=None, # As `learn.show_cam` takes it

@@ -120,8 +120,7 @@ class CAMs:
         _check(maps, n_space, regions, thresh, texts)
         maps,classes,preds,targs,losses,regions = map(plain_values, (maps, classes, preds, targs, losses, regions))
         items,task = list(items) if isinstance(items, tuple) else items,as_task(task, signed, thresh)
-        store_attr(but='images,signed,thresh')
-        self.images = images
+        store_attr(but='signed,thresh')
 
     @property
     def images(self) -> Images|None:

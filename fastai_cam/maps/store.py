@@ -31,6 +31,7 @@ _format = 1 # raised when a file can no longer be read by an earlier version
 _saved_tensors = ('maps', 'classes', 'preds', 'targs', 'losses', 'regions')
 _saved_words = ('labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')
 _made_by = ('method', 'layers') # earlier versions did not write them
+_kept_words = (*_saved_words, *_made_by, 'index')
 
 def _as_json(value):
     "Numbers, texts and bools as they are, other things as text"
@@ -57,7 +58,7 @@ def _as_bytes(image, n_space, depth):
 def _header_of(cams, tensors, n_images):
     "What is written beside the arrays"
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
-    words = {name: getattr(cams, name) for name in (*_saved_words, *_made_by, 'index')}
+    words = {name: getattr(cams, name) for name in _kept_words}
     words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None})
     words.update(task=cams.task.name, signed=bool(cams.signed))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
@@ -269,7 +270,7 @@ def load(cls:CAMs,
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
-        words = {name: header.get(name) for name in (*_saved_words, *_made_by, 'index')} | dict(task=task_named(header['task'])) if known else {}
+        words = {name: header.get(name) for name in _kept_words} | dict(task=task_named(header['task'])) if known else {}
         loaded = cls(images=stored or None, sizes=_sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way
