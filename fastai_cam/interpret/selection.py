@@ -44,7 +44,7 @@ def _class_columns(found, names):
     predicted,actual = (found.largest_predicted, found.largest_actual) if is_mask else (found.predicted, found.actual)
     columns = {side: [_said(names, c) for c in of_items.tolist()] for side,of_items in (('prediction', predicted), ('label', actual))}
     more = ('share_right',) if is_mask else ('probability', 'label_probability')
-    return {**columns, **{name: getattr(found, name).numpy() for name in more}, 'is_right': (predicted==actual).numpy()}
+    return {**columns, **{name: getattr(found, name).double().numpy() for name in more}, 'is_right': (predicted==actual).numpy()}
 
 def _label_columns(found, names):
     "What is known of items with several labels"
@@ -53,8 +53,8 @@ def _label_columns(found, names):
 
 def _value_columns(found):
     "What is known of items with values: one as a number, several as a tuple"
-    def told(values): return values[:,0].numpy() if values.shape[1]==1 else [tuple(row) for row in values.tolist()]
-    error = (found.predicted - found.actual).abs().mean(1).numpy()
+    def told(values): return values[:,0].double().numpy() if values.shape[1]==1 else [tuple(row) for row in values.tolist()]
+    error = (found.predicted - found.actual).abs().mean(1).double().numpy()
     return dict(prediction=told(found.predicted), label=told(found.actual), error=error)
 
 # %% ../../nbs/65b_interpret.selection.ipynb #dc032459
@@ -91,7 +91,7 @@ def to_df(self:CAMInterpretation,
     if masks is not None: self._take_masks(masks)
     for name in columns: self._measure(name)
     n = len(self.losses)
-    known = dict(index=range(n), item=self._item_names(), **self._answer_columns(), loss=self.losses.as_subclass(Tensor).float().numpy())
+    known = dict(index=range(n), item=self._item_names(), **self._answer_columns(), loss=self.losses.as_subclass(Tensor).double().numpy())
     return pd.DataFrame({**known, **(self._measured or {})}, index=range(n))
 
 # %% ../../nbs/65b_interpret.selection.ipynb #83d90010
