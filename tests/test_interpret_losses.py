@@ -55,7 +55,7 @@ def test_a_row_is_one_item_on_one_scale(interp):
             if own.max() > 0: assert np.allclose(drawn, own/full, atol=1e-5)
     figure = axs[0].figure
     assert figure._supxlabel.get_text()=='predicted − actual: red speaks for the prediction, blue for the label   a row has one scale'
-    assert [ax.get_ylabel() for ax in figure.axes if ax not in axs]==['red: for the prediction, blue: for the label']*2
+    assert [ax.get_ylabel() for ax in figure.axes if ax not in axs]==['red: prediction, blue: label']*2
 
 
 def test_an_item_that_is_predicted_right_says_so(interp):

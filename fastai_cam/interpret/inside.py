@@ -133,7 +133,7 @@ def plot_channels(self:Learner,
     query = check_single(query_of(self, cls, 'gradcam', layer, image))
     def work(cap, scores):
         terms,parts = channel_terms(cap.acts[0], cap.grads(scores)[0][:,0])
-        return {'the sum of all channels': terms.sum(0)[None,None]},(terms.cpu(), parts.cpu())
+        return {'all': terms.sum(0)[None,None]},(terms.cpu(), parts.cpu())
     maps,(terms,parts),cams = look_into(self, 0 if item is None else item, query, work)
     order = parts.argsort(descending=largest, stable=True)[:n]
     picture = None if cams.images is None else cams.images[0]
@@ -141,11 +141,11 @@ def plot_channels(self:Learner,
     shown = [CAMMap(terms[c]) for c in order.tolist()]
     full,shares = full_of(*shown, signed=not largest),shares_of(parts[order], parts.sum().item())
     panels = [panel(one.map, f'channel {c}: {share}', full) for one,c,share in zip(shown, order.tolist(), shares)]
-    panels = [*_photo(cams), *[panel(one, f'{name}\n({len(parts)})') for name,one in maps.items()], *panels]
+    panels = [*_photo(cams), panel(maps['all'], f'all {len(parts)} channels'), *panels]
     sums = torch.stack([parts[order].sum(), parts.sum() - parts[order].sum()])
     of_shown,of_others = shares_of(sums, parts.sum().item())
     n_others = len(parts) - len(order)
-    legend = f'feature maps × weights   the {len(order)} shown make up {of_shown} of the sum, the other {n_others} {of_others}'
+    legend = f'feature maps × weights   the {len(order)} shown make up {of_shown} of the sum, the other {n_others} make up {of_others}'
     return draw_page(_in_rows(panels, cams.title(0)), kwargs, legend)
 
 # %% ../../nbs/65f_interpret.inside.ipynb #8e164b07

@@ -137,7 +137,7 @@ def _difference_row(cams, i):
     if cams.classes[i,0]==cams.classes[i,1]: panels += [Panel(words='predicted right:\nthe label has the same map'), Panel()]
     else:
         panels.append(Panel(maps[1], title='▸ ' + cams.question(i, 1, 60, side=True)))
-        panels.append(Panel(maps[2], title='▸ predicted − actual', signed=True, bar='red: for the prediction, blue: for the label'))
+        panels.append(Panel(maps[2], title='▸ predicted − actual', signed=True, bar='red: prediction, blue: label'))
     return Row(panels, cams.item_title(i, loss=True, width=60))
 
 DIFFERENCE_LEGEND = 'predicted − actual: red speaks for the prediction, blue for the label   a row has one scale'
