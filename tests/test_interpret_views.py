@@ -149,3 +149,31 @@ def test_on_fastais_own_learner(dls):
     with vision_learner(dls, resnet18, pretrained=False).no_bar() as learn:
         interp = CAMInterpretation.from_learner(learn)
         assert len(interp.plot_class_cam('left', k=2))==9 and (not interp.most_confused() or len(interp.plot_confused_cam(k=1)) >= 4)
+
+
+@pytest.mark.slow
+def test_on_fastais_own_unet(tmp_path):
+    "Masks are drawn, chosen and looked into; what makes no sense for them says so"
+    from PIL import Image
+    from fastai.vision.all import DataBlock, FuncSplitter, ImageBlock, MaskBlock, PILMask, Resize, unet_learner
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        mask = np.zeros((64, 64), dtype=np.uint8)
+        mask[8 + i:40, 8:40] = 1 + i%2
+        Image.fromarray(mask).save(tmp_path/f'{i}_mask.png')
+        Image.fromarray((rng.integers(0, 100, (64, 64, 3)) + 70*mask[..., None]).astype(np.uint8)).save(tmp_path/f'{i}.png')
+    block = DataBlock((ImageBlock, MaskBlock(codes=['none', 'cat', 'dog'])), get_items=lambda path: sorted(path.glob('?.png')), get_y=lambda f: PILMask.create(f.with_name(f'{f.stem}_mask.png')),
+                      splitter=FuncSplitter(lambda f: int(f.stem) >= 2), item_tfms=Resize(64))
+    learn = unet_learner(block.dataloaders(tmp_path, bs=2, num_workers=0), resnet18, pretrained=False)
+    with learn.no_bar():
+        interp, (preds, targs) = CAMInterpretation.from_learner(learn), learn.get_preds()
+        predicted = preds.argmax(1)
+        assert interp.confusion_matrix().tolist()==[[int(((targs==i) & (predicted==j)).sum()) for j in range(3)] for i in range(3)]
+        df = interp.to_df()
+        assert np.allclose(df.share_right, [float((p==t).float().mean()) for p, t in zip(predicted, targs)], atol=1e-6) and df.label.tolist()==['cat', 'dog']*2
+        assert interp.select(cls='dog').tolist()==[i for i in range(4) if bool((predicted[i]==2).any() or (targs[i]==2).any())]
+        outside = interp.to_df('share_outside').share_outside
+        assert outside.dropna().between(0, 1).all()
+        assert len(interp.plot_top_losses_cam(2, show='diff', by='share_right', largest=False))==8 and len(learn.plot_channels(0, n=3))==5
+        assert interp.concepts('dog', k=2).index==[1, 3]
+        with pytest.raises(ValueError, match='here each pixel has a class of its own'): interp.plot_confused_cam()
