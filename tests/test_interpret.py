@@ -72,7 +72,7 @@ def test_other_words_for_what_to_show(dls):
     assert not torch.equal(pred.maps, actual.maps)
     for word in ('predicted', 'prediction'): assert torch.equal(interp.top_losses_cams(3, show=word).maps, pred.maps)
     for word in ('label', 'targ'): assert torch.equal(interp.top_losses_cams(3, show=word).maps, actual.maps)
-    with pytest.raises(ValueError, match="'pred', 'actual' or 'both'"): interp.top_losses_cams(3, show='target')
+    with pytest.raises(ValueError, match="'pred', 'actual', 'both' or 'diff'"): interp.top_losses_cams(3, show='target')
 
 
 @pytest.mark.parametrize('name, word', [('class_name', 'cls'), ('target', 'cls'), ('target_category', 'cls'), ('target_layers', 'layer'), ('target_layer', 'layer'), ('layers', 'layer'), ('label', 'cls'),
@@ -292,9 +292,9 @@ def test_options_of_wrapped_methods_and_of_partials(dls):
 
 def test_a_class_where_show_chooses(dls):
     interp = CAMInterpretation.from_learner(ready(dls))
-    for name in ('cls', 'class_name', 'target', 'category'):
+    for name in ('class_name', 'target', 'category'):
         for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
-            with pytest.raises(TypeError, match=r"show='pred', 'actual' or 'both' chooses .* learn.show_cam\(interp.top_losses\(k\)\[1\], cls='left'\) asks about one class"): call(3, **{name: 'left'})
+            with pytest.raises(TypeError, match=r"there is no argument .* cls='left' chooses the items of a class, show='pred', 'actual', 'both' or 'diff' whose maps are shown, and learn.show_cam\(interp.top_losses\(k\)\[1\], cls='left'\) asks about one class"): call(3, **{name: 'left'})
     for name in ('n', 'n_items'):
         for call in (interp.top_losses_cams, interp.plot_top_losses_cam):
             with pytest.raises(TypeError, match=f"{name!r} here: it is called 'k'"): call(3, **{name: 3})

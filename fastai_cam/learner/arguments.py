@@ -93,7 +93,7 @@ def refuse_arguments(
     kwargs:dict, # Arguments that were given and do not exist
     method:Any, # The method that was given with them
     has:Sequence=('cls', 'layer', 'method', 'item', 'max_n'), # Arguments that do exist
-    rest:Sequence=('image',) # The other arguments that exist
+    rest:Sequence=('image', 'fuse') # The other arguments that exist
 ) -> None:
     "`TypeError` for arguments that a function does not have"
     check_words(kwargs, method, has)

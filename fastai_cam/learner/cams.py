@@ -8,6 +8,7 @@ Docs: https://fastai-cam.example/docs/learner.cams.html.md"""
 __all__ = ['maps_of_batch', 'join_maps', 'CAMCallback', 'cam_head', 'cam_learner']
 
 # %% ../../nbs/63_learner.cams.ipynb #37292301
+from itertools import product
 from typing import Any, Callable, Sequence
 
 import torch
@@ -40,13 +41,14 @@ def maps_of_batch(
     "The maps of one batch by every method of the query, one method behind the other: the work of `learn.get_cams`"
     target,methods = callback.query.target,callback.query.methods
     if has_bar(callback.learn): cap.bar = bar_of_long_work
-    maps = [method(cap, scores).detach().cpu() for method in methods]
+    caps = [cap] if callback.query.fuse else [cap.only(layer) for layer in range(len(cap.layers))]
+    maps = [method(one, scores).detach().cpu() for method,one in product(methods, caps)]
     finest = max((m.shape[2:] for m in maps), key=lambda size: size.numel()) # fullgrad beside gradcam: maps of one size
     classes,regions = target.item_classes(cap.out, callback.y, len(cap)),target.regions(cap.out, callback.y)
-    n = len(methods)
+    n = len(maps)
     return dict(maps=torch.cat([enlarge(m, finest) for m in maps], dim=1), classes=classes.detach().cpu().repeat(1, n),
                 regions=None if regions is None else regions.cpu().repeat(1, n, *[1]*(regions.dim() - 2)),
-                task=target.parts[0].task.of(target.read(cap.out)), layer=cap.names)
+                task=target.parts[0].task.of(target.read(cap.out)), layer=cap.names, columns=None if callback.query.fuse else cap.names)
 
 # %% ../../nbs/63_learner.cams.ipynb #5059a58e
 def _joined(batches, name):
@@ -71,7 +73,8 @@ def join_maps(
     asked[0] = True
     found = {name: part[:,asked] for name,part in found.items()}
     made_by = dict(method=[method_name(method) for method in query.methods], layers=batches[-1]['layer'])
-    labels = [label for label,kept in zip(query.labels, asked) if kept]
+    columns = batches[-1].get('columns')
+    labels = [label for label,kept in zip(query.labels if columns is None else query.labels_by(columns), asked) if kept]
     n_space,is_several = found['maps'].dim() - 2,query.is_several or found['maps'].shape[1] > 1
     if not is_several: found = {name: part[:,0] for name,part in found.items()}
     if isinstance(task, Values): found['classes'] = torch.full_like(found['classes'], -1) # a value is no class
@@ -127,12 +130,13 @@ def get_cams(self:Learner,
     layer:Any=None,
     max_n:int|None=None, # At most this many items
     image:int=0, # Which of the images, where several go into the model for one item
+    fuse:bool=True, # Put several layers together? `False`: one column a layer
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMs: # `.maps` is `[n, h, w]`, or `[n, K, h, w]` if a list of classes or methods was asked for
     "Class activation maps of `item`, in the order given, with predictions, and labels and losses where there are labels"
     refuse_arguments(kwargs, method)
     if max_n is not None and max_n < 1: raise ValueError(f'max_n={max_n} leaves nothing to explain: give at least 1')
-    return _cams_of(self, item, query_of(self, cls, method, layer, image), max_n)
+    return _cams_of(self, item, query_of(self, cls, method, layer, image, fuse), max_n)
 
 # %% ../../nbs/63_learner.cams.ipynb #76526638
 @patch
@@ -153,6 +157,7 @@ def show_cam(self:Learner,
     figsize:tuple|None=None, # Size of the figure in inches
     ax:Axes|Sequence[Axes]|None=None, # Axes to draw in, one a map, instead of a new grid
     image:int=0, # Which of the images, where several go into the model for one item
+    fuse:bool=True, # Put several layers together? `False`: one column a layer
     **kwargs # Passed to `CAMs.show` and `CAMMap.show`: `photo`, `style`, `scale`, `boxes`, `signed`, `cmap`, `title`, `save`, …
 ) -> None:
     "Show what the model looked at: `item`, decoded, with its class activation map over it"
@@ -160,7 +165,7 @@ def show_cam(self:Learner,
     check_learner(self)
     if isinstance(max_n, str) and max_n=='auto': max_n = n_shown(self, item)
     check_style(max_n=max_n, nrows=nrows, ncols=ncols, figsize=figsize, ax=ax, **kwargs)
-    query = query_of(self, cls, method, layer, image)
+    query = query_of(self, cls, method, layer, image, fuse)
     if len(query) > 100:
         raise ValueError(
             f'{len(query)} maps of every item cannot be read in one picture: name the classes to show, or take the maps from get_cams')

@@ -39,6 +39,7 @@ class Query:
     layer:Any = None # where, as `learn.show_cam` takes it
     image:int = 0 # which of the images that go into the model for one item
     is_list:bool = False # was a list of methods asked for?
+    fuse:bool = True # are several layers put together, or has each a map of its own?
 
     def __len__(self) -> int: return len(self.target)*len(self.methods)
 
@@ -70,16 +71,27 @@ class Query:
         return isinstance(self.target, (Several, AllClasses)) or self.is_list
 
 # %% ../../nbs/62_learner.query.ipynb #4ccfa103
+@patch
+def labels_by(self:Query,
+    names:Sequence[str] # Of the layers
+) -> list[str]:
+    "What each map of an item answers, where each layer has maps of its own"
+    prefixes = [f'{method_name(method)}: ' if len(self.methods) > 1 else '' for method in self.methods]
+    return [f'{prefix}{name}: {label}' for prefix,name,label in product(prefixes, names, self.target.labels)]
+
 def query_of(
     learn:Learner, # Learner that is asked
     cls:Any=None, # As `learn.show_cam` takes it
     method:str|Callable|Sequence|None=None, # As `learn.show_cam` takes it
     layer:Any=None, # As `learn.show_cam` takes it
-    image:int=0 # Which of the images that go into the model for one item
+    image:int=0, # Which of the images that go into the model for one item
+    fuse:bool=True # Put several layers together? `False`: a map of each
 ) -> Query:
     "What these arguments ask of `learn`; a sentence for whatever is wrong with them, before any work"
     check_learner(learn)
-    query = Query(target_of(learn, cls), as_methods(method), layer, image, is_listy(method))
+    if not isinstance(fuse, bool):
+        raise TypeError(f'fuse is True (several layers make one map) or False (a map of each), not {fuse!r}')
+    query = Query(target_of(learn, cls), as_methods(method), layer, image, is_listy(method), fuse)
     check_layers(learn.model, layer)
     return query
 

@@ -95,7 +95,7 @@ class CAMs:
     "Maps of several items and what is known about them; can be indexed, sliced, iterated and shown"
     task = property(lambda self: self._task, lambda self,task: setattr(self, '_task', as_task(task))) # of a name: the task of that name
     signed,thresh = _of_task('signed'),_of_task('thresh')
-    method = layers = None # of maps that earlier versions pickled
+    method = layers = index = None # of maps that earlier versions pickled
     def __init__(self,
         maps:Tensor, # `[n, h, w]`, or `[n, K, h, w]` for K questions; signed and raw
         images:'Images|Sequence|None'=None, # Decoded images
@@ -114,13 +114,13 @@ class CAMs:
         texts:Sequence|None=None, # What else went into the model with each item, e.g. a question about the picture; `None` for none
         sizes:Tensor|None=None, # `[n, 2]` height and width of the pictures in pixels, where there are no images; 0: not known any more
         method:Sequence[str]|None=None, # Names of the methods that made the maps, as they were asked for or chosen
-        layers:Sequence[str]|None=None # Names of the layers they were made at
+        layers:Sequence[str]|None=None, # Names of the layers they were made at
+        index:Sequence[int]|None=None # Position of each item in the set that it is from; `None`: as they are here
     ):
         _check(maps, n_space, regions, thresh, texts)
         maps,classes,preds,targs,losses,regions = map(plain_values, (maps, classes, preds, targs, losses, regions))
         items,task = list(items) if isinstance(items, tuple) else items,as_task(task, signed, thresh)
-        store_attr(but='images,signed,thresh')
-        self.images = images
+        store_attr(but='signed,thresh')
 
     @property
     def images(self) -> Images|None:
@@ -286,7 +286,7 @@ def _with(self:CAMs, **changed):
 @patch
 def _subset(self:CAMs, idxs):
     "The maps of some of the items"
-    per_item = ('maps', 'images', 'classes', 'preds', 'targs', 'losses', 'items', 'regions', 'texts', 'sizes')
+    per_item = ('maps', 'images', 'classes', 'preds', 'targs', 'losses', 'items', 'regions', 'texts', 'sizes', 'index')
     return self._with(**{name: _pick(getattr(self, name), idxs) for name in per_item})
 
 @patch

@@ -31,6 +31,7 @@ _format = 1 # raised when a file can no longer be read by an earlier version
 _saved_tensors = ('maps', 'classes', 'preds', 'targs', 'losses', 'regions')
 _saved_words = ('labels', 'items', 'vocab', 'texts', 'n_space', 'task', 'signed', 'thresh')
 _made_by = ('method', 'layers') # earlier versions did not write them
+_kept_words = (*_saved_words, *_made_by, 'index')
 
 def _as_json(value):
     "Numbers, texts and bools as they are, other things as text"
@@ -57,7 +58,7 @@ def _as_bytes(image, n_space, depth):
 def _header_of(cams, tensors, n_images):
     "What is written beside the arrays"
     dtypes = {name: str(values.dtype) for name,values in tensors.items()}
-    words = {name: getattr(cams, name) for name in (*_saved_words, *_made_by)}
+    words = {name: getattr(cams, name) for name in _kept_words}
     words.update({name: list(words[name]) for name in ('labels', 'items', 'vocab', 'texts') if words[name] is not None})
     words.update(task=cams.task.name, signed=bool(cams.signed))
     header = dict(format=_format, n_images=n_images, dtypes=dtypes, **{name: _as_json(value) for name,value in words.items()})
@@ -149,6 +150,7 @@ def _check_header(header):
         if not is_right(header[name]): raise ValueError(f'{textwrap.shorten(repr(header[name]), 60)} is no {name!r}')
     for name in _made_by:
         if not _is_list(header.get(name), str): raise ValueError(f'{textwrap.shorten(repr(header[name]), 60)} are no names')
+    if not _is_list(header.get('index'), int): raise ValueError(f'{textwrap.shorten(repr(header["index"]), 60)} are no positions')
     sizes = header.get('sizes') # earlier versions did not write them
     if sizes is not None and not (isinstance(sizes, list) and all(map(_is_size, sizes))):
         raise ValueError(f'{textwrap.shorten(repr(sizes), 60)} are no sizes of pictures')
@@ -178,7 +180,7 @@ def _check_lengths(header, shapes):
     n,n_questions = maps[0],1 if len(maps)==n_space + 1 else maps[1]
     for name,shape in shapes.items():
         if not shape or shape[0] != n: raise ValueError(f'{name} have the shape {list(shape)} for {n} items')
-    for name in ('items', 'texts', 'sizes'):
+    for name in ('items', 'texts', 'sizes', 'index'):
         if header.get(name) is not None and len(header[name]) != n: raise ValueError(f'there are {len(header[name])} {name} for {n} items')
     if header['labels'] is not None and len(header['labels']) != n_questions:
         raise ValueError(f'there are {len(header["labels"])} labels for {n_questions} questions')
@@ -268,7 +270,7 @@ def load(cls:CAMs,
     try:
         header,tensors,stored = _parts(file, max_bytes)
         known = header['format'] <= _format
-        words = {name: header.get(name) for name in (*_saved_words, *_made_by)} | dict(task=task_named(header['task'])) if known else {}
+        words = {name: header.get(name) for name in _kept_words} | dict(task=task_named(header['task'])) if known else {}
         loaded = cls(images=stored or None, sizes=_sizes_in(header, len(tensors['maps'])), **tensors, **words) if known else None
     except (PermissionError, _TooLarge): raise # the file may be right
     except Exception as e: # a damaged file can fail in any way

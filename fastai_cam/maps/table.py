@@ -77,7 +77,7 @@ def _item_columns(self:CAMs, i):
     loss = None if self.losses is None else self.losses[i].float().mean().item()
     named = str(item) if isinstance(item, (str, Path)) else type(item).__name__
     return dict(
-        item=None if item is None else named, index=i,
+        item=None if item is None else named, index=i if self.index is None else self.index[i],
         prediction=answers[0] if answers else None, label=answers[1] if len(answers) > 1 else None,
         probability=probabilities[pred].item() if pred is not None and probabilities is not None else None, loss=loss)
 

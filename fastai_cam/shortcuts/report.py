@@ -38,7 +38,7 @@ from ..source.loaders import dl_source
 from ..learner.task import class_names, task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import query_of, run_query
-from ..interpret import CAMInterpretation
+from ..interpret.base import CAMInterpretation
 from ..trust.rescore import slices_of
 from .evidence import appearance_features, collect_evidence, Evidence, FEWEST, surroundings_log_odds
 from .candidates import find_candidates, predicted_items

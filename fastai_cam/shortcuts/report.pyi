@@ -42,7 +42,7 @@ from ..learner.task import task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import query_of
 from ..learner.query import run_query
-from ..interpret import CAMInterpretation
+from ..interpret.base import CAMInterpretation
 from ..trust.rescore import slices_of
 from .evidence import appearance_features
 from .evidence import collect_evidence

@@ -41,7 +41,7 @@ from ..state import check_learner, preserve_state, with_bar
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, Query, query_of, run_query
-from ..interpret import CAMInterpretation
+from ..interpret.base import CAMInterpretation
 from .rescore import as_metrics, Explainer, NEEDS, Rescorer
 from .masks import boxes_to_masks
 

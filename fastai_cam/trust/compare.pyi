@@ -49,7 +49,7 @@ from ..learner.query import check_single
 from ..learner.query import Query
 from ..learner.query import query_of
 from ..learner.query import run_query
-from ..interpret import CAMInterpretation
+from ..interpret.base import CAMInterpretation
 from .rescore import as_metrics
 from .rescore import Explainer
 from .rescore import NEEDS

@@ -40,7 +40,7 @@ from ..source.items import as_source
 from ..learner.task import target_of, task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import Query, run_query
-from ..interpret import CAMInterpretation
+from ..interpret.base import CAMInterpretation
 from .similarity import (
     all_similarities, chance_similarities, MapComparison, MEASURES, spearman, structural_similarity_of)
 from .randomize import (

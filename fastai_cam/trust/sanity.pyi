@@ -48,7 +48,7 @@ from ..learner.task import task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import Query
 from ..learner.query import run_query
-from ..interpret import CAMInterpretation
+from ..interpret.base import CAMInterpretation
 from .similarity import all_similarities
 from .similarity import chance_similarities
 from .similarity import MapComparison

@@ -1,0 +1,179 @@
+"One row an item, and the words that choose among them, beside plain pandas."
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.torch_core import set_seed
+from fastai.vision.all import MSELossFlat
+from scipy.stats import spearmanr
+
+from fastai_cam.all import CAMInterpretation, CAMs, cam_head
+from fastai_cam.interpret.selection import rank_disagreement
+
+VOCAB = ['cat', 'dog', 'cow']
+
+
+def learner(targets=lambda i: i%3, n_out=3, loss=None, vocab=VOCAB, n=14, model=None):
+    set_seed(2)
+    samples = [(torch.rand(3, 16, 16), targets(i)) for i in range(n)]
+    dls = DataLoaders(*[TfmdDL(samples, bs=5, num_workers=0) for _ in range(2)])
+    dls.vocab = vocab
+    return Learner(dls, model or nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), cam_head(8, n_out)), loss_func=loss or CrossEntropyLossFlat(), cbs=None)
+
+
+@pytest.fixture(scope='module')
+def interp():
+    learn = learner()
+    learn.remove_cb(learn.progress)
+    return CAMInterpretation.from_learner(learn)
+
+
+@pytest.fixture(scope='module')
+def oracle(interp):
+    "The table as it is made from fastai's own predictions"
+    preds, targs, losses = interp.learn.get_preds(with_loss=True)
+    table = pd.DataFrame(dict(prediction=[VOCAB[c] for c in preds.argmax(1)], label=[VOCAB[c] for c in targs], probability=preds.amax(1).numpy(),
+                              label_probability=preds[range(14), targs].numpy(), is_right=(preds.argmax(1)==targs).numpy(), loss=losses.numpy()))
+    assert 0 < table.is_right.sum() < 14
+    return table
+
+
+def test_the_table(interp, oracle):
+    df = interp.to_df()
+    assert list(df)==['index', 'item', 'prediction', 'label', 'probability', 'label_probability', 'is_right', 'loss']
+    for name in ('prediction', 'label', 'is_right'): assert df[name].tolist()==oracle[name].tolist()
+    for name in ('probability', 'label_probability', 'loss'): assert np.allclose(df[name], oracle[name], atol=1e-5)
+    assert df['index'].tolist()==list(range(14))
+
+
+def test_where(interp, oracle):
+    middle = float(oracle.loss.median())
+    of = lambda mask: oracle.index[mask].tolist()
+    assert interp.select('wrong').tolist()==of(~oracle.is_right) and interp.select('right').tolist()==of(oracle.is_right)
+    assert interp.select(f'loss > {middle} and label == "dog"').tolist()==of((oracle.loss > middle) & (oracle.label=='dog'))
+    assert interp.select(f'wrong and loss > {middle}').tolist()==of(~oracle.is_right & (oracle.loss > middle))
+    assert interp.select('label in ["cat", "cow"] or right').tolist()==of(oracle.label.isin(['cat', 'cow']) | oracle.is_right)
+    assert interp.select(lambda df: df.loss > middle).tolist()==of(oracle.loss > middle)
+    assert interp.select(lambda df: df[df.loss > middle]).tolist()==of(oracle.loss > middle)
+    assert interp.select(lambda df: df.nlargest(3, 'loss')).tolist()==oracle.nlargest(3, 'loss').index.tolist()
+    assert interp.select((oracle.loss > middle).to_numpy()).tolist()==interp.select(torch.tensor((oracle.loss > middle).to_numpy())).tolist()==of(oracle.loss > middle)
+    assert interp.select([5, 1]).tolist()==[5, 1] and interp.select(torch.tensor([2])).tolist()==[2] and interp.select().tolist()==list(range(14))
+
+
+def test_cls(interp, oracle):
+    either = lambda name: (oracle.label==name) | (oracle.prediction==name)
+    assert interp.select(cls='cow').tolist()==interp.select(cls=2).tolist()==oracle.index[either('cow')].tolist()
+    assert interp.select(cls=['cow', 'dog']).tolist()==oracle.index[either('cow') | either('dog')].tolist()
+    assert interp.select('wrong', 'cat').tolist()==oracle.index[either('cat') & ~oracle.is_right].tolist()
+
+
+def test_order(interp, oracle):
+    assert interp.ranked(4)[1].tolist()==oracle.nlargest(4, 'loss').index.tolist()
+    assert interp.ranked(4, False, 'right')[1].tolist()==oracle[oracle.is_right].nsmallest(4, 'loss').index.tolist()
+    assert interp.ranked([2, 0], where='wrong')[1].tolist()==oracle[~oracle.is_right].nlargest(3, 'loss').index[[2, 0]].tolist()
+    assert interp.ranked(3, by='label_probability')[1].tolist()==oracle.nlargest(3, 'label_probability').index.tolist()
+    losses, idxs = interp.ranked(None, by='probability', largest=False)
+    assert len(idxs)==14 and torch.equal(losses, interp.losses[idxs]) and oracle.probability.iloc[idxs.tolist()].is_monotonic_increasing
+
+
+def test_maps_keep_the_places_of_the_set(interp, oracle, tmp_path):
+    wrong = oracle[~oracle.is_right].nlargest(3, 'loss').index.tolist()
+    cams = interp.top_losses_cams(3, where='wrong', method='gradcam')
+    assert cams.index==wrong and cams.to_df()['index'].tolist()==wrong and cams[1:].index==wrong[1:]
+    assert torch.allclose(cams.maps, interp.learn.get_cams(wrong, method='gradcam').maps, atol=1e-6)
+    assert torch.equal(cams.losses.argsort(descending=True), torch.arange(3))
+    assert CAMs.load(cams.save(tmp_path/'some')).index==wrong
+    assert interp.learn.get_cams([3], method='gradcam').to_df()['index'].tolist()==[0] # no set to have a place in
+
+
+@pytest.mark.parametrize('where, message', [
+    ('los > 1', "names 'los', which is no column: the columns are index, item, prediction, label, probability, label_probability, is_right, loss, and share_outside and disagreement on demand"),
+    ('wrng', "names 'wrng'"), ('loss >', 'cannot be read'), ('loss > "a"', 'cannot be read'), ('loss > 1e9', "of the 14 items none is left by where='loss > 1e9'"),
+    (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
+    ([14], 'where chooses among the 14 items'), ([True]*3, 'where chooses among the 14 items'), ('share_outside > .5', 'needs to know where the objects are')])
+def test_what_chooses_nothing(interp, where, message):
+    interp.learn.model.requires_grad_(True)
+    with pytest.raises(ValueError, match=message) as caught: interp.plot_top_losses_cam(3, where=where)
+    assert '\n' not in str(caught.value)
+
+
+def test_classes_that_are_none(interp):
+    for cls, message in (('cta', "did you mean 'cat'"), (3, 'class 3 does not exist'), ('actual', 'cls chooses items here'), (lambda out: out[:, 0], 'cls chooses items here')):
+        with pytest.raises(ValueError, match=message): interp.top_losses_cams(3, cls=cls)
+    for by, message in (('los', "by='los' is no column of numbers: use one of 'probability', 'label_probability', 'loss', 'share_outside', 'disagreement'"), ('label', 'no column of numbers')):
+        with pytest.raises(ValueError, match=message): interp.top_losses_cams(3, by=by)
+
+
+def test_an_error_of_the_users_own_function_stays_what_it_is(interp):
+    with pytest.raises(ZeroDivisionError): interp.select(lambda df: 1/0)
+
+
+def test_several_labels():
+    learn = learner(lambda i: torch.tensor([1., float(i%2), 0.]), 3, BCEWithLogitsLossFlat())
+    with learn.no_bar(): interp, (preds, targs) = CAMInterpretation.from_learner(learn), learn.get_preds()
+    df, n_wrong = interp.to_df(), ((preds >= .5) != (targs > .5)).sum(1)
+    assert df.n_wrong.tolist()==n_wrong.tolist() and df.is_right.tolist()==(n_wrong==0).tolist()
+    assert df.label.tolist()==['cat', 'cat;dog']*7 and df.prediction[0]==';'.join(name for name, p in zip(VOCAB, preds[0]) if p >= .5)
+    assert interp.select(cls='dog').tolist()==((targs[:, 1] > .5) | (preds[:, 1] >= .5)).nonzero().flatten().tolist()
+    with pytest.raises(ValueError, match="show='diff' compares the one class .* these items have several labels: show='both'"): interp.top_losses_cams(2, show='diff')
+
+
+def test_values():
+    learn = learner(lambda i: torch.tensor(float(i)), 1, MSELossFlat(), None)
+    with learn.no_bar(): interp, (preds, targs) = CAMInterpretation.from_learner(learn), learn.get_preds()
+    df = interp.to_df()
+    assert np.allclose(df.error, (preds.flatten() - targs).abs(), atol=1e-5) and np.allclose(df.prediction, preds.flatten(), atol=1e-5)
+    assert interp.ranked(2, by='error')[1].tolist()==df.nlargest(2, 'error').index.tolist()
+    with pytest.raises(ValueError, match="where='wrong' is about answers that are right or wrong, and here there are none"): interp.select('wrong')
+    with pytest.raises(ValueError, match='this learner predicts no classes'): interp.select(cls=0)
+
+
+def test_yes_or_no():
+    learn = learner(lambda i: torch.tensor([float(i%2)]), 1, BCEWithLogitsLossFlat(), None)
+    with learn.no_bar(): interp, (preds, targs) = CAMInterpretation.from_learner(learn), learn.get_preds()
+    df, p = interp.to_df(), preds.flatten()
+    assert set(df.label)=={'negative', 'positive'} and np.allclose(df.probability, torch.maximum(p, 1 - p), atol=1e-6)
+    assert np.allclose(df.label_probability, torch.where(targs.flatten() > .5, p, 1 - p), atol=1e-6)
+    assert interp.select(cls=1).tolist()==((p > .5) | (targs.flatten() > .5)).nonzero().flatten().tolist()
+
+
+# -- columns that need maps
+
+def test_evidence_outside_masks_and_boxes(interp):
+    "As the table of the maps has it"
+    masks = torch.zeros(14, 16, 16, dtype=torch.bool)
+    masks[:, :, :8] = True
+    expected = interp.learn.get_cams(interp.learn.dls.valid).to_df(masks).share_outside
+    assert np.allclose(interp.to_df('share_outside', masks=masks).share_outside, expected, equal_nan=True)
+    assert interp.select('share_outside > .4').tolist()==expected.index[expected > .4].tolist()
+    assert interp.ranked(3, by='share_outside')[1].tolist()==expected.nlargest(3).index.tolist()
+    boxes = [[(0, 0, 8, 16)]]*13 + [None]
+    again = interp.to_df('share_outside', masks=boxes).share_outside
+    assert np.allclose(again[:13], expected[:13], equal_nan=True) and np.isnan(again[13])
+    with pytest.raises(ValueError, match='for the n = 14 items of the set'): interp.to_df('share_outside', masks=masks[:3])
+
+
+def test_disagreement_of_methods(interp):
+    cams = interp.learn.get_cams(interp.learn.dls.valid, method=['objectcam', 'gradcam', 'layercam'])
+    def by_hand(maps): return 1 - np.mean([spearmanr(maps[i].flatten(), maps[j].flatten()).statistic for i, j in ((0, 1), (0, 2), (1, 2))])
+    found = interp.to_df('disagreement').disagreement
+    assert np.allclose(found, [by_hand(one) for one in cams.maps], atol=1e-4)
+    assert interp.select(lambda df: df.disagreement > found.median()).tolist()==found.index[found > found.median()].tolist()
+    assert rank_disagreement(torch.stack([torch.arange(4.), torch.zeros(4)]))==1
+
+
+def test_columns_are_made_once_and_when_they_are_asked_for():
+    learn, n = learner(n=6), []
+    with learn.no_bar():
+        interp = CAMInterpretation.from_learner(learn)
+        learn.model.register_forward_pre_hook(lambda *args: n.append(1))
+        assert 'disagreement' not in interp.to_df() and not n
+        first = interp.select('disagreement >= 0')
+        passes = len(n)
+        assert passes and len(first)==6
+        interp.select(lambda df: df.disagreement >= 0); interp.ranked(2, by='disagreement')
+    assert len(n)==passes and 'disagreement' in interp.to_df()
