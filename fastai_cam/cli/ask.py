@@ -128,12 +128,13 @@ def compare(
 @call_parse
 def methods() -> int: # Exit status
     "List the methods: does the class play a part? whose grid has the map? what does it cost?"
-    from fastai_cam.methods import DEFAULT_METHOD, METHODS, WRAPPERS
-    from fastai_cam.methods.registry import facts_of
+    from fastai_cam.methods import METHODS, WRAPPERS
+    from fastai_cam.methods.registry import DEFAULT_METHOD, facts_of
+    from fastai_cam.methods.table import cost_of
     rows = [('method', 'knows the class', 'grid of the', 'costs, beyond the forward pass')]
     for name,method in METHODS.items():
         facts = facts_of(method)
-        rows.append((name, 'no' if facts.class_free else 'yes', facts.resolution, facts.cost or 'nothing more'))
+        rows.append((name, 'no' if facts.class_free else 'yes', facts.resolution, cost_of(method)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     say('\n'.join('  '.join([*(cell.ljust(width) for cell,width in zip(row, widths)), row[-1]]) for row in rows), sys.stdout)
     say(f'\nif none is named: {DEFAULT_METHOD}; behind a method, as in gradcam+tta: {", ".join(WRAPPERS)}', sys.stdout)
