@@ -3,6 +3,7 @@ from typing import Any
 import io
 import re
 import sys
+from copy import copy
 from typing import Annotated
 from typing import Any
 from typing import Iterator

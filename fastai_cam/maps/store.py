@@ -269,14 +269,19 @@ def _shape_of(image):
         with Image.open(image) as opened: return opened.size[::-1]
     return image.size[::-1] if isinstance(image, Image.Image) else to_pixels(image).shape[:2]
 
+def _known_sizes(loaded):
+    "Height and width of each picture that maps were made for, as far as a file says so"
+    if loaded.n_space==3: return []
+    if loaded.images is not None: return [_shape_of(image) for image in loaded.images.load()]
+    return [] if loaded.sizes is None else loaded.sizes.tolist()
+
 def _fitting(images, loaded):
     "The pictures given for maps, files opened; `ValueError` where they are not of the shape of those that the maps were made for"
     if not isinstance(images, Images):
         images = [as_path(one) if isinstance(one, (str, os.PathLike)) else one for one in images]
         missing = next((one for one in images if isinstance(one, Path) and not one.is_file()), None)
         if missing is not None: raise FileNotFoundError(f'there is no file {str(missing)!r}: images are decoded pictures, or files of pictures')
-    sizes = [] if loaded.sizes is None or loaded.n_space==3 else loaded.sizes.tolist()
-    for i,(h,w) in enumerate(sizes[:1] if isinstance(images, Images) else sizes): # they are read when they are needed
+    for i,(h,w) in enumerate(_known_sizes(loaded)[:1 if isinstance(images, Images) else None]): # those are read when they are needed
         if min(h, w) < 1: continue
         height,width = _shape_of(images[i])
         if abs(width*h/(height*w) - 1) > .02:
