@@ -275,6 +275,17 @@ def test_several_labels_have_a_map_each(pictures, some, tmp_path):
     assert len(rows)==6 and [row['explains'] for row in rows[:2]]==['square', 'left'] and all((tmp_path/'maps'/row['picture']).exists() for row in rows)
 
 
+def test_maps_that_show_nothing_are_counted(dls, some, tmp_path, capsys):
+    "A network in which nothing ever speaks for the second class"
+    learn = Learner(dls, network(2), loss_func=CrossEntropyLossFlat())
+    learn.model[1][-1].weight.data = torch.tensor([[1.], [-1.]])*torch.ones(8)
+    learn.export(tmp_path/'export.pkl')
+    assert explain(tmp_path/'export.pkl', some, '--out', tmp_path/'maps', '--cls', 'left', '--cls', 'right', method='cam')==0
+    assert [row['remark'] for row in table(tmp_path/'maps')]==['', 'no positive evidence']*6
+    said = capsys.readouterr().err
+    assert "6 maps show nothing, and their pictures are plain: see 'remark' in the table" in said and 'speaks for what was asked' not in said
+
+
 def test_pictures_of_many_sizes_are_taken_one_by_one(pictures, tmp_path):
     "A learner that resizes nothing makes no batch of them"
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(seed=0)).dataloaders(pictures, bs=4, num_workers=0)

@@ -12,6 +12,7 @@ __all__ = ['FORMATS', 'one_or_list', 'check_methods', 'question', 'Unreadable', 
 import io
 import re
 import sys
+import warnings
 from copy import copy
 from typing import Annotated, Any, Iterator, Sequence
 
@@ -145,6 +146,11 @@ def _endings(rows, is_several):
     def words(row): return '_'.join(re.sub(r'[^\w.+-]+', '-', str(row[name] or '')).strip('-')[:30] for name in names)
     return [f'_{place}_{words(row)}.png' for place,row in enumerate(rows, 1)]
 
+def _remark(cam_map):
+    "What is to be known of a map that shows nothing"
+    if not cam_map.is_finite: return 'not finite'
+    return 'no positive evidence' if cam_map.is_empty and not cam_map.signed else None
+
 def maps_of_photo(
     item:Any, # `cams[i]`: a map, or several
     rows:list[dict], # What is known of each
@@ -156,6 +162,7 @@ def maps_of_photo(
     from fastai_cam.maps.draw import CAMMap, Look
     is_several = not isinstance(item, CAMMap)
     maps = item.on_one_scale(Look(style=style or 'overlay', signed=bool(item and item[0].signed))) if is_several else [item]
+    rows = [{**row, 'remark': _remark(one)} for row,one in zip(rows, maps)]
     if full_size: rows = [_in_file(row, cam_map, path) for row,cam_map in zip(rows, maps)]
     size = 'original' if full_size else None
     pictures = {ending: _png(one.overlay(size, style)) for ending,one in zip(_endings(rows, is_several), maps)} if style else {}
@@ -172,7 +179,7 @@ class Explaining:
         full_size:bool # Over the files, rather than over what the model saw?
     ):
         self.learn,self.asked,self.results,self.style,self.full_size = learn,asked,results,style,full_size
-        self.problems,self.refused,self.n_done = [],[],0
+        self.problems,self.refused,self.n_done,self.n_empty = [],[],0,0
 
     def run(self,
         photos:Sequence[Photo], # Those to do
@@ -212,6 +219,7 @@ class Explaining:
                 else:
                     self.results.add(photo, names[photo.path], *made)
                     self.n_done += 1
+                    self.n_empty += sum(bool(row.get('remark')) for row in made[0])
 
 # %% ../../nbs/95d_cli.explain.ipynb #c1fb9604
 def photos_named(
@@ -250,10 +258,14 @@ def _explain_all(work, photos, todo, problems, size, format):
     "Explain what is not finished, and write the tables, whatever happens"
     results,is_stopped = work.results,False
     results.start()
-    try: work.run(todo, results.names(photos), size)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'nothing in the map speaks|not finite') # the table says of which
+            work.run(todo, results.names(photos), size)
     except KeyboardInterrupt: is_stopped = True
     finally: tables = results.write_tables(photos, [*problems, *work.problems], format)
     list_problems([*problems, *work.problems])
+    if work.n_empty: say(f"{work.n_empty} maps show nothing, and their pictures are plain: see 'remark' in the table")
     if is_stopped:
         n_left = len(todo) - work.n_done - len(work.problems)
         say(f'stopped: {work.n_done} photos are finished and stay in {str(results.folder)!r}, {n_left} are left; '

@@ -3,6 +3,7 @@ from typing import Any
 import io
 import re
 import sys
+import warnings
 from copy import copy
 from typing import Annotated
 from typing import Any
@@ -40,6 +41,7 @@ class Explaining():
     full_size: Any
     learn: Any
     n_done: Any
+    n_empty: Any
     problems: Any
     refused: Any
     results: Any

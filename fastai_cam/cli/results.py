@@ -93,7 +93,7 @@ class _Words(csv.excel):
     "Tables with plain line ends"
     lineterminator = '\n'
 
-COLUMNS = ('file', 'picture', 'prediction', 'probability', 'explains', 'method', 'peak', 'peak_x', 'peak_y', 'boxes', 'error')
+COLUMNS = ('file', 'picture', 'prediction', 'probability', 'explains', 'method', 'peak', 'peak_x', 'peak_y', 'boxes', 'remark', 'error')
 
 def as_csv(
     rows:Sequence[dict] # What is known, by the names of columns
