@@ -11,7 +11,7 @@ __all__ = ['top_losses', 'compare', 'methods', 'layers', 'demo']
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterator, Sequence
+from typing import Annotated, Iterator
 
 from fastcore.script import call_parse
 from ..files import write_file
@@ -51,6 +51,7 @@ def _labelled(learn, data):
         raise UsageError(f"no photo in {data!r} can be read and has a label that the learner knows: its own labelling function reads them")
     return learn.dls.test_dl(kept, with_labels=True),problems
 
+# %% ../../nbs/95e_cli.ask.ipynb #4d87a4f5
 def _interpretation(model, weights, builder, data, device, bs, workers, **asked):
     "The learner's losses on a folder of photos, and what was left out"
     from fastai_cam.interpret import CAMInterpretation
@@ -66,7 +67,7 @@ def _checked(model, weights, builder, methods, device):
     check_methods(methods)
     check_device(device)
 
-# %% ../../nbs/95e_cli.ask.ipynb #256f3736
+# %% ../../nbs/95e_cli.ask.ipynb #f1e0aa1a
 @call_parse
 def top_losses(
     model:str=None, # export.pkl, as learn.export() writes it
@@ -96,7 +97,7 @@ def top_losses(
     say(f'{len(cams)} of {len(interp.losses)} photos: {folder/"top_losses.png"} and {folder/"top_losses.csv"}', sys.stdout)
     return SOME_UNREADABLE if problems else DONE
 
-# %% ../../nbs/95e_cli.ask.ipynb #f1e0aa1a
+# %% ../../nbs/95e_cli.ask.ipynb #517bf568
 @call_parse
 def compare(
     model:str=None, # export.pkl, as learn.export() writes it
@@ -124,7 +125,7 @@ def compare(
     say(f'{folder/"compare.png"} and {folder/"compare.csv"}', sys.stdout)
     return SOME_UNREADABLE if problems else DONE
 
-# %% ../../nbs/95e_cli.ask.ipynb #517bf568
+# %% ../../nbs/95e_cli.ask.ipynb #e82453d1
 @call_parse
 def methods() -> int: # Exit status
     "List the methods: does the class play a part? whose grid has the map? what does it cost?"
@@ -158,6 +159,7 @@ def layers(
     say(table.to_string(index=False) if all else table, sys.stdout)
     return DONE
 
+# %% ../../nbs/95e_cli.ask.ipynb #51546558
 @call_parse
 def demo(
     out:str='demo' # folder of the figures

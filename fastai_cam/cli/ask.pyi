@@ -4,9 +4,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
-from typing import Any
 from typing import Iterator
-from typing import Sequence
 from fastcore.script import call_parse
 from ..files import write_file
 from .words import DONE

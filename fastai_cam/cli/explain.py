@@ -16,6 +16,7 @@ import warnings
 from copy import copy
 from typing import Annotated, Any, Iterator, Sequence
 
+from fastcore.basics import patch
 from fastcore.script import call_parse
 from .words import DONE, INTERRUPTED, Progress, say, SOME_UNREADABLE, UsageError
 from .photos import find_photos, names_in, Photo
@@ -83,6 +84,7 @@ def why_unreadable(
     except Exception as e: return Unreadable(reason_without(path, e))
     return None
 
+# %% ../../nbs/95d_cli.explain.ipynb #a8a406d3
 def batches_of_maps(
     learn:Any, # Learner that is asked
     photos:Sequence[Photo], # A batch
@@ -104,7 +106,7 @@ def batches_of_maps(
         for part in [readable] if len(readable) < len(photos) else [[photo] for photo in readable]:
             yield from batches_of_maps(learn, part, asked)
 
-# %% ../../nbs/95d_cli.explain.ipynb #ab4dc0e4
+# %% ../../nbs/95d_cli.explain.ipynb #23999058
 def _frame_of(cam_map, path):
     "Where in its file the picture is that the model saw: the corner, pixels of the file for one of the picture, and the file's size"
     from fastai_cam.maps.export import as_bytes
@@ -139,6 +141,7 @@ def _png(image):
     image.save(file, 'PNG')
     return file.getvalue()
 
+# %% ../../nbs/95d_cli.explain.ipynb #1c077256
 def _endings(rows, is_several):
     "How the files of maps end: of several maps of a photo, with their place and what they are about"
     if not is_several: return ['.png']
@@ -168,7 +171,7 @@ def maps_of_photo(
     pictures = {ending: _png(one.overlay(size, style)) for ending,one in zip(_endings(rows, is_several), maps)} if style else {}
     return rows or [{}],pictures
 
-# %% ../../nbs/95d_cli.explain.ipynb #4d45f228
+# %% ../../nbs/95d_cli.explain.ipynb #9f5ca8a4
 class Explaining:
     "The photos of a command, explained batch by batch into a folder of results"
     def __init__(self,
@@ -197,31 +200,35 @@ class Explaining:
                 if not self.n_done and len(self.refused) > 1: self._stop(len(photos) - start - size)
         finally: progress.close()
 
-    def _fail(self, photo, e):
-        "A photo that is set aside, and why"
-        self.problems.append((photo.path, reason_without(photo.path, e)))
-        if not isinstance(e, Unreadable): self.refused.append(self.problems[-1][1])
+# %% ../../nbs/95d_cli.explain.ipynb #d6108260
+@patch
+def _fail(self:Explaining, photo, e):
+    "A photo that is set aside, and why"
+    self.problems.append((photo.path, reason_without(photo.path, e)))
+    if not isinstance(e, Unreadable): self.refused.append(self.problems[-1][1])
 
-    def _stop(self, n_left):
-        "`UsageError` where photos that can be read are refused all for one reason: neither will those that are left be explained"
-        if n_left < 1 or len(set(self.refused)) > 1: return
-        raise UsageError(f'none of the first {len(self.problems)} photos could be explained: {self.refused[0]}')
+@patch
+def _stop(self:Explaining, n_left):
+    "`UsageError` where photos that can be read are refused all for one reason: neither will those that are left be explained"
+    if n_left < 1 or len(set(self.refused)) > 1: return
+    raise UsageError(f'none of the first {len(self.problems)} photos could be explained: {self.refused[0]}')
 
-    def _keep(self, photos, cams, names):
-        "Write what is known of photos; one that cannot be drawn is set aside"
-        numbers = _numbers_of(cams)
-        for start in range(0, len(photos), 64): # not all pictures at once
-            part = cams[start:start+64]
-            part.images = part.images.load()
-            for i,photo in enumerate(photos[start:start+64]):
-                try: made = maps_of_photo(part[i], numbers[start+i], photo.path, self.style, self.full_size)
-                except (ValueError, FileNotFoundError) as e: self._fail(photo, e)
-                else:
-                    self.results.add(photo, names[photo.path], *made)
-                    self.n_done += 1
-                    self.n_empty += sum(bool(row.get('remark')) for row in made[0])
+@patch
+def _keep(self:Explaining, photos, cams, names):
+    "Write what is known of photos; one that cannot be drawn is set aside"
+    numbers = _numbers_of(cams)
+    for start in range(0, len(photos), 64): # not all pictures at once
+        part = cams[start:start+64]
+        part.images = part.images.load()
+        for i,photo in enumerate(photos[start:start+64]):
+            try: made = maps_of_photo(part[i], numbers[start+i], photo.path, self.style, self.full_size)
+            except (ValueError, FileNotFoundError) as e: self._fail(photo, e)
+            else:
+                self.results.add(photo, names[photo.path], *made)
+                self.n_done += 1
+                self.n_empty += sum(bool(row.get('remark')) for row in made[0])
 
-# %% ../../nbs/95d_cli.explain.ipynb #c1fb9604
+# %% ../../nbs/95d_cli.explain.ipynb #60d2557c
 def photos_named(
     names:Sequence[str], # Files, folders, patterns; '-': names on the standard input
     out:str # The folder of the results
@@ -230,7 +237,8 @@ def photos_named(
     listed = []
     for name in names: listed += names_in(sys.stdin.buffer.read()) if name=='-' else [name]
     photos,problems = find_photos(listed, out)
-    if not photos and not problems: raise UsageError('no photos were named: give files, folders or patterns, or - and their names at the standard input')
+    if not photos and not problems:
+        raise UsageError('no photos were named: give files, folders or patterns, or - and their names at the standard input')
     return photos,problems
 
 def list_problems(
@@ -253,7 +261,7 @@ def _into_table(learn, photos, problems, asked, out, bs):
     say(f'{len(table)} rows: CAMStore.open({out!r})', sys.stdout)
     return SOME_UNREADABLE if problems else DONE
 
-# %% ../../nbs/95d_cli.explain.ipynb #27fe1447
+# %% ../../nbs/95d_cli.explain.ipynb #a84511f6
 def _explain_all(work, photos, todo, problems, size, format):
     "Explain what is not finished, and write the tables, whatever happens"
     results,is_stopped = work.results,False
@@ -274,7 +282,7 @@ def _explain_all(work, photos, todo, problems, size, format):
     say(f'{len(results.finished)} photos: {" and ".join(map(str, tables))}', sys.stdout)
     return SOME_UNREADABLE if problems or work.problems else DONE
 
-# %% ../../nbs/95d_cli.explain.ipynb #bfc84175
+# %% ../../nbs/95d_cli.explain.ipynb #41a70f55
 def _nothing_to_do(results, photos, problems, format):
     "Everything is finished, or nothing can be"
     list_problems(problems)
@@ -283,6 +291,7 @@ def _nothing_to_do(results, photos, problems, format):
 
 FORMATS = 'png', 'html', 'json', 'parquet'
 
+# %% ../../nbs/95d_cli.explain.ipynb #73d8ee1e
 @call_parse
 def explain(
     photos:Annotated[str, dict(nargs='+')], # export.pkl, then photos: files, folders, 'patterns*', or - for names on the standard input
@@ -307,8 +316,8 @@ def explain(
     check_methods(method)
     check_device(device)
     found,problems = photos_named(names, out)
-    asked = dict(model=file_hash(model), builder=builder, cls=cls, method=method, layer=layer, style=style, full_size=full_size, format=format)
-    if format=='json': asked.pop('style')
+    asked = dict(model=file_hash(model), builder=builder, cls=cls, method=method, layer=layer, full_size=full_size, format=format)
+    if format != 'json': asked['style'] = style
     results = None if format=='parquet' else Results(out, asked, overwrite)
     todo = [photo for photo in found if results is None or not results.is_done(photo)]
     if len(todo) < len(found): say(f'{len(found) - len(todo)} of {len(found)} photos are finished already (--overwrite makes them anew)')

@@ -9,6 +9,7 @@ from typing import Annotated
 from typing import Any
 from typing import Iterator
 from typing import Sequence
+from fastcore.basics import patch
 from fastcore.script import call_parse
 from .words import DONE
 from .words import INTERRUPTED

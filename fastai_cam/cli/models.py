@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from .words import say, UsageError
 
@@ -98,10 +98,11 @@ def check_device(
     "The device of a name; `UsageError` where there is no such device here"
     import torch
     here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps']*torch.backends.mps.is_available()
-    if name is None: return here[-1 if len(here)==2 else 0 if len(here)==1 else 1]
-    if name in here or name=='cuda' and len(here) > 1 and here[1]=='cuda:0': return name
+    if name is None: return here[min(1, len(here) - 1)]
+    if name in here or name=='cuda' and 'cuda:0' in here: return name
     raise UsageError(f'there is no device {name!r} here: --device is one of {", ".join(here)}')
 
+# %% ../../nbs/95c_cli.models.ipynb #66d5181e
 def open_learner(
     file:str|None, # `export.pkl`
     weights:str|None=None, # Weights, instead of it
@@ -120,5 +121,4 @@ def open_learner(
     for dl in learn.dls.loaders:
         if bs is not None: dl.bs = bs
         dl.fake_l.num_workers = workers
-    learn.cbs = type(learn.cbs)(cb for cb in learn.cbs if cb.name != 'progress')
     return learn

@@ -7,7 +7,6 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
-from typing import Callable
 from .words import say
 from .words import UsageError
 __all__ = ['PICKLE_WARNING', 'check_model', 'file_hash', 'check_device', 'open_learner']

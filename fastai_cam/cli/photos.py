@@ -14,7 +14,7 @@ import mimetypes
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 from .words import UsageError
 
@@ -72,6 +72,7 @@ def names_in(
     parts = content.split(b'\0') if b'\0' in content else [line.rstrip(b'\r') for line in content.split(b'\n')]
     return [os.fsdecode(part) for part in parts if part]
 
+# %% ../../nbs/95a_cli.photos.ipynb #9ed3cd71
 def find_photos(
     names:Sequence[str], # Files, folders, patterns
     out:str|None=None # The folder of the results, which is left out
@@ -89,7 +90,7 @@ def find_photos(
         raise UsageError(f'{inside.path!r} lies in the folder that --out names, and its map might take its place: name another folder')
     return list(found.values()),problems
 
-# %% ../../nbs/95a_cli.photos.ipynb #fbf79b2f
+# %% ../../nbs/95a_cli.photos.ipynb #75c6db26
 def _plain(part):
     "A part of a path that every file system takes"
     part = re.sub(r'[^\w.+ ()-]+', '-', part).strip('-. ')

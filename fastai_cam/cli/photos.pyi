@@ -6,7 +6,6 @@ import mimetypes
 import os
 import re
 from pathlib import Path
-from typing import Any
 from typing import NamedTuple
 from typing import Sequence
 from .words import UsageError

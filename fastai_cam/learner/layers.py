@@ -52,6 +52,7 @@ class LayerTable(pd.DataFrame):
     def __repr__(self) -> str: return f'{self._outline.to_string(index=False)}\n{self._rest}'.rstrip()
     def _repr_html_(self) -> str: return plain_html(self._rest, self._outline.to_html(index=False))
 
+# %% ../../nbs/63a_learner.layers.ipynb #e7cf525e
 @patch
 def cam_layers(self:Learner,
     item:Any=None, # What to run, as `learn.show_cam` takes it: layers can have other sizes for other pictures; `None`: a validation item

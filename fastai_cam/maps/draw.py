@@ -382,7 +382,9 @@ def _draw_contours(ax, values, size, look, levels):
             drawn = dict(color=color, linewidth=1.2 if look.style=='contour' else .8, linestyle='-' if sign > 0 else '--')
             ax.add_artist(Line2D(*line.T, **drawn, path_effects=casing, gid=f'contour {sign*level:g}'))
 
-_ticks = [TickedStroke(spacing=9, angle=-90, length=.55, linewidth=width, foreground=color) for width,color in ((1.6, 'black'), (.7, 'white'))]
+# %% ../../nbs/42_maps.draw.ipynb #8828f03c
+_tick = dict(spacing=9, angle=-90, length=.55)
+_ticks = [TickedStroke(**_tick, linewidth=1.6, foreground='black'), TickedStroke(**_tick, linewidth=.7, foreground='white')]
 
 def _draw_region(ax, region, h, w, is_dashed=False):
     """Outline of `region` over a picture of `h` times `w` pixels, white (or dashed in white) with a dark casing, so that it can be seen
@@ -392,7 +394,8 @@ def _draw_region(ax, region, h, w, is_dashed=False):
     mask = np.pad(region.detach().cpu().numpy().astype(float), 1) # so that an outline along the margin is drawn too
     y,x = ((np.arange(-1, size + 1) + .5)*pixels/size - .5 for size,pixels in zip(region.shape, (h,w)))
     for color,width in (('black',2.6), ('white',1.2)):
-        lines = ax.contour(x, y, mask, levels=[.5], colors=color, linewidths=width, linestyles='--' if is_dashed and color=='white' else '-')
+        style = '--' if is_dashed and color=='white' else '-'
+        lines = ax.contour(x, y, mask, levels=[.5], colors=color, linewidths=width, linestyles=style)
     n_pieces = sum(len(path.to_polygons(closed_only=False)) for path in lines.get_paths())
     if not is_dashed and n_pieces <= _most_lines: lines.set_path_effects([*_ticks, Normal()])
 

@@ -182,6 +182,7 @@ def _named(item, i, n, label, taken=()):
     names = chain([name], (f'{name}_{number}' for number in count(2))) # of a class that was asked about twice, of names cut off alike
     return next(f'{one}.png' for one in names if f'{one}.png' not in taken)
 
+# %% ../../nbs/46a_maps.export.ipynb #a0f41846
 @patch
 def save_all(self:CAMs,
     folder:str|Path, # Folder to write to; it is made where it is not there

@@ -280,7 +280,8 @@ def _fitting(images, loaded):
     if not isinstance(images, Images):
         images = [as_path(one) if isinstance(one, (str, os.PathLike)) else one for one in images]
         missing = next((one for one in images if isinstance(one, Path) and not one.is_file()), None)
-        if missing is not None: raise FileNotFoundError(f'there is no file {str(missing)!r}: images are decoded pictures, or files of pictures')
+        if missing is not None:
+            raise FileNotFoundError(f'there is no file {str(missing)!r}: images are decoded pictures, or files of pictures')
     for i,(h,w) in enumerate(_known_sizes(loaded)[:1 if isinstance(images, Images) else None]): # those are read when they are needed
         if min(h, w) < 1: continue
         height,width = _shape_of(images[i])
@@ -291,6 +292,7 @@ def _fitting(images, loaded):
                 'as learn.get_cams(items).images has them, or save them with the maps: cams.save(file, images=True)')
     return images if isinstance(images, Images) else Images(partial(_read_files, images), range(len(images)))
 
+# %% ../../nbs/46_maps.store.ipynb #6fcc1951
 @patch(cls_method=True)
 def load(cls:CAMs,
     file:str|Path, # File that `save` wrote
