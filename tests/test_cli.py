@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -180,6 +181,7 @@ WRONG = [
     (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--methd', 'gradcam'], 'unrecognized arguments: --methd gradcam; did you mean --method?'),
     (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--format', 'gif'], "invalid choice: 'gif'"),
     (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--device', 'tpu'], "there is no device 'tpu' here: --device is one of cpu"),
+    (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--format', 'parquet', '--full-size'], '--full-size and --overwrite are about pictures'),
     (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--bs', '0'], '--bs is at least 1'),
     (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--weights', 'EXPORT'], '--weights and --builder go together'),
     (['explain', 'EXPORT', 'SOME'], 'the following arguments are required: --out'),
@@ -363,13 +365,22 @@ def test_methods_and_layers_are_listed(exported, capsys):
 def test_a_table_is_what_explain_writes(exported, some, tmp_path, monkeypatch, capsys):
     "The learner's own way to a table, here a stand-in of it"
     asked = {}
+    class Table(list):
+        errors = pd.DataFrame(dict(item=[], error=[]))
     def stand_in(self, source, to, cls=None, method=None, layer=None, shard=4096, on_error='record', bs=None, boxes=False):
         asked.update(source=source, to=to, cls=cls, method=method, bs=bs, boxes=boxes)
-        return [1]*len(source)
+        return Table(source)
     monkeypatch.setitem(sys.modules, 'fastai_cam.data', types.ModuleType('fastai_cam.data'))
     monkeypatch.setattr(Learner, 'explain', stand_in, raising=False)
     assert explain(exported, some, '--out', tmp_path/'maps', '--format', 'parquet', '--cls', 'left', '--bs', 3)==0
     assert asked==dict(source=[str(file) for file in sorted(get_image_files(some))], to=str(tmp_path/'maps'), cls='left', method='gradcam', bs=3, boxes=True)
+    Table.errors = pd.DataFrame(dict(item=[str(some/'cut.png')], error=['is not an image that can be read']))
+    assert explain(exported, some, '--out', tmp_path/'maps', '--format', 'parquet')==1
+    assert f"{str(some/'cut.png')!r}: is not an image that can be read" in capsys.readouterr().err
+    def refuse(*args, **kwargs): raise ValueError('the maps in this folder are of another model')
+    monkeypatch.setattr(Learner, 'explain', refuse)
+    assert explain(exported, some, '--out', tmp_path/'maps', '--format', 'parquet')==2
+    assert 'the maps in this folder are of another model' in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, 'fastai_cam.data', None)
     assert explain(exported, some, '--out', tmp_path/'maps', '--format', 'parquet')==2
     assert "needs the extra 'data'" in capsys.readouterr().err
@@ -411,7 +422,7 @@ def program(*words, **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sign, status', [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_process_that_is_stopped_goes_on_where_it_was(sign, status, exported, pictures, tmp_path):
+def test_a_process_that_is_stopped_goes_on_where_it_was(sign, status, exported, pictures, tmp_path, capsys):
     photos = tmp_path/'photos'
     for turn in range(10): shutil.copytree(pictures, photos/str(turn), ignore=shutil.ignore_patterns('*.txt')) # 240 photos
     out = tmp_path/'maps'
@@ -425,9 +436,8 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(sign, status, exported, 
     n = len(list(out.rglob('*.png')))
     assert 20 <= n < 240
     assert all(pixels(file).shape==(64, 64, 3) for file in out.rglob('*.png')) # none is half a picture
-    again = program(*command)
-    said = again.communicate()[1]
-    assert again.returncode==0 and 'of 240 photos are finished already' in said
+    assert main([str(word) for word in command])==0
+    assert 'of 240 photos are finished already' in capsys.readouterr().err
     assert len(table(out))==240 and len(list(out.rglob('*.png')))==240 and len({row['picture'] for row in table(out)})==240
 
 

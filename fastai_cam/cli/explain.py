@@ -67,7 +67,7 @@ class Unreadable(Exception):
 
 def reason_without(
     path:str, # A file
-    e:Exception # What was raised about it
+    e:Exception|str # What was raised about it
 ) -> str:
     "The sentence, in one line, without the name of the file, which stands before it"
     words = ' '.join(str(e).split()) or type(e).__name__
@@ -254,9 +254,15 @@ def _into_table(learn, photos, problems, asked, out, bs):
     "A table of the maps, as `learn.explain` writes it"
     try: import fastai_cam.data
     except ImportError as e: raise UsageError(f"--format parquet needs the extra 'data', pip install 'fastai_cam[data]': {e}") from None
-    table = learn.explain([photo.path for photo in photos], out, **asked, bs=bs, boxes=True)
-    wrong = getattr(table, 'errors', None)
-    problems = [*problems, *((str(name), str(why)) for name,why in (wrong() if callable(wrong) else wrong or []))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.* items have an error') # they are listed
+        try: table = learn.explain([photo.path for photo in photos], out, **asked, bs=bs, boxes=True)
+        except (ValueError, TypeError) as e: raise UsageError(str(e)) from None
+        except KeyboardInterrupt:
+            list_problems(problems)
+            say(f'stopped: the finished parts of {out!r} stay; the same command, given again, makes the others')
+            return INTERRUPTED
+    problems = [*problems, *((str(name), reason_without(str(name), why)) for name,why in zip(table.errors['item'], table.errors['error']))]
     list_problems(problems)
     say(f'{len(table)} rows: CAMStore.open({out!r})', sys.stdout)
     return SOME_UNREADABLE if problems else DONE
@@ -313,6 +319,8 @@ def explain(
     file,names = (None, photos) if weights else (photos[0], photos[1:])
     model = check_model(file, weights, builder)
     if bs is not None and bs < 1 or workers < 0: raise UsageError('--bs is at least 1, and --workers at least 0')
+    if format=='parquet' and (full_size or overwrite):
+        raise UsageError('--full-size and --overwrite are about pictures: a table has maps alone, and is made anew in another folder')
     check_methods(method)
     check_device(device)
     found,problems = photos_named(names, out)
@@ -325,6 +333,7 @@ def explain(
     learn = open_learner(file, weights, builder, device, bs, workers)
     words = question(learn, cls, method, layer)
     size = learn.dls.valid.bs*(8 if workers else 1)
+    if results is None and sys.stderr.isatty(): return _into_table(learn, found, problems, words, out, bs) # with fastai's own bar
     with learn.no_bar(), learn.no_logging():
         if results is None: return _into_table(learn, found, problems, words, out, bs)
         work = Explaining(learn, words, results, None if format=='json' else style, full_size)
