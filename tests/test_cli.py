@@ -334,6 +334,7 @@ def test_the_worst_mistakes(exported, pictures, tmp_path, capsys):
     assert '3 of 24 photos' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_label_that_the_learner_does_not_know_is_listed(exported, some, tmp_path, capsys):
     (some/'up').mkdir()
     shutil.copy(sorted(get_image_files(some))[0], some/'up/0.png')

@@ -288,7 +288,13 @@ def _explain_all(work, photos, todo, problems, size, format):
     say(f'{len(results.finished)} photos: {" and ".join(map(str, tables))}', sys.stdout)
     return SOME_UNREADABLE if problems or work.problems else DONE
 
-# %% ../../nbs/95d_cli.explain.ipynb #41a70f55
+# %% ../../nbs/95d_cli.explain.ipynb #10bb5c79
+def _check_options(bs, workers, format, is_about_pictures):
+    "`UsageError` for numbers that make no sense, and for options of another format"
+    if bs is not None and bs < 1 or workers < 0: raise UsageError('--bs is at least 1, and --workers at least 0')
+    if format=='parquet' and is_about_pictures:
+        raise UsageError('--full-size and --overwrite are about pictures: a table has maps alone, and is made anew in another folder')
+
 def _nothing_to_do(results, photos, problems, format):
     "Everything is finished, or nothing can be"
     list_problems(problems)
@@ -318,9 +324,7 @@ def explain(
     "Write the map of each photo over it, and a table of predictions and boxes"
     file,names = (None, photos) if weights else (photos[0], photos[1:])
     model = check_model(file, weights, builder)
-    if bs is not None and bs < 1 or workers < 0: raise UsageError('--bs is at least 1, and --workers at least 0')
-    if format=='parquet' and (full_size or overwrite):
-        raise UsageError('--full-size and --overwrite are about pictures: a table has maps alone, and is made anew in another folder')
+    _check_options(bs, workers, format, full_size or overwrite)
     check_methods(method)
     check_device(device)
     found,problems = photos_named(names, out)
