@@ -138,7 +138,7 @@ def _numbers_of(cams):
 def _png(image):
     "A picture as the bytes of a file"
     file = io.BytesIO()
-    image.save(file, 'PNG')
+    image.save(file, 'PNG', compress_level=1) # in a quarter of the time, and a tenth larger
     return file.getvalue()
 
 # %% ../../nbs/95d_cli.explain.ipynb #1c077256
