@@ -89,6 +89,7 @@ def _object_numbers(values, threshold, split, n_levels=100):
     found[place] = _parted(values[place], objects[place], threshold, split, n_levels)
     return found
 
+# %% ../../nbs/43_maps.boxes.ipynb #f375e723
 def _parted(values, objects, threshold, split, n_levels):
     "The objects, split where a dip parts two peaks"
     new_number,heights,places,cores = count(1),{},{},np.zeros_like(objects)
