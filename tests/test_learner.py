@@ -381,3 +381,33 @@ def test_what_fastai_collects(keep, dims, kept):
     callback.learn = SimpleNamespace(cbs=[collects], yb=(torch.zeros(2),))
     callback._let_go(torch.zeros(2, *[3]*(dims - 1)))
     assert (collects.with_preds, collects.with_targs)==(kept, keep)
+
+
+def test_a_misspelt_argument_is_recognised(dls):
+    learn = small_learner(dls)
+    for call in learn.show_cam, learn.get_cams:
+        with pytest.raises(TypeError, match="there is no argument 'methd' here: did you mean 'method'[?]"): call(0, methd='cam')
+        for wrong in 'a', 1.5, True:
+            with pytest.raises(TypeError, match=f'max_n is a whole number, at least 1, and not {wrong!r}'): call(0, max_n=wrong)
+        with pytest.raises(ValueError, match='max_n=0 leaves nothing to'): call(0, max_n=0)
+        with pytest.raises(ValueError, match="no layer named 'nope': its layers are '0'"): call(0, layer='nope')
+    assert len(learn.get_cams(dls.valid, max_n=np.int64(2)))==2
+
+
+def test_a_figure_without_room_is_refused_before_any_pass(dls):
+    learn = small_learner(dls)
+    learn.model.register_forward_pre_hook(lambda *args: pytest.fail('the model ran'))
+    for size in (0, 3), (4, -1), (4, "a"):
+        with pytest.raises(ValueError, match='figsize is [(]width, height[)] in inches'): learn.show_cam(0, figsize=size)
+
+
+def test_the_table_of_layers_fits_and_holds_all(dls):
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    table = learn.cam_layers()
+    lines = repr(table).splitlines()
+    assert len(table) > 50 and len(lines) < 16 and max(map(len, lines)) <= 100
+    assert lines[-1].startswith(f'{len(table)} layers in all') and 'the last of their grid' in table._repr_html_()
+    shown = [line.split()[0] for line in lines[1:-1]]
+    assert set(table[table.used_by != ''].layer) <= set(shown) and len(set(table[table.layer.isin(shown)].grid))==table.grid.nunique()
+    assert len(table.to_string().splitlines())==len(table) + 1
+    assert len(repr(table[:3]).splitlines())==4 and 'layers in all' not in repr(table[['layer', 'kind']])

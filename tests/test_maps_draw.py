@@ -215,3 +215,47 @@ def test_a_number_is_the_threshold_of_what_is_drawn():
             for shown in (cam_map, cams):
                 with pytest.raises(ValueError, match=f'{name} is True or a list.*threshold above 0 and at most 1'): shown.show(**{name: wrong})
     plt.close('all')
+
+
+def rings(ax): return [line for line in ax.lines if str(line.get_gid()).startswith('contour')]
+
+
+def test_the_line_goes_around_what_is_strong_and_not_around_holes_in_it():
+    y, x = torch.meshgrid(torch.arange(40.), torch.arange(40.), indexing='ij')
+    ring = torch.exp(-((torch.hypot(x - 20, y - 20) - 10)/3)**2) # strong from 7.5 to 12.5 pixels from the middle
+    def radii(cam_map, **kwargs): return sorted(round(float(np.hypot(*(line.get_xydata() - 20).T).mean()), 1) for line in rings(cam_map.show(**kwargs)))
+    picture = torch.zeros(3, 40, 40)
+    assert radii(CAMMap(ring, picture))==radii(CAMMap(ring, picture), contour=.5)==[12.5]
+    assert radii(CAMMap(ring, picture), style='contour', contour=.5)==[7.5, 12.5] # where the lines are all there is
+    assert radii(CAMMap(-ring, picture, signed=True))==[12.5]
+
+
+def test_a_thicket_of_lines_is_left_out_unless_it_is_asked_for():
+    places = torch.kron(torch.ones(3, 3), torch.nn.functional.pad(torch.ones(8, 8), (4,)*4)) # nine squares in 48 × 48
+    for n, last in ((9, 48), (6, 32)):
+        some = places.clone()
+        some[last:] = 0
+        cam_map = CAMMap(some, torch.zeros(3, 48, 48))
+        assert len(rings(cam_map.show()))==(n if n <= 8 else 0) and len(rings(cam_map.show(contour=True)))==n
+
+
+def test_ticks_stand_on_the_inner_side_of_an_outline():
+    from matplotlib.patheffects import TickedStroke
+    region = torch.zeros(40, 40, dtype=torch.bool)
+    region[8:32, 8:32] = True
+    region[16:24, 16:24] = False
+    ax = CAMMap(torch.ones(2, 2), torch.full((3, 40, 40), .5), region=region).show(contour=False, photo=False, colorbar=False, alpha=0)
+    ax.figure.canvas.draw()
+    pixels = np.asarray(ax.figure.canvas.buffer_rgba())[..., :3].astype(int)
+    where = lambda x, y: (pixels.shape[0] - 1 - np.array(ax.transData.transform((x, y)))[1]).round().astype(int), lambda x, y: np.array(ax.transData.transform((x, y)))[0].round().astype(int)
+    def white(left, top, right, bottom):
+        rows, cols = sorted([where[0](left, top), where[0](left, bottom)]), sorted([where[1](left, top), where[1](right, top)])
+        return int((pixels[rows[0]:rows[1], cols[0]:cols[1]] > 200).all(-1).sum())
+    assert white(7.8, 12, 8.2, 28) > 4 and white(6.8, 12, 7.2, 28)==0 # inside the square, beside its left side; and as far outside
+    assert white(14.8, 16, 15.2, 24) > 1 and white(15.8, 17, 16.2, 23)==0 # the inside of the region is outside of the hole
+    predicted = torch.roll(region, 4, 1)
+    solid, dashed = CAMMap(torch.ones(2, 2), torch.zeros(3, 40, 40), outlines=dict(predicted=predicted, actual=region)).show().collections[1::2]
+    assert any(isinstance(effect, TickedStroke) for effect in solid.get_path_effects()) and not dashed.get_path_effects()
+    speckled = torch.zeros(40, 40, dtype=torch.bool)
+    speckled[4::8, 4::8] = True
+    assert not CAMMap(torch.ones(2, 2), torch.zeros(3, 40, 40), region=speckled).show().collections[-1].get_path_effects()

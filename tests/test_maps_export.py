@@ -1,6 +1,7 @@
 "Maps as numbers, pictures and files, against values worked out by hand and against what matplotlib draws."
 import io
 import pickle
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -210,3 +211,32 @@ def test_words_stay_words_where_the_file_can_have_them(tmp_path, ending):
     else: assert b'/Type42' in content or b'/TrueType' in content or b'/CIDFontType2' in content
     CAMMap(WHERE, PICTURE, 'hedgehog').show(save=file, text=False)
     assert b'hedgehog' not in file.read_bytes()
+
+
+def test_lines_of_overlays_are_those_of_figures():
+    "Around what is strong, not around holes in it, and none where they would be a thicket"
+    y, x = torch.meshgrid(torch.arange(120.), torch.arange(120.), indexing='ij')
+    away = torch.hypot(x - 60, y - 60)
+    ring, picture = (away - 36).abs().le(12).float(), torch.full((3, 120, 120), .5)
+    def lined(values, **kwargs): return (np.asarray(CAMMap(values, picture).overlay(alpha=0, **kwargs)).astype(int) - 127 > 100).all(-1)
+    line = lined(ring)
+    assert line[60, 12:16].any() and not line[60, 34:40].any() and np.ptp(np.asarray(CAMMap(ring, picture).overlay(style='contour', contour=.5))[60, 34:40].astype(int)) > 50
+    places = torch.zeros(120, 120)
+    places[10::40, 10::40] = 1
+    many = (torch.nn.functional.max_pool2d(places[None], 21, 1, 10))[0]
+    assert not lined(many).any() and lined(many, contour=True).any() and lined(many*(y < 70)).any() # nine, and six
+
+
+def test_an_empty_overlay_is_said(tmp_path):
+    cams = CAMs(torch.stack([torch.ones(2, 2), -torch.ones(2, 2)]), [PICTURE]*2, items=['a.png', 'b.png'])
+    with pytest.warns(UserWarning, match='nothing in the map speaks for what was asked, so the overlay is the plain picture: 1_b.png; show the other side with signed=True'): cams.save_all(tmp_path)
+    with pytest.warns(UserWarning, match='the overlay is the plain picture: b.png'): CAMMap(-torch.ones(2, 2), PICTURE, item='b.png').overlay()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cams.save_all(tmp_path, signed=True), cams[0].overlay()
+
+
+def test_a_class_that_is_asked_about_twice_has_two_files(tmp_path):
+    cams = CAMs(torch.stack([torch.ones(1, 2, 2), 2*torch.ones(1, 2, 2)], 1), [PICTURE], items=['a.png'], labels=['cat', 'cat'])
+    files = cams.save_all(tmp_path)
+    assert [file.name for file in files]==['0_a_cat.png', '0_a_cat_2.png'] and all(file.exists() for file in files)

@@ -242,7 +242,7 @@ def test_outlines_of_a_mask_say_which_is_which():
     pred[:, 2:8, 2:8], actual[:, 10:16, 4:12] = True, True
     cams = CAMs(STRONG[None], PICTURES[:1], torch.tensor([1]), ['predicted'], torch.stack([~pred, pred], 1).float(), actual.long(), vocab=['ground', 'cell'], task='segmentation', regions=pred)
     ax, = cams.show()
-    assert ax.figure.get_supxlabel()=='outline ━: predicted   outline ╍: actual'
+    assert ax.figure.get_supxlabel()=='outline ━ (ticks inside): predicted   outline ╍: actual'
     lines = [c for c in ax.collections if np.allclose(c.get_edgecolor()[0], 1)]
     assert [tuple(np.concatenate([path.vertices for path in line.get_paths()]).min(0)) for line in lines]==[(1.5, 1.5), (3.5, 9.5)]
     assert [line.get_linestyle()[0][1] is None for line in lines]==[True, False] # the second is dashed

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
+from PIL import Image
 
 from fastai.vision.all import resnet18, vision_learner
 
@@ -355,7 +356,8 @@ def test_boxes_and_peaks_stay_in_pixels_of_the_picture(tmp_path):
         for ax, boxes, height in zip(axs, back.boxes(), (40, 80, 120)):
             assert tuple(ax.images[0].get_extent())==(-.5, 59.5, height - .5, -.5)
             assert (ax.patches[1].get_x() + .5, ax.patches[1].get_y() + .5)==(boxes[0].left, boxes[0].top)
-        assert CAMs.load(tmp_path/'cams.npz', images=[torch.zeros(3, 8, 8)]*3).boxes()==cams.boxes(size=(8, 8)) # pictures say more
+        large = [torch.zeros(3, 2*height, 120) for height in (40, 80, 120)]
+        assert CAMs.load(tmp_path/'cams.npz', images=large).boxes()==[one.boxes(size=image.shape[1:]) for one, image in zip(cams, large)] # pictures say more
     several = everything()
     assert CAMs.load(several.save(tmp_path/'cams.npz')).peaks()==several.peaks() and CAMs.load(several.save(tmp_path/'cams.npz'))[1, 1].boxes()==several[1, 1].boxes()
     assert CAMs.load(several.save(tmp_path/'cams.npz', images=True)).boxes()==several.boxes()
@@ -446,3 +448,22 @@ def test_a_real_learner_s_boxes_come_back_from_a_file(dls, tmp_path):
         learn.show_cam(0, title='mine', boxes=.8)
     assert sum('mine' in text.get_text() for text in plt.gcf().findobj(Text))==1
     plt.close('all')
+
+
+def test_maps_are_not_laid_over_pictures_of_another_shape(tmp_path):
+    "The map of a crop, over the whole photo, would lie in the wrong place: it is refused; files are opened"
+    cams = of_pictures() # 60 pixels wide, and 40, 80 and 120 high
+    file = cams.save(tmp_path/'cams.npz')
+    right = [Image.fromarray(np.full((2*height, 120, 3), height, dtype=np.uint8)) for height in (40, 80, 120)]
+    for i, image in enumerate(right): image.save(tmp_path/f'{i}.png')
+    paths = [tmp_path/f'{i}.png' for i in range(3)]
+    wrong = [right[0], Image.new('RGB', (160, 100)), right[2]]
+    for stored in file, cams.save(tmp_path/'pictures.npz', images=True):
+        with pytest.raises(ValueError, match='image 1 has 160 × 100 pixels, and its map was made for a picture of 60 × 80: the model saw a part of it'): CAMs.load(stored, images=wrong)
+    with pytest.raises(ValueError, match='image 0 has 120 × 160 pixels'): CAMs.load(file, images=[paths[1], *paths[1:]])
+    with pytest.raises(ValueError, match='image 0 has 8 × 9 pixels'): CAMs.load(file, images=Images(lambda idxs: [torch.zeros(3, 9, 8) for _ in idxs], range(3)))
+    with pytest.raises(FileNotFoundError, match="there is no file '.*none.png': images are decoded pictures, or files of pictures"): CAMs.load(file, images=[*paths[:2], tmp_path/'none.png'])
+    for images in right, paths, [str(path) for path in paths]:
+        back = CAMs.load(file, images=images)
+        assert [np.asarray(one.image)[0, 0, 0] for one in back]==[40, 80, 120] and back.boxes()==[one.boxes(size=(2*height, 120)) for one, height in zip(cams, (40, 80, 120))]
+        assert np.asarray(back[1].overlay()).shape==(160, 120, 3)

@@ -210,3 +210,9 @@ def test_maps_of_volumes():
     for name, options in (('rise', dict(n=10)), ('groupcam', {}), ('opticam', dict(n=2))):
         found = ours(volumes(3), x, name, **options)
         assert found.shape==(2, 4, 6, 10, 12) and found.isfinite().all() and found.abs().max() > 0
+
+
+def test_the_table_of_methods_says_how_many_passes():
+    from fastai_cam.methods import methods_table
+    rows = {line.split("'")[1]: line for line in methods_table().splitlines()[2:]}
+    assert 'n forward passes (n = 1000)' in rows['rise'] and '(n_groups = 32)' in rows['groupcam'] and '(n = ' not in rows['gradcam']

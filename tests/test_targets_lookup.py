@@ -153,3 +153,12 @@ def test_predictions_and_labels_are_compared_though_a_class_is_called_actual():
     learn = plain_learner(3, ['predicted', 'actual', 'other'])
     cams = CAMInterpretation.from_learner(learn).top_losses_cams(4, show='both')
     assert cams.classes[:, 0].tolist()==cams.preds.argmax(1).tolist() and cams.classes[:, 1].tolist()==cams.targs.tolist()
+
+
+def test_names_that_hold_what_was_asked_come_first():
+    "Spelling alone is nearer to other words than to the animal that is meant"
+    vocab = ['crate', 'Egyptian cat', 'cart', 'tiger cat', 'catamaran', 'castle']
+    with pytest.raises(ValueError, match="no class is named 'cat': did you mean 'tiger cat' or 'Egyptian cat'[?]"): as_target('cat', vocab)
+    with pytest.raises(ValueError, match="did you mean 'Egyptian cat'[?]"): as_target('EGYPTIAN', vocab)
+    with pytest.raises(ValueError, match="did you mean 'castle' or"): as_target('castel', vocab)
+    with pytest.raises(ValueError, match="did you mean 'catamaran'[?]"): as_target('maran', vocab)

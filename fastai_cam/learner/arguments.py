@@ -9,6 +9,7 @@ __all__ = ['ARGUMENT_WORDS', 'check_words', 'refuse_arguments']
 
 # %% ../../nbs/61_learner.arguments.ipynb #d50d2278
 import inspect
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Sequence
 
@@ -87,6 +88,8 @@ def check_words(
         for word,others in ARGUMENT_WORDS.items():
             if name in others and word in has:
                 raise TypeError(f'there is no argument {name!r} here: it is called {word!r}, so write {word}=...')
+        near = get_close_matches(name, has, 1, cutoff=.8)
+        if near: raise TypeError(f'there is no argument {name!r} here: did you mean {near[0]!r}?')
 
 # %% ../../nbs/61_learner.arguments.ipynb #ea2569dc
 def refuse_arguments(

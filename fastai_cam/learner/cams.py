@@ -23,7 +23,7 @@ from ..probe.capture import Capture, Scores
 from ..tasks import NOT_ASKED, Values
 from ..methods.combine import enlarge
 from ..methods.registry import method_name
-from ..maps.style import check_style
+from ..maps.style import check_count, check_style
 from ..maps.cams import CAMs
 from ..state import bar_of_long_work, check_learner, has_bar, preserve_state
 from ..source.loaders import Source
@@ -135,7 +135,7 @@ def get_cams(self:Learner,
 ) -> CAMs: # `.maps` is `[n, h, w]`, or `[n, K, h, w]` if a list of classes or methods was asked for
     "Class activation maps of `item`, in the order given, with predictions, and labels and losses where there are labels"
     refuse_arguments(kwargs, method)
-    if max_n is not None and max_n < 1: raise ValueError(f'max_n={max_n} leaves nothing to explain: give at least 1')
+    check_count(max_n, 'max_n', 'explain')
     return _cams_of(self, item, query_of(self, cls, method, layer, image, fuse), max_n)
 
 # %% ../../nbs/63_learner.cams.ipynb #76526638

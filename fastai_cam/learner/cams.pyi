@@ -19,6 +19,7 @@ from ..tasks import NOT_ASKED
 from ..tasks import Values
 from ..methods.combine import enlarge
 from ..methods.registry import method_name
+from ..maps.style import check_count
 from ..maps.style import check_style
 from ..maps.cams import CAMs
 from ..state import bar_of_long_work

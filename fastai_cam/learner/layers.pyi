@@ -5,8 +5,11 @@ import pandas as pd
 from fastcore.basics import patch
 from fastai.learner import Learner
 from ..probe.scan import LayerScan
+from ..maps.words import plain_html
 from ..state import preserve_state
 from ..source.items import as_source
 from .query import query_of
 from .query import run_query
-__all__ = []
+__all__ = ['LayerTable']
+class LayerTable(pd.DataFrame):
+    def __repr__(self) -> str: ...

@@ -84,6 +84,14 @@ def _object_numbers(values, threshold, split, n_levels=100):
     objects,n = ndimage.label(values >= threshold, _touching)
     n_peaks = len(np.unique(_peak_numbers(values, threshold))) - 1
     if split==0 or n_peaks <= n: return objects
+    place, = ndimage.find_objects(objects.clip(max=1)) # beyond it nothing reaches the threshold
+    found = np.zeros_like(objects)
+    found[place] = _parted(values[place], objects[place], threshold, split, n_levels)
+    return found
+
+# %% ../../nbs/43_maps.boxes.ipynb #f375e723
+def _parted(values, objects, threshold, split, n_levels):
+    "The objects, split where a dip parts two peaks"
     new_number,heights,places,cores = count(1),{},{},np.zeros_like(objects)
     for level in np.linspace(values.max(), threshold, n_levels): # as if water that covers the map sank
         islands,n = ndimage.label(values >= level, _touching)

@@ -25,7 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import Normal, Stroke
+from matplotlib.patheffects import Normal, Stroke, TickedStroke
 from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.xtras import is_listy
@@ -132,10 +132,15 @@ class Look:
         if self.cmap is not None: return self
         return replace(self, cmap=DIVERGING if self.signed else heat_colours(pictures))
 
+    @property
+    def is_usual_line(self) -> bool:
+        "Is the line one that nobody asked for?"
+        return self.contour is None and self.style=='overlay'
+
     def levels(self, is_outlined:bool) -> tuple:
         "Shares of full strength at which lines are drawn; in overlays at half, unless other things are outlined"
         if self.contour is None and self.style=='contour': return .25,.5,.75
-        has_line = self.contour is True or self.contour is None and self.style=='overlay' and not is_outlined
+        has_line = self.contour is True or self.is_usual_line and not is_outlined
         if self.contour in (None, True, False): return (.5,)*has_line
         return tuple(self.contour) if is_listy(self.contour) else (self.contour,)
 
@@ -348,6 +353,19 @@ def _draw_values(ax, values, size, look, picture):
     ax.imshow(values.numpy(), **{**shown, 'cmap': cmap, 'interpolation': look.interpolation, **alpha, **look.others})
 
 # %% ../../nbs/42_maps.draw.ipynb #8828f02b
+_most_lines = 8 # more surround nothing that could be seen at a glance
+
+def _is_hole(line, sign):
+    "Does a line go around a place where the map is weaker than beside it? Lines have the greater values on their left"
+    (x,y),is_closed = line.T,bool((line[0]==line[-1]).all())
+    return is_closed and sign*(x[:-1]*y[1:] - x[1:]*y[:-1]).sum() < 0
+
+def _lines_at(generator, level, sign, size, look):
+    "The lines at one level, without specks; where they say what is strong, also without holes, and none at all where they are a thicket"
+    lines = [line for line in generator.lines(sign*level) if np.ptp(line, axis=0).max() >= .06*max(size)]
+    if look.style != 'contour': lines = [line for line in lines if not _is_hole(line, sign)]
+    return [] if look.is_usual_line and len(lines) > _most_lines else lines
+
 def _draw_contours(ax, values, size, look, levels):
     "Lines of equal strength, white or in the colours of the map, in a dark casing; dashed where the map is negative"
     if not levels: return
@@ -360,20 +378,26 @@ def _draw_contours(ax, values, size, look, levels):
         share = (1 + sign*level)/2 if look.signed else .25 + .75*level # light enough to be seen in its casing
         color = as_cmap(look.cmap)(share) if look.style=='contour' else 'white'
         casing = [Stroke(linewidth=2.2, foreground='black'), Normal()]
-        for line in contour_generator(x, y, z).lines(sign*level):
-            if np.ptp(line, axis=0).max() < .06*max(size): continue # a speck
+        for line in _lines_at(contour_generator(x, y, z), level, sign, size, look):
             drawn = dict(color=color, linewidth=1.2 if look.style=='contour' else .8, linestyle='-' if sign > 0 else '--')
             ax.add_artist(Line2D(*line.T, **drawn, path_effects=casing, gid=f'contour {sign*level:g}'))
 
+# %% ../../nbs/42_maps.draw.ipynb #8828f03c
+_tick = dict(spacing=9, angle=-90, length=.55)
+_ticks = [TickedStroke(**_tick, linewidth=1.6, foreground='black'), TickedStroke(**_tick, linewidth=.7, foreground='white')]
+
 def _draw_region(ax, region, h, w, is_dashed=False):
     """Outline of `region` over a picture of `h` times `w` pixels, white (or dashed in white) with a dark casing, so that it can be seen
-    on any ground"""
+    on any ground; ticks stand on the inner side, unless it is dashed or in so many pieces that they would be a thicket"""
     if not region.any(): return
     ax.autoscale(False)
     mask = np.pad(region.detach().cpu().numpy().astype(float), 1) # so that an outline along the margin is drawn too
     y,x = ((np.arange(-1, size + 1) + .5)*pixels/size - .5 for size,pixels in zip(region.shape, (h,w)))
     for color,width in (('black',2.6), ('white',1.2)):
-        ax.contour(x, y, mask, levels=[.5], colors=color, linewidths=width, linestyles='--' if is_dashed and color=='white' else '-')
+        style = '--' if is_dashed and color=='white' else '-'
+        lines = ax.contour(x, y, mask, levels=[.5], colors=color, linewidths=width, linestyles=style)
+    n_pieces = sum(len(path.to_polygons(closed_only=False)) for path in lines.get_paths())
+    if not is_dashed and n_pieces <= _most_lines: lines.set_path_effects([*_ticks, Normal()])
 
 # %% ../../nbs/42_maps.draw.ipynb #2f80014e
 _markers = ('o', 'P') # of the first and of any further set of points; `CAMs.legend` writes them as ● and ✚

@@ -13,7 +13,9 @@ import html
 import inspect
 import io
 import re
+import warnings
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Sequence
 
@@ -65,11 +67,27 @@ def _coloured(cmap, values, signed):
     rgba = as_cmap(cmap)(np.arange(256), bytes=True).astype(np.float32)[places.astype(np.uint8)]
     return rgba[...,:3],rgba[...,3:]/255
 
+def _without_holes(inside):
+    "Places, and those that they enclose"
+    numbers,n = ndimage.label(~inside)
+    is_open = np.zeros(n + 1, dtype=bool) # reaches the margin
+    for side in (numbers[0], numbers[-1], numbers[:,0], numbers[:,-1]): is_open[side] = True
+    is_open[0] = False
+    return ~is_open[numbers]
+
+def _is_thicket(inside):
+    "Are there so many places that lines around them say nothing?"
+    least = .06*max(inside.shape)
+    places = ndimage.find_objects(ndimage.label(inside)[0])
+    return sum(max(part.stop - part.start for part in place) >= least for place in places) > 8
+
 def _lined(picture, values, look, levels):
-    "The picture with lines of equal strength: white, or in the colours of the map, in a dark casing"
+    "The picture with lines of equal strength: white, or in the colours of the map, in a dark casing; lines are those of figures"
     width = max(1, round(min(picture.shape[:2])/320))
     for level in levels:
         inside = np.abs(values) >= level
+        if look.style != 'contour': inside = _without_holes(inside)
+        if look.is_usual_line and _is_thicket(inside): continue
         line = inside & ~ndimage.binary_erosion(inside, iterations=width, border_value=1)
         picture[ndimage.binary_dilation(line, iterations=width)] = 0
         share = .25 + .75*level
@@ -114,6 +132,7 @@ def overlay(self:CAMMap,
     if self.image is None and isinstance(size, str):
         raise ValueError("size='original' needs the picture that the model saw, and there is none here")
     self._announce()
+    if self._silence(look.signed) and self.is_finite: _warn_empty([as_text(self.title or _name_of(self.item) or 'this map')])
     return self._overlay(size, look, None if self.image is None else to_pixels(self.image))
 
 # %% ../../nbs/46a_maps.export.ipynb #636a5691
@@ -131,6 +150,14 @@ def _overlay(self:CAMMap, size, look, pixels):
     if not full: look = replace(look, contour=False) # there is nothing to surround
     return Image.fromarray(blended(picture, values, look))
 
+def _name_of(item): return Path(item).name if isinstance(item, (str, Path)) else ''
+
+def _warn_empty(names):
+    "Say which pictures are written without a map"
+    named = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+    advice = 'show the other side with signed=True, or ask about another class'
+    warnings.warn(f'nothing in the map speaks for what was asked, so the overlay is the plain picture: {named}; {advice}', stacklevel=3)
+
 def _check_overlay(look, size, **options):
     "`ValueError` for a look that no overlay can have, and for what is no size of a picture"
     look.check(**options)
@@ -147,12 +174,15 @@ def _refuse_options(options):
     if wrong is None: return
     raise TypeError(f'there is no argument {wrong!r} here: the arguments are folder, size, scale, {", ".join(known)}')
 
-def _named(item, i, n, label):
-    "The name of a file: its position, the name of the item where it is a file, and the question where there are several"
+def _named(item, i, n, label, taken=()):
+    "The name of a file: its position, the name of the item where it is a file, and the question where there are several; a new one"
     stem = Path(item).stem if isinstance(item, (str, Path)) else 'item'
     parts = [f'{i:0{len(str(n - 1))}d}', stem, *([label] if label else [])]
-    return '_'.join(re.sub(r'[^\w.+-]+', '-', as_text(part))[:60].strip('-') for part in parts) + '.png'
+    name = '_'.join(re.sub(r'[^\w.+-]+', '-', as_text(part))[:60].strip('-') for part in parts)
+    names = chain([name], (f'{name}_{number}' for number in count(2))) # of a class that was asked about twice, of names cut off alike
+    return next(f'{one}.png' for one in names if f'{one}.png' not in taken)
 
+# %% ../../nbs/46a_maps.export.ipynb #a0f41846
 @patch
 def save_all(self:CAMs,
     folder:str|Path, # Folder to write to; it is made where it is not there
@@ -165,7 +195,7 @@ def save_all(self:CAMs,
     look = look_of(kwargs, self.signed)
     _check_overlay(look, size, scale=scale)
     if self.n_space==3: raise ValueError('overlays are of flat maps, and these are volumes: index one and take a plane of it')
-    folder,written = as_path(folder),[]
+    folder,written,empty = as_path(folder),[],[]
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{str(folder)!r} is a file: give the name of a folder')
     folder.mkdir(parents=True, exist_ok=True)
     self._announce(range(len(self)), 'written without a map')
@@ -173,21 +203,26 @@ def save_all(self:CAMs,
     full = self._peaks(self._groups(sum(shown, []), scale), look)
     for start in range(0, len(self), 64): # not all images at once
         idxs = list(range(start, min(start + 64, len(self))))
-        for i,image in zip(idxs, self._loaded(idxs)): written += self._save_item(folder, i, image, shown[i], full, size, look)
+        for i,image in zip(idxs, self._loaded(idxs)):
+            files,without = self._save_item(folder, i, image, shown[i], full, size, look)
+            written,empty = written + files,empty + without
+    if empty: _warn_empty(empty)
     return written
 
 # %% ../../nbs/46a_maps.export.ipynb #a659b37b
 @patch
 def _save_item(self:CAMs, folder, i, image, shown, full, size, look):
-    "The files of one item"
-    pixels,files = None if image is None else to_pixels(image),[]
+    "The files of one item, and the names of those whose map is empty"
+    pixels,files,empty = None if image is None else to_pixels(image),[],[]
     for _,k in shown:
         cam_map,file = self._announced(i, k, image, full[i,k]),io.BytesIO()
+        if cam_map.is_finite and cam_map._silence(look.signed): empty.append(k)
         cam_map._overlay(size, look, pixels).save(file, 'PNG')
         label = as_text(self.labels[k]) if self.labels and self.n_questions > 1 else ''
-        files.append(folder/_named(None if self.items is None else self.items[i], i, len(self), label))
+        taken = [file.name for file in files]
+        files.append(folder/_named(None if self.items is None else self.items[i], i, len(self), label, taken))
         with write_file(files[-1]) as out: out.write(file.getvalue())
-    return files
+    return files,[files[k].name for k in range(len(files)) if shown[k][1] in empty]
 
 # %% ../../nbs/46a_maps.export.ipynb #26de2b96
 def _thumbnail(cam_map, side):

@@ -5,7 +5,10 @@ import html
 import inspect
 import io
 import re
+import warnings
 from dataclasses import replace
+from itertools import chain
+from itertools import count
 from pathlib import Path
 from typing import Sequence
 import numpy as np

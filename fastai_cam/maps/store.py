@@ -12,11 +12,13 @@ import json
 import math
 import os
 import textwrap
+from functools import partial
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
@@ -24,7 +26,7 @@ from ..files import as_path, write_file
 from ..checks import is_int, is_number
 from ..tasks import BinaryLabel, NOT_ASKED, task_named
 from .pixels import to_pixels, to_slices
-from .cams import CAMs
+from .cams import CAMs, Images
 
 # %% ../../nbs/46_maps.store.ipynb #0dc26d2a
 _format = 1 # raised when a file can no longer be read by an earlier version
@@ -256,10 +258,47 @@ def _parts(file, max_bytes):
         return header,tensors,[_unpacked(archive, f'image_{i}', allowed) for i in range(header['n_images'])]
 
 # %% ../../nbs/46_maps.store.ipynb #6fcc1950
+def _read_files(files, idxs):
+    "Pictures, of which some may be in files"
+    def read(one):
+        if not isinstance(one, Path): return one
+        with Image.open(one) as image: return image.convert('RGB')
+    return [read(files[i]) for i in idxs]
+
+def _shape_of(image):
+    "Height and width of a picture, which is not decoded for it"
+    if isinstance(image, Path):
+        with Image.open(image) as opened: return opened.size[::-1]
+    return image.size[::-1] if isinstance(image, Image.Image) else to_pixels(image).shape[:2]
+
+def _known_sizes(loaded):
+    "Height and width of each picture that maps were made for, as far as a file says so"
+    if loaded.n_space==3: return []
+    if loaded.images is not None: return [_shape_of(image) for image in loaded.images.load()]
+    return [] if loaded.sizes is None else loaded.sizes.tolist()
+
+def _fitting(images, loaded):
+    "The pictures given for maps, files opened; `ValueError` where they are not of the shape of those that the maps were made for"
+    if not isinstance(images, Images):
+        images = [as_path(one) if isinstance(one, (str, os.PathLike)) else one for one in images]
+        missing = next((one for one in images if isinstance(one, Path) and not one.is_file()), None)
+        if missing is not None:
+            raise FileNotFoundError(f'there is no file {str(missing)!r}: images are decoded pictures, or files of pictures')
+    for i,(h,w) in enumerate(_known_sizes(loaded)[:1 if isinstance(images, Images) else None]): # those are read when they are needed
+        if min(h, w) < 1: continue
+        height,width = _shape_of(images[i])
+        if abs(width*h/(height*w) - 1) > .02:
+            raise ValueError(
+                f'image {i} has {width} × {height} pixels, and its map was made for a picture of {w} × {h}: the model saw a part of it, '
+                'or all of it squeezed, so the map would lie in the wrong place; give the pictures that the model saw, '
+                'as learn.get_cams(items).images has them, or save them with the maps: cams.save(file, images=True)')
+    return images if isinstance(images, Images) else Images(partial(_read_files, images), range(len(images)))
+
+# %% ../../nbs/46_maps.store.ipynb #6fcc1951
 @patch(cls_method=True)
 def load(cls:CAMs,
     file:str|Path, # File that `save` wrote
-    images:'Images|Sequence|None'=None, # Decoded images, one for each item; `None`: those in the file, if there are
+    images:'Images|Sequence|None'=None, # Decoded images, or paths, one for each item; `None`: those in the file, if there are
     max_bytes:int|None=None # Most that the file may unpack to; `None`: a hundred times its size, at least 256 MB
 ) -> CAMs:
     "The maps in `file`, as they were when saved; the items are their names"
@@ -281,4 +320,4 @@ def load(cls:CAMs,
     if images is None: return loaded
     if len(images) != len(loaded):
         raise ValueError(f'{len(images)} images do not fit the {len(loaded)} items in {str(file)!r}: give one for each')
-    return loaded._with(images=images)
+    return loaded._with(images=_fitting(images, loaded))

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import textwrap
+from functools import partial
 from pathlib import Path
 from zipfile import ZIP_DEFLATED
 from zipfile import ZIP_STORED
 from zipfile import ZipFile
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
@@ -23,6 +25,7 @@ from ..tasks import task_named
 from .pixels import to_pixels
 from .pixels import to_slices
 from .cams import CAMs
+from .cams import Images
 __all__ = []
 class _TooLarge(ValueError):
     ...

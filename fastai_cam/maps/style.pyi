@@ -3,6 +3,8 @@ from typing import Any
 import inspect
 import os
 from difflib import get_close_matches
+from numbers import Integral
+from numbers import Real
 from typing import Any
 import numpy as np
 from matplotlib import colormaps
@@ -21,9 +23,10 @@ from ..checks import check_choice
 from ..checks import check_share
 from ..checks import is_int
 from ..checks import is_number
-__all__ = ['STYLES', 'SCALES', 'as_axes', 'check_style', 'save_figure']
+__all__ = ['STYLES', 'SCALES', 'as_axes', 'check_style', 'check_count', 'save_figure']
 def as_axes(ax: Any) -> list: ...
 def check_style(**kwargs: Any) -> None: ...
+def check_count(value: Any, name: str, doing: str) -> None: ...
 STYLES: Any
 SCALES: Any
 def save_figure(fig: Figure, save: Any, dpi: float=..., text: bool=...) -> Any: ...

@@ -72,7 +72,7 @@ def legend(self:CAMs) -> str:
     i = next((i for i in range(len(self)) if self._row(i).is_finite), 0) # one of which something can be said
     outlines = [self._outlines(i, k) or {} for k in self._asked(i)]
     lines = next((list(one) for one in outlines if one), [])
-    names = [f'outline {look}: {name}' for look,name in zip(('━', '╍'), lines)]
+    names = [f'outline {look}: {name}' for look,name in zip(('━ (ticks inside)', '╍'), lines)]
     return '   '.join(part for part in (self.task.legend(self._row(i)), *names) if part)
 
 # %% ../../nbs/45_maps.titles.ipynb #d66cc3dc

@@ -59,8 +59,8 @@ def _layer_named(model, layer):
     if plain in modules and plain: return plain, modules[plain]
     if layer in RENAMED_LAYERS: raise ValueError(f'the layers {layer!r} are called {RENAMED_LAYERS[layer]!r} now')
     close = get_close_matches(layer, [name for name in modules if name], n=3)
-    hint = f'did you mean {" or ".join(map(repr, close))}? ' if close else ''
-    raise ValueError(f'the model has no layer named {layer!r}: {hint}Its layers are {describe_layers(model)}')
+    hint = f'did you mean {" or ".join(map(repr, close))}? Its' if close else 'its'
+    raise ValueError(f'the model has no layer named {layer!r}: {hint} layers are {describe_layers(model)}')
 
 def _layer_at(model, layer):
     "Name and module of a layer of the body, by its index"

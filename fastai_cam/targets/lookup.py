@@ -8,6 +8,7 @@ Docs: https://fastai-cam.example/docs/targets.lookup.html.md"""
 __all__ = ['Region', 'Output', 'Versus', 'WhyNot', 'as_target']
 
 # %% ../../nbs/23_targets.lookup.ipynb #cbecbd84
+import re
 from collections.abc import Hashable, Mapping, Set
 from copy import copy
 from difflib import get_close_matches
@@ -312,9 +313,10 @@ def _of_name(name, names):
 
 def _near(name, names):
     "The names that come close to one that does not exist, or all of them"
-    lower = {known.lower(): known for known in names.texts}
-    close = [lower[known] for known in get_close_matches(name.lower(), lower, n=3)]
-    close = close or [known for known in names.texts if name.lower() in known.lower()][:3]
+    lower,asked = {known.lower(): known for known in names.texts},name.lower()
+    held = sorted((known for known in names.texts if asked in known.lower()), key=len) # what is asked for is in them: 'Egyptian cat'
+    as_word = [known for known in held if re.search(rf'\b{re.escape(asked)}\b', known.lower())][:5]
+    close = as_word or [lower[known] for known in get_close_matches(asked, lower, n=3)] or held[:3]
     return f'did you mean {" or ".join(map(repr, close))}?' if close else f'the classes are {names.listed}'
 
 # %% ../../nbs/23_targets.lookup.ipynb #acd35b6a
