@@ -33,7 +33,7 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'learner.cams', 'learner.layers', 'interpret', 'trust.rescore', 'trust.impute', 'trust.metrics', 'trust.masks', 'trust.similarity',
          'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence',
          'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'data.fingerprint', 'data.shards', 'data.schema',
-         'data.items', 'data.store', 'data.explain']
+         'data.items', 'data.store', 'data.explain', 'data.frames']
 
 
 def run(*command, cwd): return subprocess.run([str(part) for part in command], cwd=cwd, check=True, capture_output=True, text=True).stdout

@@ -11,15 +11,15 @@ __all__ = ['SteadyLoader', 'new_steady', 'ItemList', 'unread', 'item_list']
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import pandas as pd
-from fastcore.basics import patch, store_attr
+from fastcore.basics import patch
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from ..source.passes import is_fastai_data, n_inputs, reason
 from ..source.loaders import as_loader, ChosenItems, dl_source, HeldBatches, own_valid_loader, says_its_items, Source
-from ..source.images import entry_of, FILE_TYPES, first_pipeline, is_of_types, opens_pictures, refuse_item, through_pipeline
+from ..source.images import entry_of, FILE_TYPES, first_pipeline, opens_pictures, refuse_item, through_pipeline
 from ..source.items import as_source
 from .fingerprint import without_addresses
 
@@ -32,7 +32,8 @@ class SteadyLoader:
             why = None if found is not None else 'it is left out by a transform'
         except Exception as e: found,why = None,without_addresses(reason(e))
         if why is None: return found
-        (Path(self.notes)/str(s)).write_text(why, encoding='utf-8', errors='replace') # this may be a worker process, which has no other way
+        # this may be a worker process, which has no other way to say it
+        (Path(self.notes)/str(s)).write_text(why, encoding='utf-8', errors='replace')
         return self.filler
 
     def create_batches(self, samps): # each of `num_workers` processes makes every so-manieth

@@ -74,6 +74,7 @@ def sync_folder(
     except OSError: pass # some network drives cannot, and need not
     finally: os.close(descriptor)
 
+# %% ../../nbs/87b_data.shards.ipynb #9b4f76ac
 def write_whole(
     file:Path, # File to write
     content:bytes|memoryview # What is to be in it
@@ -93,17 +94,17 @@ def make_folder(
     with disk_errors_in_words(path): path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../../nbs/87b_data.shards.ipynb #93b1f482
+# %% ../../nbs/87b_data.shards.ipynb #f082a7a8
 MANIFEST = 'manifest.json'
 _called = dict( # what is compared, and what it is called in a sentence
-    format='format', model='model (its layers or weights)', method='method', layer='layer', question='question (cls)', items='list of items',
-    n_items='number of items', shard='size of a shard', labelled='labels (whether there are any)', boxes='boxes', names='names of the classes',
-    transforms='transforms')
+    format='a format', model='a model (its layers or weights)', method='a method', layer='a layer', question='a question (cls)',
+    items='a list of items', n_items='a number of items', shard='a shard size', labelled='items with or without labels',
+    boxes='a choice of boxes', names='names of classes', transforms='transforms', maps='maps')
 
 def _shown(value):
     "A value of a manifest in a sentence; long ones are not worth reading"
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 and not isinstance(value, list) else ''
+    return text if len(text) <= 60 else ''
 
 def differences(
     there:dict, # What a manifest says
@@ -114,11 +115,11 @@ def differences(
     for name,called in _called.items():
         if there.get(name)==wanted.get(name): continue
         values = [_shown(part.get(name)) for part in (there, wanted)]
-        is_short = all(values) and name not in ('model', 'items', 'question', 'transforms')
-        found.append(f'another {called}' + (f', {values[0]} there and {values[1]} now' if is_short else ''))
+        is_short = all(values) and name not in ('model', 'items', 'transforms', 'maps')
+        found.append(called + (f': {values[0]} there, {values[1]} now' if is_short else ''))
     return found
 
-# %% ../../nbs/87b_data.shards.ipynb #4f914ef7
+# %% ../../nbs/87b_data.shards.ipynb #4281b282
 def read_manifest(
     folder:Path # Folder of a table
 ) -> dict|None: # `None` where there is none
@@ -141,9 +142,10 @@ def check_manifest(
         raise ValueError(f'{str(folder)!r} holds Parquet files, but no {MANIFEST} that says what they are of: give another folder')
     found = differences(there, wanted)
     if not found: return there
-    raise ValueError(f'{str(folder)!r} holds maps of something else, and the two are not mixed: {"; ".join(found)}. '
+    raise ValueError(f'{str(folder)!r} holds maps of something else, and the two are not mixed. What differs: {"; ".join(found)}. '
                      'Give another folder, or delete this one')
 
+# %% ../../nbs/87b_data.shards.ipynb #ecf1a1b5
 def claim_folder(
     folder:Path, # Folder of a table
     manifest:dict # What its maps will be of

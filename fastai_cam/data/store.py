@@ -23,7 +23,7 @@ from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage
 from ..files import as_path
 from ..captions import Row
-from ..tasks import as_task, NOT_ASKED, SingleLabel, task_named
+from ..tasks import as_task, SingleLabel, task_named
 from ..maps.cams import CAMs, Images
 from ..source.items import as_source
 from .shards import MANIFEST, read_manifest, ShardPlan
@@ -47,7 +47,8 @@ class CAMStore:
     @classmethod
     def open(cls,
         folder:str|Path, # Folder that `learn.explain` made
-        learn:Learner|None=None # Learner that reads the pictures as the model saw them; `None`: they are made of the files, where it is known how
+        # Learner that reads the pictures as the model saw them; `None`: they are made of the files, where it is known how
+        learn:Learner|None=None
     ) -> 'CAMStore':
         "The table in a folder; nothing of it is read yet"
         import_pyarrow()
@@ -56,12 +57,15 @@ class CAMStore:
         manifest = read_manifest(path)
         if manifest is None: raise ValueError(f'{str(path)!r} is no table of maps: it holds no {MANIFEST}')
         if manifest['format'] > FORMAT:
-            raise ValueError(f'{str(path)!r} has format {manifest["format"]}, and this version of fastai_cam reads up to {FORMAT}: update it')
+            newer = manifest['format']
+            raise ValueError(f'{str(path)!r} has format {newer}, and this version of fastai_cam reads up to {FORMAT}: update fastai_cam')
         return cls(path, manifest, learn=learn)
 
     def __len__(self) -> int: return int(self.starts[-1]) if self.rows is None else len(self.rows)
     @property
     def n_missing(self) -> int: return len(self.plan) - len(self.shards) # shards that are not there yet
+    @property
+    def files(self) -> list[Path]: return [self.folder/self.plan.name(k) for k in self.shards]
     @property
     def columns(self) -> list[str]: return schema_of(self.manifest).names
 
@@ -144,6 +148,7 @@ def where(self:CAMStore,
         kept.append(at[chosen.index.to_numpy()])
     return self._of(rows[np.sort(np.concatenate(kept))] if kept else rows[:0])
 
+# %% ../../nbs/87e_data.store.ipynb #b77638f8
 @patch
 def sort(self:CAMStore,
     column:str, # Name of a column of numbers or texts
@@ -154,12 +159,13 @@ def sort(self:CAMStore,
     values = self.read([column]).column(column).to_pandas(types_mapper=pd.ArrowDtype)
     return self._of(self._rows()[values.sort_values(ascending=ascending, kind='stable').index.to_numpy()])
 
+# %% ../../nbs/87e_data.store.ipynb #ba7bf1fc
 @patch(as_prop=True)
 def errors(self:CAMStore) -> pd.DataFrame: # `index`, `item`, `error`
     "The items that have an error instead of a map"
     return self.where('error.notna()').read(['index', 'item', 'error']).to_pandas()
 
-# %% ../../nbs/87e_data.store.ipynb #c85736b4
+# %% ../../nbs/87e_data.store.ipynb #09786c9b
 def _row_arrays(table, name, n):
     "A column of fixed length as an array `[n, length]`, zero where a row has an error"
     column = table.column(name).combine_chunks()
@@ -179,7 +185,7 @@ def maps(self:CAMStore) -> Tensor: # `[n, h, w]`, or `[n, K, h, w]` where severa
     shape = [n, n_questions, *found['map_shape']] if found['is_several'] else [n, *found['map_shape']]
     return torch.from_numpy(maps.reshape(shape))
 
-# %% ../../nbs/87e_data.store.ipynb #dcbb238b
+# %% ../../nbs/87e_data.store.ipynb #4a2e379d
 class BestOnly(SingleLabel):
     "Classes that exclude each other, of which the probability of the predicted one is known: others are zero in `preds`, and not said"
     name = 'best only'
@@ -202,14 +208,15 @@ def _sides(self:CAMStore, table, frame):
     task = as_task(task_named(found['task']), found['signed'], found['thresh'])
     sides = dict(preds=found['output_shape'], targs=found['target_shape'])
     given = dict(preds='output', targs='target')
-    kept = {side: torch.from_numpy(_row_arrays(table, given[side], len(frame))).reshape(-1, *shape) for side,shape in sides.items() if shape}
+    kept = {side: torch.from_numpy(_row_arrays(table, given[side], len(frame))).reshape(-1, *shape)
+            for side,shape in sides.items() if shape}
     if sides['targs']==[] and frame['target'].notna().all(): kept['targs'] = torch.tensor(frame['target'].to_numpy(dtype=np.int64))
     if 'preds' not in kept and found['task']=='single' and names is not None and frame['predicted'].notna().all():
         preds,targs = _only_best(frame, names)
         return BestOnly(names),dict(preds=preds, targs=kept.get('targs', targs))
     return task,kept
 
-# %% ../../nbs/87e_data.store.ipynb #11471ca8
+# %% ../../nbs/87e_data.store.ipynb #dec93b48
 @patch
 def to_cams(self:CAMStore,
     idxs:Sequence[int]|None=None # Which of the rows; `None`: all that have maps
@@ -225,15 +232,16 @@ def to_cams(self:CAMStore,
         raise ValueError(f"item {first['index']} ({first['item']!r}) has no map: {first['error']}")
     found = self.manifest['found']
     task,sides = self._sides(table, frame)
-    classes = _row_arrays(table, 'class_index', len(frame)) if found['is_several'] else table.column('class_index').to_numpy()
+    is_several,n_space = found['is_several'],len(found['map_shape'])
+    classes = _row_arrays(table, 'class_index', len(frame)) if is_several else table.column('class_index').to_numpy()
     losses = torch.tensor(frame['loss'].to_numpy()) if frame['loss'].notna().all() else None
-    cams = CAMs(chosen.maps(), chosen._images(list(frame['item'])), torch.tensor(classes).long(), found['questions'], **sides, losses=losses,
-                items=list(frame['item']), vocab=self.manifest['names'], n_space=len(found['map_shape']), task=task,
-                method=found['methods'], layers=found['layers'])
-    if cams.images is None and found['image_size'] and cams.n_space==2: cams.sizes = torch.tensor([found['image_size']]*len(frame))
+    made_by = dict(method=found['methods'], layers=found['layers'])
+    cams = CAMs(chosen.maps(), chosen._images(list(frame['item'])), torch.tensor(classes).long(), found['questions'], losses=losses,
+                items=list(frame['item']), vocab=self.manifest['names'], n_space=n_space, task=task, **sides, **made_by)
+    if cams.images is None and found['image_size'] and n_space==2: cams.sizes = torch.tensor([found['image_size']]*len(frame))
     return cams
 
-# %% ../../nbs/87e_data.store.ipynb #b67281b1
+# %% ../../nbs/87e_data.store.ipynb #3ccc1a68
 def _resized(resize, files):
     "Pictures behind fastai's `Resize`"
     return [resize(PILImage.create(file), split_idx=1) for file in files]
@@ -270,7 +278,7 @@ def show(self:CAMStore,
     "The first rows, each map over its picture"
     self[:max_n].to_cams().show(max_n, **kwargs)
 
-# %% ../../nbs/87e_data.store.ipynb #4a21330d
+# %% ../../nbs/87e_data.store.ipynb #00b81aa4
 @patch
 def to_pandas(self:CAMStore,
     maps:bool=False # With the maps, each an array `[h, w]`?
