@@ -4,4 +4,5 @@ from .shards import ShardPlan
 from .schema import schema_of
 from .store import CAMStore
 import fastai_cam.data.explain
-__all__ = ['ShardPlan', 'schema_of', 'CAMStore']
+from .frames import explain_batch
+__all__ = ['ShardPlan', 'schema_of', 'CAMStore', 'explain_batch']

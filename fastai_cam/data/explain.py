@@ -68,7 +68,7 @@ class RowsCallback(CaptureCallback):
 
     def before_batch(self):
         super().before_batch()
-        seed = self.iter # methods that draw at random draw the same again when a shard is made again
+        seed = self.dl.planned[self.iter][0] # methods that draw at random draw the same again when a shard is made again
         random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
     def after_batch(self):

@@ -4,11 +4,9 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from typing import Iterator
 from typing import Sequence
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.basics import store_attr
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from ..source.passes import is_fastai_data
@@ -24,7 +22,6 @@ from ..source.loaders import Source
 from ..source.images import entry_of
 from ..source.images import FILE_TYPES
 from ..source.images import first_pipeline
-from ..source.images import is_of_types
 from ..source.images import opens_pictures
 from ..source.images import refuse_item
 from ..source.images import through_pipeline

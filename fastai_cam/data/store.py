@@ -181,7 +181,8 @@ def maps(self:CAMStore) -> Tensor: # `[n, h, w]`, or `[n, K, h, w]` where severa
     found,n,table = self.manifest['found'],len(self),self.read(['map', 'scale'])
     n_questions = len(found['questions'])
     scale = _row_arrays(table, 'scale', n) if found['is_several'] else table.column('scale').to_numpy(zero_copy_only=False)[:,None]
-    maps = _row_arrays(table, 'map', n).astype(np.float32).reshape(n, n_questions, -1)*np.nan_to_num(scale)[...,None]
+    half,places = _row_arrays(table, 'map', n),int(np.prod(found['map_shape']))
+    maps = half.astype(np.float32).reshape(n, n_questions, places)*np.nan_to_num(scale)[...,None]
     shape = [n, n_questions, *found['map_shape']] if found['is_several'] else [n, *found['map_shape']]
     return torch.from_numpy(maps.reshape(shape))
 
@@ -267,7 +268,7 @@ def __getitem__(self:CAMStore,
     if isinstance(i, (int, np.integer)):
         if not -len(self) <= i < len(self): raise IndexError(f'row {i} is out of range: there are {len(self)}, 0 to {len(self) - 1}')
         return self.to_cams([int(i) % len(self)])[0]
-    which = i if isinstance(i, slice) else np.asarray(i)
+    which = i if isinstance(i, slice) else np.asarray(i, dtype=None if len(i) else np.int64)
     return self._of(self._rows()[which])
 
 @patch

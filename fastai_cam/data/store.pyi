@@ -17,7 +17,6 @@ from fastai.vision.core import PILImage
 from ..files import as_path
 from ..captions import Row
 from ..tasks import as_task
-from ..tasks import NOT_ASKED
 from ..tasks import SingleLabel
 from ..tasks import task_named
 from ..maps.cams import CAMs
@@ -37,6 +36,8 @@ class CAMStore():
     def __len__(self) -> int: ...
     @property
     def n_missing(self) -> int: ...
+    @property
+    def files(self) -> list[Path]: ...
     @property
     def columns(self) -> list[str]: ...
     def __repr__(self) -> str: ...
