@@ -4,6 +4,7 @@ import errno
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from fastai.vision.all import BCEWithLogitsLossFlat, Callback, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MultiCategoryBlock, RegressionBlock, Resize, TfmdDL, get_image_files
 
@@ -240,3 +241,29 @@ def test_random_methods_draw_the_same_again(learn, dls, tmp_path):
     torch.manual_seed(77)
     learn.explain(dls.valid, tmp_path/'cams', shard=4, method=drawn)
     assert contents(tmp_path/'cams')==before
+
+
+class Staged(nn.Module):
+    "A layer with a name that means something else, too"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.Sequential(*[nn.Sequential(nn.Conv2d(3 if not i else 6, 6, 3, 2, 1), nn.ReLU()) for i in range(3)])
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    def forward(self, x): return self.head(self.stages(x))
+
+
+@pytest.mark.parametrize('method', ['gradcam', 'objectcam', 'layercam+stages'])
+def test_layers_that_were_found_are_the_same_for_all_shards(dls, tmp_path, method):
+    learn = Learner(dls, Staged())
+    with learn.no_bar(): store, cams = learn.explain(dls.valid, tmp_path/'cams', shard=5, method=method), learn.get_cams(dls.valid, method=method)
+    assert store.manifest['found']['layers']==cams.layers and ('stages' in cams.layers or method != 'gradcam')
+    assert_same_maps(store, cams)
+
+
+def test_maps_of_different_sizes_are_refused(pictures, tmp_path):
+    data = DataBlock((ImageBlock,), get_items=get_image_files).dataloaders(pictures, bs=1, num_workers=0)
+    files = sorted(get_image_files(pictures))[:3]
+    for i, size in enumerate([(64, 64), (96, 64)]): Image.new('RGB', size).save(tmp_path/f'{i}.png')
+    for names in ([tmp_path/'0.png', tmp_path/'1.png'], [*files, tmp_path/'1.png']):
+        with pytest.raises(ValueError, match='of different (sizes|shapes) .*: add Resize to item_tfms so that all images have one size'): learner(data, loss_func=nn.CrossEntropyLoss()).explain(names, tmp_path/str(len(names)), shard=2, bs=1, cls=0, method='gradcam')

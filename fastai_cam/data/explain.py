@@ -136,10 +136,12 @@ def first_rows(
 # %% ../../nbs/87f_data.explain.ipynb #e8742c88
 def at_layers(
     query:Query, # What is asked
-    names:Sequence[str] # Layers that were found
+    names:Sequence[str], # Layers that were found
+    learn:Learner # Learner that is asked
 ) -> Query:
     "The same question at layers that are known: nobody looks for them again"
-    return replace(query, layer=names[0] if len(names)==1 else list(names))
+    found = [unwrap_model(learn.model).get_submodule(name) for name in names] # a layer can be called 'stages', which as a name means others
+    return replace(query, layer=found[0] if len(found)==1 else found)
 
 def _method_words(method):
     "A method by its name; one of the user's own by its code as well"
@@ -199,7 +201,11 @@ def table_of_batches(
 ) -> Any: # pyarrow's `Table`
     "The rows of batches"
     found = {name: joined(batches, name) for name in ('maps', 'classes', 'preds', 'targs', 'losses')}
-    maps,classes = found.pop('maps').flatten(2).float().numpy(),found.pop('classes').numpy()
+    maps,classes,shape = found.pop('maps'),found.pop('classes').numpy(),manifest['found']['map_shape']
+    if list(maps.shape[2:]) != shape:
+        sizes = ' and '.join('×'.join(map(str, one)) for one in (shape, maps.shape[2:]))
+        raise ValueError(f'the items gave maps of different sizes ({sizes}): add Resize to item_tfms so that all images have one size')
+    maps = maps.flatten(2).float().numpy()
     return shard_table(manifest, batches[0]['task'], names, places, maps, classes, errors, **found)
 
 # %% ../../nbs/87f_data.explain.ipynb #26e703b9
@@ -228,23 +234,25 @@ class ShardWriter:
         if sum(len(batch['maps']) for batch in self.batches) < len(self.plan.items(self.todo[0])): return
         self.write(self.todo.pop(0))
 
-    def write(self,
-        k:int # Number of the shard
-    ) -> None:
-        "Write a shard, and forget its rows"
-        places = self.plan.items(k)
-        wrong = {i - places[0]: self.errors.pop(i) for i in places if i in self.errors}
-        names = list(map(self.items.name, places))
-        table = table_of_batches(self.manifest, names, places, self.batches, wrong)
-        wrong = {i: why for i,why in enumerate(table.column('error').to_pylist()) if why is not None}
-        if wrong and self.on_error=='raise':
-            i,why = next(iter(wrong.items()))
-            raise ValueError(f'item {places[i]} ({names[i]!r}) has no map: {why}')
-        self.n_errors,self.examples = self.n_errors + len(wrong),(self.examples + [names[i] for i in wrong])[:5]
-        write_whole(self.folder/self.plan.name(k), parquet_bytes(table))
-        self.batches = []
+# %% ../../nbs/87f_data.explain.ipynb #5dc43281
+@patch
+def write(self:ShardWriter,
+    k:int # Number of the shard
+) -> None:
+    "Write a shard, and forget its rows"
+    places = self.plan.items(k)
+    wrong = {i - places[0]: self.errors.pop(i) for i in places if i in self.errors}
+    names = list(map(self.items.name, places))
+    table = table_of_batches(self.manifest, names, places, self.batches, wrong)
+    wrong = {i: why for i,why in enumerate(table.column('error').to_pylist()) if why is not None}
+    if wrong and self.on_error=='raise':
+        i,why = next(iter(wrong.items()))
+        raise ValueError(f'item {places[i]} ({names[i]!r}) has no map: {why}')
+    self.n_errors,self.examples = self.n_errors + len(wrong),(self.examples + [names[i] for i in wrong])[:5]
+    write_whole(self.folder/self.plan.name(k), parquet_bytes(table))
+    self.batches = []
 
-# %% ../../nbs/87f_data.explain.ipynb #2e40f8e2
+# %% ../../nbs/87f_data.explain.ipynb #c01a7357
 def _warn_of_errors(writer):
     "Say how many items have an error, and where they are listed"
     if not writer.n_errors: return
@@ -273,14 +281,14 @@ def _make_shards(quiet, items, query, folder, manifest, todo, bs, on_error, samp
         next(steps, None)
     _warn_of_errors(writer)
 
-# %% ../../nbs/87f_data.explain.ipynb #f198c06b
+# %% ../../nbs/87f_data.explain.ipynb #aa337f7b
 def _check_arguments(shard, on_error, bs):
     "`ValueError` for what makes no sense"
     check_int(shard, 'shard', 1, 'holds no items: give how many items a file is to have, e.g. 4096')
     if bs is not None: check_int(bs, 'bs', 1, 'makes no batches: give at least 1, or leave it out')
     check_choice(on_error, ('record', 'raise'), "on_error is 'record' (an item that cannot be read is a row with an error) or 'raise'")
 
-# %% ../../nbs/87f_data.explain.ipynb #fe3b2338
+# %% ../../nbs/87f_data.explain.ipynb #f53c0888
 @patch
 def explain(self:Learner,
     source:Any, # What: a `DataLoader`, files, indices into the validation set, a table with a column `item`; `None`: the validation set
@@ -308,7 +316,7 @@ def explain(self:Learner,
         _explain_into(quiet, items, query, folder, wanted, check_manifest(folder, wanted), on_error, bs)
     return CAMStore.open(folder, self)
 
-# %% ../../nbs/87f_data.explain.ipynb #f5631ccb
+# %% ../../nbs/87f_data.explain.ipynb #b2d27257
 def _todo(folder, manifest):
     "The shards that this process is to make and that are not there"
     plan = ShardPlan(manifest['n_items'], manifest['shard'])
@@ -322,5 +330,5 @@ def _explain_into(quiet, items, query, folder, wanted, there, on_error, bs):
         rows = first_rows(quiet, items, query, place, sample)
         there = claim_folder(folder, dict(wanted, bs=bs or items.bs, found=found_in(rows, query, items.dl)))
     todo = _todo(folder, there)
-    query = at_layers(query, there['found']['layers'])
+    query = at_layers(query, there['found']['layers'], quiet)
     if todo: _make_shards(quiet, items, query, folder, there, todo, bs or there['bs'], on_error, sample)
