@@ -75,8 +75,8 @@ def __repr__(self:CAMStore) -> str:
     found = self.manifest['found']
     n = f'{len(self):,} of {self.starts[-1]:,} items' if self.rows is not None else f'{len(self):,} items in {len(self.shards)} shards'
     missing = f', {self.n_missing} shards are missing' if self.n_missing else ''
-    made = f'{"×".join(map(str, found["map_shape"]))}, by {", ".join(found["methods"])}, of {", ".join(found["questions"][:5])}'
-    return f'CAMStore: {n}{missing}; maps {made}'
+    words = [f'{word} {", ".join(names)}' for word,names in (('by', found['methods']), ('of', found['questions'][:5])) if any(names)]
+    return f'CAMStore: {n}{missing}; {", ".join(["maps " + "×".join(map(str, found["map_shape"])), *words])}'
 
 @patch
 def _rows(self:CAMStore): return np.arange(len(self)) if self.rows is None else self.rows

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
-import fastai_cam.learner # adds get_cams to Learner
+import fastai_cam.data, fastai_cam.learner # add explain and get_cams to Learner
 from fastai_cam.maps.pixels import normalize, upsample
 from fastai_cam.methods.registry import as_method, facts_of, METHODS
 from fastai_cam.methods.catalogue import eigencam, fullgrad, gradcam, segeigencam, tta
