@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from fastai.vision.all import BCEWithLogitsLossFlat, Callback, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MultiCategoryBlock, RegressionBlock, Resize, TfmdDL, get_image_files
+from fastai.vision.all import BCEWithLogitsLossFlat, Callback, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MultiCategoryBlock, RegressionBlock, Resize, TfmdDL, get_image_files, load_learner
 
 from fastai_cam.all import CAMStore
 from helpers.compare import Draws, codes_of, learner_of
@@ -195,7 +195,7 @@ def test_several_labels(pictures, tmp_path):
     with learn.no_bar(): store, cams = learn.explain(data.valid, tmp_path/'cams', method='gradcam'), learn.get_cams(data.valid, method='gradcam')
     back = store.to_cams()
     n = cams.maps.shape[1] # `get_cams` leaves out the questions that nobody was asked; a table has a place for each that could be
-    assert np.abs(store.maps()[:, :n] - cams.maps).max() <= 6e-4*cams.maps.abs().max() and (store.maps()[:, n:]==0).all()
+    assert (store.maps()[:, :n] - cams.maps).abs().max() <= 6e-4*cams.maps.abs().max() and (store.maps()[:, n:]==0).all()
     assert store.to_pandas()['label'].tolist()==[';'.join(sorted(['picture', file.parent.name])) for file in cams.items]
     assert [back.title(i) for i in range(len(back))]==[cams.title(i) for i in range(len(cams))]
 
@@ -267,3 +267,27 @@ def test_maps_of_different_sizes_are_refused(pictures, tmp_path):
     for i, size in enumerate([(64, 64), (96, 64)]): Image.new('RGB', size).save(tmp_path/f'{i}.png')
     for names in ([tmp_path/'0.png', tmp_path/'1.png'], [*files, tmp_path/'1.png']):
         with pytest.raises(ValueError, match='of different (sizes|shapes) .*: add Resize to item_tfms so that all images have one size'): learner(data, loss_func=nn.CrossEntropyLoss()).explain(names, tmp_path/str(len(names)), shard=2, bs=1, cls=0, method='gradcam')
+
+
+def test_a_learner_that_was_exported_and_loaded(learn, dls, pictures, tmp_path):
+    learn.export(tmp_path/'export.pkl')
+    loaded, files = load_learner(tmp_path/'export.pkl'), sorted(get_image_files(pictures))[:5]
+    with loaded.no_bar(): store = loaded.explain(list(map(str, files)), tmp_path/'cams', shard=3, method='gradcam')
+    assert_same_maps(store, learn.get_cams(files, method='gradcam'))
+
+
+def test_progress_is_shown_where_the_learner_shows_it(dls, tmp_path, capsys):
+    Learner(dls, net()).explain(dls.valid, tmp_path/'cams', shard=5, bs=2, method='gradcam')
+    assert '100.00%' in capsys.readouterr().out
+    learner(dls).explain(dls.valid, tmp_path/'again', shard=5, method='gradcam')
+    assert capsys.readouterr().out==''
+
+
+@pytest.mark.slow
+def test_worker_processes_of_the_loader_change_nothing(learn, dls, pictures, tmp_path):
+    cut, files = tmp_path/'cut.png', sorted(get_image_files(pictures))
+    cut.write_bytes(files[0].read_bytes()[:1000])
+    names = [*files[:7], cut, *files[7:], tmp_path/'no.png']
+    for workers in (0, 2):
+        with pytest.warns(UserWarning, match='2 items have an error'): learn.explain(dls.test_dl(names, num_workers=workers), tmp_path/str(workers), shard=5, bs=2, method='gradcam')
+    assert contents(tmp_path/'0')==contents(tmp_path/'2') and CAMStore.open(tmp_path/'2').errors['index'].tolist()==[7, 25]

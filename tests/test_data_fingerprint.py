@@ -61,3 +61,12 @@ def test_layers_are_called_by_their_names():
     model = net()
     assert describe([model[0][3], model], model)==["layer '0.3'", "layer ''"]
     assert describe(nn.Conv2d(3, 3, 1), model) != describe(nn.Conv2d(3, 3, 1), model) # of another model: its weights
+
+
+def test_what_a_function_refers_to_is_not_what_it_asks(dls):
+    from helpers.tables import learner
+    learn = learner(dls)
+    asked = lambda out: out[:, len(learn.dls.vocab) - 1]
+    before = describe(asked)
+    learn.extra = [torch.rand(3)]
+    assert describe(asked)==before

@@ -18,6 +18,9 @@ from typing import Any, Iterable
 import numpy as np
 import torch
 from torch import nn, Tensor
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
 
 # %% ../../nbs/87a_data.fingerprint.ipynb #a4b8672c
 def without_addresses(
@@ -88,6 +91,7 @@ def describe(
     if isinstance(value, np.ndarray): value = torch.as_tensor(value) if value.dtype.kind in 'biuf' else value.tolist()
     if isinstance(value, Tensor): return digest(*_bytes_of(value))
     if isinstance(value, nn.Module): return _name_in(model, value)
+    if isinstance(value, (Learner, DataLoaders, DataLoader)): return type(value).__qualname__ # what a function refers to is not what it asks
     if depth==0: return without_addresses(repr(value))
     if isinstance(value, dict): return [[describe(part, model, depth - 1) for part in pair] for pair in value.items()]
     if isinstance(value, (set, frozenset)): return sorted(str(describe(part, model, depth - 1)) for part in value)

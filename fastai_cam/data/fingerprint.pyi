@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch import Tensor
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
 __all__ = ['without_addresses', 'digest_of', 'digest', 'model_digest', 'describe']
 def without_addresses(text: str) -> str: ...
 def digest_of(parts: Iterable[str | bytes]) -> str: ...

@@ -33,7 +33,9 @@ class SteadyLoader:
         except Exception as e: found,why = None,without_addresses(reason(e))
         if why is None: return found
         # this may be a worker process, which has no other way to say it
-        (Path(self.notes)/str(s)).write_text(why, encoding='utf-8', errors='replace')
+        note = Path(self.notes)/f'.{s}'
+        note.write_text(why, encoding='utf-8', errors='replace')
+        note.rename(Path(self.notes)/str(s)) # whoever looks meanwhile sees all of it, or nothing
         return self.filler
 
     def create_batches(self, samps): # each of `num_workers` processes makes every so-manieth
@@ -122,7 +124,7 @@ def unread(
 ) -> dict[int,str]:
     "What could not be read so far, and why; it is forgotten here"
     found = {}
-    for file in Path(notes).iterdir():
+    for file in Path(notes).glob('[0-9]*'):
         found[int(file.name)] = file.read_text(encoding='utf-8')
         file.unlink()
     return dict(sorted(found.items()))
