@@ -103,3 +103,9 @@ def test_pyarrow_is_an_extra(monkeypatch):
         return real(name, *args, **kwargs)
     monkeypatch.setattr(builtins, '__import__', without)
     with pytest.raises(ImportError, match=r"pip install 'fastai_cam\[data\]'"): import_pyarrow()
+
+
+def test_all_labels_of_an_item_are_named():
+    names = [f'label {i}' for i in range(9)]
+    predicted, label, _ = answers_of(MultiLabel(names), 2, torch.tensor([[.9]*8 + [.1], [.1]*9]), torch.tensor([[1.]*7 + [0., 0.], [0.]*9]), names)
+    assert predicted==[';'.join(names[:8]), '–'] and label==[';'.join(names[:7]), '–']

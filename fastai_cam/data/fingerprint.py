@@ -91,7 +91,7 @@ def describe(
     if isinstance(value, np.ndarray): value = torch.as_tensor(value) if value.dtype.kind in 'biuf' else value.tolist()
     if isinstance(value, Tensor): return digest(*_bytes_of(value))
     if isinstance(value, nn.Module): return _name_in(model, value)
-    if isinstance(value, (Learner, DataLoaders, DataLoader)): return type(value).__qualname__ # what a function refers to is not what it asks
+    if isinstance(value, (Learner, DataLoaders, DataLoader)): return type(value).__qualname__ # not what is asked
     if depth==0: return without_addresses(repr(value))
     if isinstance(value, dict): return [[describe(part, model, depth - 1) for part in pair] for pair in value.items()]
     if isinstance(value, (set, frozenset)): return sorted(str(describe(part, model, depth - 1)) for part in value)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..captions import Row
-from ..tasks import NOT_ASKED, SingleLabel, Task
+from ..tasks import MultiLabel, NOT_ASKED, SingleLabel, Task
 from ..maps.cams import CAMs
 
 # %% ../../nbs/87c_data.schema.ipynb #ce9ec0eb
@@ -87,12 +87,18 @@ def _one_label(preds, targs, names):
 
 def _of_rows(values, i): return values[i] if isinstance(values, Tensor) else None
 
+def _answers(task, row):
+    "What titles say, but with all the labels of an item, as what is equal in a table has to be the same"
+    if not isinstance(task, MultiLabel) or not task.answers(row): return task.answers(row)
+    sides = [(side, cut) for side,cut in ((row.pred, task.thresh), (row.targ, .5)) if isinstance(side, Tensor)]
+    return [';'.join(map(row.name, (side >= cut).nonzero().flatten().tolist())) or '–' for side,cut in sides]
+
 def _in_words(task, preds, targs, names):
     "The same for any task, an item at a time"
     predicted,label,probability = [],[],[]
     for i in range(len(preds)):
         row = Row(preds[i], _of_rows(targs, i), names)
-        answers = task.answers(row) if task.reads(row) and row.is_finite else []
+        answers = _answers(task, row) if task.reads(row) and row.is_finite else []
         best = task.row_class(row) if answers else None
         probabilities = None if best is None else task.row_probabilities(row)
         predicted.append(answers[0] if answers else None)
@@ -100,6 +106,7 @@ def _in_words(task, preds, targs, names):
         probability.append(None if probabilities is None else probabilities[best].item())
     return predicted,label,probability
 
+# %% ../../nbs/87c_data.schema.ipynb #ee67cd48
 def answers_of(
     task:Task, # What the numbers of the outputs mean
     n:int, # How many items there are
@@ -114,7 +121,7 @@ def answers_of(
     found = _one_label(preds, targs, names) if type(task) is SingleLabel else None
     return found or _in_words(task, preds, targs, task.class_names(names))
 
-# %% ../../nbs/87c_data.schema.ipynb #3dc221f2
+# %% ../../nbs/87c_data.schema.ipynb #d1625358
 def _boxes_in(maps, found):
     "The boxes of each map, in pixels of the picture that the model saw"
     if len(found['map_shape']) != 2: raise ValueError('boxes lie in a picture, and these maps are volumes: leave out boxes=True')
@@ -131,7 +138,7 @@ def _class_words(classes, found, names):
     known = [{c: words(k, c) for c in np.unique(classes[:,k]).tolist()} for k in range(classes.shape[1])]
     return [[called[c] for called,c in zip(known, row)] for row in classes.tolist()]
 
-# %% ../../nbs/87c_data.schema.ipynb #83d205e6
+# %% ../../nbs/87c_data.schema.ipynb #7f4a411f
 def _as_column(values, kind, is_wrong):
     "A column, empty where something is wrong with the item; numbers of fixed length go in as one array"
     pa = import_pyarrow()
@@ -147,7 +154,7 @@ def _outputs(found, preds, targs):
     kept = {name: side for name,side in sides.items() if found[f'{name}_shape'] is not None}
     return {name: side if found[f'{name}_shape']==[] else side.float().reshape(len(side), -1) for name,side in kept.items()}
 
-# %% ../../nbs/87c_data.schema.ipynb #226707a7
+# %% ../../nbs/87c_data.schema.ipynb #c859bbdf
 def shard_table(
     manifest:dict, # What the table is of
     task:Task, # What the outputs mean

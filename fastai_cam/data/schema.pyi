@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..captions import Row
+from ..tasks import MultiLabel
 from ..tasks import NOT_ASKED
 from ..tasks import SingleLabel
 from ..tasks import Task
