@@ -7,7 +7,8 @@ Docs: https://fastai-cam.example/docs/all.html.md"""
 # %% auto #0
 __all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex',
            'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS',
-           'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+           'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment',
+           'CAMStore']
 
 # %% ../nbs/all.ipynb #b42b5bdb
 import fastai_cam.shortcuts, fastai_cam.trust # which give learners and interpretations their checks
@@ -22,8 +23,9 @@ from .tasks import Task
 from .methods.registry import cam_method, cam_weights, cam_wrapper, METHODS, WRAPPERS
 from .trust.rescore import cam_metric, METRICS
 from .probe.watch import alignment, Probe
+from .data import CAMStore
 
 _all_ = [
     'CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus',
     'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method',
-    'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+    'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment', 'CAMStore']

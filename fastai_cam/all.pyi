@@ -29,4 +29,5 @@ from .trust.rescore import cam_metric
 from .trust.rescore import METRICS
 from .probe.watch import alignment
 from .probe.watch import Probe
-__all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment']
+from .data import CAMStore
+__all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 'cam_head', 'Predicted', 'Actual', 'ClassIndex', 'Versus', 'WhyNot', 'Region', 'Output', 'Similarity', 'Prompt', 'Score', 'Target', 'Task', 'METHODS', 'WRAPPERS', 'METRICS', 'cam_method', 'cam_weights', 'cam_wrapper', 'cam_metric', 'Probe', 'alignment', 'CAMStore']

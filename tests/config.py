@@ -4,7 +4,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-EXTRAS = ['bench', 'audit', 'clip']
+EXTRAS = ['bench', 'audit', 'clip', 'data']
 TYPES = '[tool.setuptools.package-data]\n"*" = ["py.typed", "*.pyi"]\n'
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     '0': 'What several rooms need', '1': 'probe: the only rooms that touch a model', '2': 'Tasks and targets', '3': 'Methods', '4': 'Maps',
-    '5': 'State and source', '6': 'Learner and interpretation', '7': 'Trust', '8': 'Shortcuts', '9': 'Examples, and the shell', 'a': 'The face'}
+    '5': 'State and source', '6': 'Learner and interpretation', '7': 'Trust', '8': 'Shortcuts, and whole data sets', '9': 'Examples, and the shell', 'a': 'The face'}
 
 
 def markdown(nb: Path) -> list[str]:

@@ -34,8 +34,9 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'interpret.losses', 'interpret.views', 'interpret.inside', 'interpret.concepts', 'trust.rescore', 'trust.impute', 'trust.metrics',
          'trust.masks', 'trust.similarity',
          'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence',
-         'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'cli.words', 'cli.photos', 'cli.results', 'cli.models',
-         'cli.explain', 'cli.ask', 'cli.shell', '__main__']
+         'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'data.fingerprint', 'data.shards', 'data.schema',
+         'data.items', 'data.store', 'data.explain', 'data.frames',
+         'cli.words', 'cli.photos', 'cli.results', 'cli.models', 'cli.explain', 'cli.ask', 'cli.shell', '__main__']
 
 
 def run(*command, cwd): return subprocess.run([str(part) for part in command], cwd=cwd, check=True, capture_output=True, text=True).stdout

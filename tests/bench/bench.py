@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
-import fastai_cam.learner # adds get_cams to Learner
+import fastai_cam.data, fastai_cam.learner # add explain and get_cams to Learner
 from fastai_cam.maps.pixels import normalize, upsample
 from fastai_cam.methods.registry import as_method, facts_of, METHODS
 from fastai_cam.methods.catalogue import eigencam, fullgrad, gradcam, segeigencam, tta
@@ -461,6 +461,33 @@ def case_files():
         saved = [np.asarray(Image.open(file)) for file in sorted(Path(folder).iterdir())]
     assert all((np.asarray(image)==file).all() for image, file in zip(images, saved, strict=True))
     row('`cams.save_all(folder)` ÷ encoding its PNGs, 20 photographs, 224²', 'PNG', 3., ratios(times, 'save_all', 'PNG'), 'the same pixels')
+
+
+def lite0_learner(n, bs):
+    "EfficientNet-Lite0 with its weights on `n` photographs that are in memory"
+    from fastai_cam.examples.imagenet import imagenet_learner
+    learn = imagenet_learner(bs=bs)
+    samples = [(x.as_subclass(torch.Tensor), int(y)) for batch in learn.dls.valid for x, y in zip(*batch)]
+    return learner_of_samples([samples[i % len(samples)] for i in range(n)], learn.model, bs)
+
+def learner_of_samples(samples, model, bs):
+    "A learner whose validation set is in memory: what reading costs is the same for both ways, and would hide what maps cost"
+    from fastai.data.core import DataLoaders, TfmdDL
+    from fastai.learner import Learner
+    return Learner(DataLoaders(*[TfmdDL(samples, bs=bs, num_workers=0) for _ in range(2)]), model, loss_func=nn.CrossEntropyLoss())
+
+def case_dataset(n=192, bs=16):
+    "A whole data set as a table on the disk, with predictions and losses, beside predictions and losses alone"
+    for name, learn in (('resnet18', learner_of_samples([(x, 3) for x in images(n)], body_head(resnet18), bs)), ('EfficientNet-Lite0', lite0_learner(n, bs))):
+        valid, folders = learn.dls.valid, tempfile.TemporaryDirectory()
+        fresh = iter(range(1000))
+        def table(method): return learn.explain(valid, Path(folders.name)/str(next(fresh)), method=method)
+        with learn.no_bar(), folders:
+            same = agree(table('gradcam')[:16].maps(), learn.get_cams(valid, method='gradcam', max_n=16).maps)
+            times = in_turns({'preds': lambda: learn.get_preds(dl=valid, with_loss=True), 'gradcam': lambda: table('gradcam'), 'default': lambda: table(None)}, 5)
+        for way, required in (('gradcam', 1.10), ('default', None)):
+            asked = "method='gradcam'" if way=='gradcam' else 'the default map'
+            row(f'`learn.explain` ÷ `get_preds(with_loss=True)`, {asked}, {name}, {n} images in batches of {bs}', 'fastai_cam', required, ratios(times, way, 'preds'), same if way=='gradcam' else '')
 
 
 CASES = {name.removeprefix('case_'): case for name, case in list(globals().items()) if name.startswith('case_')}
