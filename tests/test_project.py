@@ -30,8 +30,8 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'maps.style', 'maps.colours', 'maps.layout', 'maps.original', 'maps.draw', 'maps.boxes', 'maps.cams', 'maps.titles', 'maps.grid',
          'maps.export', 'maps.table', 'maps.store', 'state',
          'source.passes', 'source.loaders', 'source.images', 'source.items', 'learner.task', 'learner.arguments', 'learner.query',
-         'learner.cams', 'learner.layers', 'interpret', 'trust.rescore', 'trust.impute', 'trust.metrics', 'trust.masks', 'trust.similarity',
-         'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence',
+         'learner.cams', 'learner.layers', 'interpret', 'trust.rescore', 'trust.impute', 'trust.cost', 'trust.metrics', 'trust.masks', 'trust.similarity',
+         'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.places', 'trust.verdict', 'trust.survey', 'shortcuts.edits', 'shortcuts.evidence',
          'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report']
 
 

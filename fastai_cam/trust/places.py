@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
-from .rescore import pixel_ranks, ranks_of, variant_scores
+from ..core import at_least_float
+from .rescore import at_pixels, ranks_of, variant_scores
 from .impute import impute
 
 # %% ../../nbs/78a_trust.places.ipynb #a6455d84
@@ -99,12 +100,24 @@ def altered_scores(
         return variant_scores(rescore, images, n*len(counts), make, None).unflatten(1, (n, len(counts)))
     return AlteredScores(scores(show_only), scores(hide))
 
+def _spread_out(values):
+    "Maps `[B, H, W]`, smoothed so widely that everything is reached"
+    def weights(n):
+        at = torch.arange(n, device=values.device, dtype=values.dtype)/n
+        found = torch.exp(-32*(at[:,None] - at)**2) # the standard deviation is an eighth of the side
+        return found/found.sum(1, keepdim=True)
+    return weights(values.shape[1])@values@weights(values.shape[2]).T
+
 def map_ranks(
     maps:Tensor, # `[B, h, w]`
     images:Tensor # `[B, C, H, W]`
 ) -> Tensor: # `[1, B, H, W]`
-    "The order of the pixels by their maps, as `altered_scores` takes it"
-    return pixel_ranks(maps, images, 0)[None]
+    "The order of the pixels by their maps, as `altered_scores` takes it; of the same value (as where there is none), the nearest to the rest first"
+    large = at_pixels(at_least_float(maps), images.shape[-2:])
+    first = _spread_out(large).flatten(1).argsort(dim=1, descending=True, stable=True)
+    order = first.gather(1, large.flatten(1).gather(1, first).argsort(dim=1, descending=True, stable=True))
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).view_as(large)[None]
 
 # %% ../../nbs/78a_trust.places.ipynb #1abe2f27
 class Placement(NamedTuple):
@@ -112,6 +125,7 @@ class Placement(NamedTuple):
     estimate:Tensor
     low:Tensor
     high:Tensor
+    places:Tensor # Where the places themselves lie, `[B, n]`
 
 def placement(
     own:Tensor, # Contrast of each map, `[B]`
@@ -119,8 +133,8 @@ def placement(
     score:Tensor # Of the whole picture, `[B]`
 ) -> Placement:
     "How well maps are placed"
-    n = places.shape[1]
-    gap = own - places.mean(1)
+    n,average = places.shape[1],places.mean(1)
     error = places.std(1)/math.sqrt(n)*stats.t.ppf(.975, n - 1)
-    room = torch.maximum(places.amax(1) - places.mean(1), .05*score.abs()).clamp(min=torch.finfo(own.dtype).tiny)
-    return Placement(gap/room, (gap - error)/room, (gap + error)/room)
+    room = torch.maximum(places.amax(1) - average, .05*score.abs()).clamp(min=torch.finfo(own.dtype).tiny)
+    gap = own - average
+    return Placement(gap/room, (gap - error)/room, (gap + error)/room, (places - average[:,None])/room[:,None])

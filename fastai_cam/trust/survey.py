@@ -95,9 +95,9 @@ def verdict(self:TrustSurvey) -> str:
     "The share in a sentence"
     share,low,high = self.share
     counts,n = self.counts,len(self)
-    of = f'{n}' if n==self.n_set else f'{n} of {self.n_set}'
-    return (f'Of {of} pictures, the maps of {counts["believed"]} can be believed: {share:.0%} of the set (95% interval {low:.0%} to {high:.0%}). '
-            f'{counts["with care"]} are to be believed with care, {counts["not"]} not at all.')
+    taken = '' if n==self.n_set else f', taken from {self.n_set},'
+    return (f'The maps of {counts["believed"]} of {n} pictures{taken} can be believed: {share:.0%} (95% interval {low:.0%} to {high:.0%}). '
+            f'With care: {counts["with care"]}; not at all: {counts["not"]}.')
 
 @patch
 def __repr__(self:TrustSurvey) -> str: return f'{self.verdict}\n{self.table.round(2).to_string(index=False)}'

@@ -43,6 +43,7 @@ class CAMTrust:
     "How far the map of one item may be believed: `.word`, `.verdict` in words, `.numbers`; it shows itself"
     limit = .25 # of the way from an average place to the best of several
     most_similar = .8 # rank correlation with the map of a copy that is half random
+    least_room = .1 # of the score, from an average place to the best
     def __init__(self,
         cam_map:CAMMap, # The map, with its image
         label:str, # What was asked
@@ -54,6 +55,11 @@ class CAMTrust:
 def matters(self:CAMTrust) -> bool:
     "Does hiding what is lit change the answer more than hiding as much elsewhere?"
     return not self.cam_map.is_empty and self.numbers['drop'] > self.numbers['drop_elsewhere']
+
+@patch(as_prop=True)
+def has_places(self:CAMTrust) -> bool:
+    "Is one place of the picture better than another, so that a map could be in the wrong one?"
+    return self.numbers['best_place'] - self.numbers['average_place'] >= self.least_room*abs(self.numbers['score'])
 
 @patch(as_prop=True)
 def is_well_placed(self:CAMTrust) -> bool:
@@ -68,8 +74,9 @@ def is_learned(self:CAMTrust) -> bool:
 @patch(as_prop=True)
 def word(self:CAMTrust) -> str:
     "'believed', 'with care' or 'not'"
-    if self.cam_map.is_empty or not self.numbers['placement'] > self.limit: return 'not'
-    return 'believed' if self.matters and self.is_well_placed and self.is_learned else 'with care'
+    if self.cam_map.is_empty: return 'not'
+    if self.matters and self.is_well_placed and self.is_learned: return 'believed'
+    return 'with care' if self.numbers['placement'] > self.limit or not self.has_places else 'not'
 
 @patch(as_prop=True)
 def believed(self:CAMTrust) -> bool: return self.word=='believed'
@@ -91,7 +98,8 @@ def _lack(self:CAMTrust):
 @patch(as_prop=True)
 def ticks(self:CAMTrust) -> dict[str,bool|None]: # `None`: not surely
     "The three questions, and whether they are answered well"
-    placed = self.is_well_placed or (None if self.numbers['placement'] > self.limit else False)
+    is_unsure = self.numbers['placement'] > self.limit or not self.has_places
+    placed = self.is_well_placed or (None if is_unsure else False)
     return {'what it lights matters': self.matters, 'it is well placed': placed, 'it depends on what was learned': self.is_learned}
 
 @patch(as_prop=True)
@@ -116,8 +124,7 @@ def next_step(self:CAMTrust) -> str:
     n = self.numbers
     if self.cam_map.is_empty: return 'look at the prediction: does anything speak for this class?'
     if self.word=='believed': return 'look at where it lies; interp.cam_trust() says what share of the set can be believed.'
-    if n['best_place'] - n['average_place'] < .1*abs(n['score']):
-        return f'no place of this size decides: try share={min(.6, 2*self.share):.1f}, or ask what speaks against other classes.'
+    if not self.has_places: return f'no place of this size decides more than another: try a larger or a smaller one, such as share={self.share/2:.2f}.'
     if self.word=='with care' and not self.is_learned:
         return "a method that asks the model for the class, such as method='gradcam', says whether the place is more than what catches the eye."
     other = "'pathcam'" if self.numbers['placement'] > 0 else "'gradcam' or 'rise'"
@@ -164,17 +171,19 @@ def _draw_altered(self:CAMTrust, axs):
 # %% ../../nbs/79_trust.verdict.ipynb #64baa641
 @patch
 def _draw_places(self:CAMTrust, ax):
-    "How much a map gains when it is shown rather than hidden, beside the places"
-    n = self.numbers
-    ax.axvspan(n['average_place'] + self.limit*(n['best_place'] - n['average_place']), max(1, n['faithfulness'], n['best_place'])*2, color='C2', alpha=.08, lw=0)
-    ax.plot([one for one in n['places'] if np.isfinite(one)], [0]*int(np.isfinite(n['places']).sum()), 'o', color='grey', alpha=.6, label=f'{n["n_random"]} places')
-    ax.axvline(n['average_place'], color='grey', lw=1, ls=':', label='their average')
-    ax.plot(n['faithfulness'], 0, 'D', color='C3', ms=8, label='the map')
-    ends = [one for one in (*n['places'], n['faithfulness']) if np.isfinite(one)] or [0, 1]
-    margin = .12*(max(ends) - min(ends)) + .01
-    ax.set(xlim=(min(ends) - margin, max(ends) + margin), ylim=(-1, 1.6), yticks=[])
-    plain_text(ax.set_title('score shown − score hidden (green: beyond the limit)', fontsize=9))
-    plain_text(*ax.legend(fontsize=7, loc='upper left').get_texts())
+    "Where the map lies between an average place and the best, with its interval, beside all the places"
+    n,ends = self.numbers,(-1.5, 3)
+    own,low,high = np.clip(np.nan_to_num([n[f'placement{end}'] for end in ('', '_low', '_high')]), *ends) # what is far out is drawn at the edge
+    ax.axvspan(self.limit, ends[1] + .2, color='C2', alpha=.1, lw=0, label='beyond the limit')
+    ax.axvline(0, color='grey', lw=1, ls=':')
+    places = np.clip(np.nan_to_num(n['places']), *ends)
+    ax.plot(places, np.zeros(len(places)), 'o', color='grey', alpha=.6, label=f'{n["n_random"]} places that know nothing')
+    ax.errorbar(own, .5, xerr=[[own - low], [high - own]], color='C3', capsize=3, lw=1.5)
+    ax.plot(own, .5, 'D', color='C3', ms=7, label='the map, 95% interval')
+    ax.set(xlim=(ends[0] - .2, ends[1] + .2), ylim=(-.5, 2), yticks=[])
+    ax.set_xticks([0, 1], ['average\nplace', 'best\nplace'], fontsize=8)
+    plain_text(ax.set_title('how it is placed', fontsize=9))
+    plain_text(*ax.legend(fontsize=8, loc='upper left').get_texts())
 
 @patch
 def plot(self:CAMTrust,
@@ -183,7 +192,8 @@ def plot(self:CAMTrust,
 ) -> Figure:
     "The map, the picture without its brightest places and with these alone, and how it is placed among places that know nothing"
     check_style(figsize=figsize, save=save)
-    fig,axes = plt.subplots(1, 4, figsize=figsize or (12, 3.5), layout='constrained')
+    fig,axes = plt.subplots(1, 4, figsize=figsize or (12, 3.6), layout='constrained')
+    axes[3].set_box_aspect(.75)
     self.cam_map.show(ax=axes[0])
     self._draw_altered(axes[1:3])
     self._draw_places(axes[3])
@@ -217,7 +227,7 @@ class _Examined(NamedTuple):
         return dict(
             score=self.score[i].item(), drop=drops[0].item(), drop_elsewhere=drops[1:].mean().item(), random_drops=drops[1:].tolist(),
             n_random=n_random, n_beaten=n_beaten, shown=shown[0].item(), shown_elsewhere=shown[1:].mean().item(),
-            faithfulness=contrast[0].item(), places=contrast[1:].tolist(),
+            faithfulness=contrast[0].item(), places=found.places[0].tolist(),
             average_place=contrast[1:].mean().item(), best_place=contrast[1:].max().item(),
             placement=found.estimate.item(), placement_low=found.low.item(), placement_high=found.high.item(),
             randomized_similarity=float(np.nan_to_num(self.similarity[i].item())))
