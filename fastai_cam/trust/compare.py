@@ -249,7 +249,7 @@ def plot(self:CAMTable,
     for ax,name in zip(axes, names): self._draw_metric(ax, name, colours)
     axes[0].set_yticks(range(n - 1, -1, -1), [self._row_label(row) for row in self.itertuples()])
     plain_text(*axes[0].get_yticklabels())
-    if self.verdict: plain_text(fig.suptitle(textwrap.fill(self.verdict, int(11*size[0])), fontsize=9))
+    if self.verdict: plain_text(fig.suptitle(textwrap.fill(self.verdict, int(14*size[0])), fontsize=9))
     save_figure(fig, save)
     return fig
 

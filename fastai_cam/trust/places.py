@@ -26,13 +26,13 @@ def hide(
     removed:Tensor # `[n, H, W]`, bool: pixels to hide
 ) -> Tensor: # `[n, C, H, W]`
     "Images with their `removed` pixels filled in from what surrounds them"
-    step = max(1, min(images.shape[-2:])//56)
+    step = math.ceil(min(images.shape[-2:])/56)
     if step==1: return impute(images, removed)
     kept = (~removed)[:,None].to(images)
     known = F.avg_pool2d(kept, step, ceil_mode=True, count_include_pad=False)
     cells = F.avg_pool2d(images*kept, step, ceil_mode=True, count_include_pad=False)/known.clamp(min=1e-6)
     unknown = known[:,0] < known[:,0].amax((1,2), keepdim=True).clamp(max=.5)
-    filled = impute(torch.where(unknown[:,None], 0, cells), unknown)
+    filled = impute(torch.where(unknown[:,None], 0, cells), unknown, tol=1e-3)
     return torch.where(removed[:,None], F.interpolate(filled, images.shape[-2:], mode='bilinear'), images)
 
 def blurred_away(

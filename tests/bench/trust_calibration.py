@@ -28,7 +28,7 @@ from fastai_cam.trust.places import altered_scores, map_ranks, place_ranks, shar
 from fastai_cam.trust.survey import share_interval, WORDS
 from fastai_cam.trust.verdict import _Examined, CAMTrust
 
-SIZE, SHARE, N_PLACES, STEPS = 160, .3, 9, 2 # as `cam_trust` has them
+SIZE, SHARE, N_PLACES, STEPS = 128, .3, 9, 2 # as `cam_trust` has them
 FIRST_VALID = 20_000_000
 
 
