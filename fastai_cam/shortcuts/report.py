@@ -155,7 +155,8 @@ def _named(self:Shortcuts, names):
     "Classes with how many pictures are taken for each, the largest first"
     counts = {**(self.counts or {}), **self.looked_at}
     ordered = sorted(names, key=lambda name: -counts.get(name, 0))
-    return ', '.join(f'{name} {counts.get(name, 0)}' for name in ordered[:5]) + (f' and {len(ordered) - 5} more' if len(ordered) > 5 else '')
+    more = f' and {len(ordered) - 5} more' if len(ordered) > 5 else ''
+    return ', '.join(f'{name} {counts.get(name, 0)}' for name in ordered[:5]) + more
 
 @patch(as_prop=True)
 def scope(self:Shortcuts) -> str:
@@ -167,6 +168,7 @@ def scope(self:Shortcuts) -> str:
         found += f' Left out, as {why} ({need}): {self._named(names)}.'
     return found
 
+# %% ../../nbs/85_shortcuts.report.ipynb #33cfd1ff
 @patch
 def _draw_scope(self:Shortcuts, ax):
     "How many pictures are taken for each class, and which of them were looked over"
@@ -181,14 +183,16 @@ def _draw_scope(self:Shortcuts, ax):
     ax.invert_yaxis()
     ax.tick_params(labelsize=8)
     more = f', the largest {MOST_CLASSES} of {len(self.counts)} classes' if len(self.counts) > MOST_CLASSES else ''
-    plain_text(ax.set_title(f'pictures taken for each class (grey: left out, red: has a shortcut){more}', fontsize=9), *ax.get_yticklabels())
+    title = ax.set_title(f'pictures taken for each class (grey: left out, red: has a shortcut){more}', fontsize=9)
+    plain_text(title, *ax.get_yticklabels())
 
 # %% ../../nbs/85_shortcuts.report.ipynb #9878da03
 @patch
 def _plot_nothing(self:Shortcuts, figsize, save):
     n = min(len(self.counts or {}), MOST_CLASSES)
     size = figsize or (7, 1.1 + .22*n + .3*bool(n))
-    fig,axes = plt.subplots(1 + bool(n), 1, figsize=size, height_ratios=[1.1, .22*n + .3][:1 + bool(n)], layout='constrained', squeeze=False)
+    heights = [1.1, .22*n + .3][:1 + bool(n)]
+    fig,axes = plt.subplots(len(heights), 1, figsize=size, height_ratios=heights, layout='constrained', squeeze=False)
     axes[0,0].axis('off')
     axes[0,0].text(.5, .5, repr(self), ha='center', va='center', wrap=True, parse_math=False)
     if n: self._draw_scope(axes[1,0])
@@ -207,6 +211,7 @@ def _plot_row(self:Shortcuts, row, shortcut, n):
         ax.set_title(title, fontsize=9)
     plain_text(row[0].set_title(f'{shortcut.cls}: {shortcut.where}', fontsize=9))
 
+# %% ../../nbs/85_shortcuts.report.ipynb #0df6f113
 @patch
 def plot(self:Shortcuts,
     n:int=3, # How many examples of each

@@ -174,7 +174,7 @@ def _repr_html_(self:CAMTable) -> str:
 # %% ../../nbs/78_trust.compare.ipynb #f138bbdf
 @patch
 def _standing(self:CAMTable):
-    "How well each row does over all measures, item by item, in units of each measure's spread; of measures of the maps alone nothing follows"
+    "How well each row does over all measures but those of the maps alone, item by item, in units of each measure's spread"
     def follows(name): return getattr(METRICS.get(name), 'kind', None) != 'maps'
     names = [name for name in self.metrics if follows(name)]
     keys = [key for key in zip(self['method'], self['layer']) if key in self.per_item]
@@ -392,7 +392,7 @@ def compare_cams(self:CAMInterpretation,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
     """Measure methods on the same items, in one pass for each layer; the learner is left as it was.
-    Says how many passes it takes before it starts, where the learner shows progress bars; the table ends in a sentence that says what follows"""
+    Says how many passes it takes before it starts, where the learner shows progress bars; the table ends in what follows from it"""
     refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
     check_learner(self.learn)
     _check_comparison(n, masks, dtype)

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
@@ -46,6 +46,7 @@ def in_words(
     if seconds < 90: return f'about {round(seconds, -1):.0f} seconds'
     return f'about {seconds/60:.0f} minutes' if seconds < 5400 else f'about {seconds/3600:.1f} hours'
 
+# %% ../../nbs/72_trust.cost.ipynb #7f3fa7aa
 class PassBar:
     "What long work costs, said before it starts, and a bar that moves with every pass of it, where a learner shows bars"
     def __init__(self,
@@ -78,31 +79,35 @@ class PassBar:
         self.is_told = True
         print(f'\r{in_words(passed/n*max(0, self.n_passes - self.n_done))} to go'.ljust(79), flush=True)
 
-    def stages(self,
-        works:Sequence, # What is gone through, each in an equal part of the passes that are left
-    ) -> Iterator:
-        "Goes through `works`; what takes fewer passes than its part is done when it is done, and what takes more waits"
-        start,part = self.n_done,(self.n_passes - self.n_done)/max(1, len(works))
-        for k,work in enumerate(works):
-            self.end = round(start + part*(k + 1))
-            yield work
-            self.advance(self.end - self.n_done)
+# %% ../../nbs/72_trust.cost.ipynb #a102da0f
+@patch
+def stages(self:PassBar,
+    works:Sequence, # What is gone through, each in an equal part of the passes that are left
+) -> Iterator:
+    "Goes through `works`; what takes fewer passes than its part is done when it is done, and what takes more waits"
+    start,part = self.n_done,(self.n_passes - self.n_done)/max(1, len(works))
+    for k,work in enumerate(works):
+        self.end = round(start + part*(k + 1))
+        yield work
+        self.advance(self.end - self.n_done)
 
-    def watched(self,
-        rescore:Callable # `rescore(images, items)`
-    ) -> Callable: # The same
-        "Moves the bar with every image that is scored"
-        def run(images, items):
-            found = rescore(images, items)
-            self.advance(len(images))
-            return found
-        return run
+@patch
+def watched(self:PassBar,
+    rescore:Callable # `rescore(images, items)`
+) -> Callable: # The same
+    "Moves the bar with every image that is scored"
+    def run(images, items):
+        found = rescore(images, items)
+        self.advance(len(images))
+        return found
+    return run
 
-    def close(self) -> None:
-        "Take the bar away"
-        self.end = self.n_passes
-        self.advance(self.n_passes)
-        if self.steps is not None: next(self.steps, None) # which takes it off the screen
+@patch
+def close(self:PassBar) -> None:
+    "Take the bar away"
+    self.end,self.is_told = self.n_passes,True
+    self.advance(self.n_passes)
+    if self.steps is not None: next(self.steps, None) # which takes it off the screen
 
 # %% ../../nbs/72_trust.cost.ipynb #1fe2fccc
 def announce(

@@ -6,7 +6,7 @@ from typing import Callable
 from typing import Iterator
 from typing import Sequence
 import torch
-from torch import Tensor
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner

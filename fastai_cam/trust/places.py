@@ -100,6 +100,7 @@ def altered_scores(
         return variant_scores(rescore, images, n*len(counts), make, None).unflatten(1, (n, len(counts)))
     return AlteredScores(scores(show_only), scores(hide))
 
+# %% ../../nbs/78a_trust.places.ipynb #a5e31b93
 def _spread_out(values):
     "Maps `[B, H, W]`, smoothed so widely that everything is reached"
     def weights(n):
@@ -112,7 +113,7 @@ def map_ranks(
     maps:Tensor, # `[B, h, w]`
     images:Tensor # `[B, C, H, W]`
 ) -> Tensor: # `[1, B, H, W]`
-    "The order of the pixels by their maps, as `altered_scores` takes it; of the same value (as where there is none), the nearest to the rest first"
+    "The order of the pixels by their maps, as `altered_scores` takes it; of those that are alike, the nearest to the rest first"
     large = at_pixels(at_least_float(maps), images.shape[-2:])
     first = _spread_out(large).flatten(1).argsort(dim=1, descending=True, stable=True)
     order = first.gather(1, large.flatten(1).gather(1, first).argsort(dim=1, descending=True, stable=True))

@@ -51,6 +51,7 @@ class CAMTrust:
         share:float # How much was hidden or shown alone, at most
     ): store_attr()
 
+# %% ../../nbs/79_trust.verdict.ipynb #37437403
 @patch(as_prop=True)
 def matters(self:CAMTrust) -> bool:
     "Does hiding what is lit change the answer more than hiding as much elsewhere?"
@@ -82,7 +83,9 @@ def word(self:CAMTrust) -> str:
 def believed(self:CAMTrust) -> bool: return self.word=='believed'
 
 # %% ../../nbs/79_trust.verdict.ipynb #152628a8
-_HEADLINES = {'believed': 'The map of {} can be believed', 'with care': 'Believe the map of {} with care', 'not': 'The map of {} should not be believed'}
+_HEADLINES = {
+    'believed': 'The map of {} can be believed', 'with care': 'Believe the map of {} with care',
+    'not': 'The map of {} should not be believed'}
 
 @patch(as_prop=True)
 def headline(self:CAMTrust) -> str:
@@ -124,11 +127,13 @@ def next_step(self:CAMTrust) -> str:
     n = self.numbers
     if self.cam_map.is_empty: return 'look at the prediction: does anything speak for this class?'
     if self.word=='believed': return 'look at where it lies; interp.cam_trust() says what share of the set can be believed.'
-    if not self.has_places: return f'no place of this size decides more than another: try a larger or a smaller one, such as share={self.share/2:.2f}.'
+    if not self.has_places:
+        return f'no place of this size decides more than another: try a larger or a smaller one, such as share={self.share/2:.2f}.'
     if self.word=='with care' and not self.is_learned:
-        return "a method that asks the model for the class, such as method='gradcam', says whether the place is more than what catches the eye."
+        return "ask a method that follows the model, such as method='gradcam': is the place more than what catches the eye?"
     other = "'pathcam'" if self.numbers['placement'] > 0 else "'gradcam' or 'rise'"
-    return f'see in .plot() what is left without it; ask another method ({other}), and interp.compare_cams() which of them follows this model.'
+    return (f'see in .plot() what is left without it; ask another method ({other}), '
+            'and interp.compare_cams() which of them follows this model.')
 
 _MARKS = {True: '✓', None: '~', False: '✗'}
 
@@ -173,7 +178,8 @@ def _draw_altered(self:CAMTrust, axs):
 def _draw_places(self:CAMTrust, ax):
     "Where the map lies between an average place and the best, with its interval, beside all the places"
     n,ends = self.numbers,(-1.5, 3)
-    own,low,high = np.clip(np.nan_to_num([n[f'placement{end}'] for end in ('', '_low', '_high')]), *ends) # what is far out is drawn at the edge
+    # what is far out is drawn at the edge
+    own,low,high = np.clip(np.nan_to_num([n[f'placement{end}'] for end in ('', '_low', '_high')]), *ends)
     ax.axvspan(self.limit, ends[1] + .2, color='C2', alpha=.1, lw=0, label='beyond the limit')
     ax.axvline(0, color='grey', lw=1, ls=':')
     places = np.clip(np.nan_to_num(n['places']), *ends)
@@ -185,6 +191,7 @@ def _draw_places(self:CAMTrust, ax):
     plain_text(ax.set_title('how it is placed', fontsize=9))
     plain_text(*ax.legend(fontsize=8, loc='upper left').get_texts())
 
+# %% ../../nbs/79_trust.verdict.ipynb #1055a6af
 @patch
 def plot(self:CAMTrust,
     figsize:tuple|None=None, # Size of the figure in inches
