@@ -116,7 +116,7 @@ def sentence(self:CAMTrust) -> str:
         f'Hiding the brightest {self.share:.0%} of the picture takes {self.label} from {n["score"]:.2f} to {n["score"] - n["drop"]:.2f}, '
         f'{"and" if self.matters else "but"} hiding as much elsewhere to {n["score"] - n["drop_elsewhere"]:.2f} on average; '
         f'shown alone, it has {n["shown"]:.2f}, an average place {n["shown_elsewhere"]:.2f}. The map is placed {placed} '
-        f'({n["placement_low"]:.0%} to {n["placement_high"]:.0%} of the way from average to best, with 95% confidence), and '
+        f'(from average to best: {n["placement_low"]:.0%} to {n["placement_high"]:.0%}, with 95% confidence), and '
         f'{"it changes" if self.is_learned else "it hardly changes"} when half of the layers are random '
         f'(rank correlation {n["randomized_similarity"]:.2f}).')
 
