@@ -16,8 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from fastcore.basics import patch, store_attr
-from fastcore.xtras import is_listy
+from fastcore.basics import patch
 from ..core import evenly_spaced
 from ..checks import check_int
 from ..maps.words import plain_html, plain_text
