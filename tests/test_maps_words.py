@@ -72,7 +72,8 @@ def test_words_are_drawn_as_they_are_in_every_figure(capfd):
     table = CAMTable({'method': [word, 'gradcam'], 'layer': ['', ''], **columns})
     table.metrics = {'score_$a$': True}
     check_drawn(table.plot(), word, capfd)
-    numbers = dict(score=.9, drop=.5, drop_elsewhere=.1, random_drops=[.1, .2], n_random=2, n_beaten=2, chance_p=.05, faithfulness=.4, baselines=dict(edge_map=.1), randomized_similarity=.1)
+    numbers = dict(score=.9, drop=.5, drop_elsewhere=.1, random_drops=[.1, .2], n_random=2, n_beaten=2, shown=.7, shown_elsewhere=.2, faithfulness=.4, places=[-1., 1.], average_place=.1, best_place=.3, placement=1.5, placement_low=.7,
+                   placement_high=2.3, randomized_similarity=.1)
     trust = CAMTrust(CAMMap(torch.ones(2, 2), title=word), word, numbers, .2)
     check_drawn(trust.show(), word, capfd)
     assert 'mathjax_ignore' in trust._repr_html_() and '<b>' not in trust._repr_html_()

@@ -31,9 +31,9 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'maps.export', 'maps.table', 'maps.store', 'state',
          'source.passes', 'source.loaders', 'source.images', 'source.items', 'learner.task', 'learner.arguments', 'learner.query',
          'learner.cams', 'learner.layers', 'interpret.answers', 'interpret.base', 'interpret.selection', 'interpret.page',
-         'interpret.losses', 'interpret.views', 'interpret.inside', 'interpret.concepts', 'trust.rescore', 'trust.impute', 'trust.metrics',
-         'trust.masks', 'trust.similarity',
-         'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence',
+         'interpret.losses', 'interpret.views', 'interpret.inside', 'interpret.concepts', 'trust.rescore', 'trust.impute', 'trust.cost',
+         'trust.metrics', 'trust.masks', 'trust.similarity', 'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.places', 'trust.verdict',
+         'trust.survey', 'shortcuts.edits', 'shortcuts.evidence',
          'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'data.fingerprint', 'data.shards', 'data.schema',
          'data.items', 'data.store', 'data.explain', 'data.frames',
          'cli.words', 'cli.photos', 'cli.results', 'cli.models', 'cli.explain', 'cli.ask', 'cli.shell', '__main__']

@@ -109,7 +109,7 @@ def test_verdicts_do_not_depend_on_the_company(learn, kind):
     for key, value in alone.numbers.items():
         one, other = (list(number.values()) if isinstance(number, dict) else number for number in (value, together[1].numbers[key]))
         assert np.allclose(one, other, atol=5e-4), key # a map with places of the same strength lets rounding decide which pixels go first
-    assert together[0].numbers['score']!=together[1].numbers['score'] and str(alone) and len(alone.show().axes)==3
+    assert together[0].numbers['score']!=together[1].numbers['score'] and str(alone) and len(alone.show().axes)==4
     assert 'takes  from' not in alone.verdict
 
 

@@ -137,7 +137,7 @@ def test_the_table_and_the_words_say_the_same(found):
 
 def test_the_figure_has_a_row_a_finding(found, tmp_path):
     fig = found.plot(n=2, save=tmp_path/'found.png')
-    assert (tmp_path/'found.png').exists() and len(fig.axes) == len(found)*4
+    assert (tmp_path/'found.png').exists() and len(fig.axes) == len(found)*4 + 1 # below: which classes were looked over
     without, with_it = (ax.images[0].get_array() for ax in fig.axes[2:4])
     assert not np.array_equal(without[-6:, -8:], with_it[-6:, -8:]) and np.abs(np.asarray(without[:20, :20], dtype=float) - np.asarray(with_it[:20, :20], dtype=float)).max() < 1e-3
 
@@ -194,3 +194,45 @@ def test_of_many_classes_the_largest_are_said():
     nothing = shortcuts_report_room.Shortcuts([], {}, counts={f'c{i}': i for i in range(100)}, min_items=200)
     assert 'c99 99, c98 98, c97 97, c96 96, c95 95, and 95 classes of fewer.' in repr(nothing)
     assert repr(shortcuts_report_room.Shortcuts([], {}))=='Nothing could be looked for: no class has enough pictures. Look over a larger set, or lower min_items (to 6 at least).'
+
+
+# -- what was looked at
+
+def looked(found=(), **counts):
+    "Shortcuts of these classes among as many pictures as are taken for each, of which 8 are needed"
+    enough = {name: n for name, n in counts.items() if 8 <= n <= 92}
+    return shortcuts_report_room.Shortcuts(list(found), enough, [torch.rand(3, 8, 8)]*6, torch.rand(6, 4, 4), counts, 8)
+
+def test_what_was_left_out_is_said_and_why():
+    shortcuts = looked(cat=40, dog=30, cow=5, sheep=2, any=95)
+    assert shortcuts.left_out == dict(cow='too few pictures are taken for it', sheep='too few pictures are taken for it', any='all but too few pictures are taken for it')
+    first, scope = repr(shortcuts).splitlines()
+    assert first == 'No shortcut was found (70 pictures of 2 classes).' and scope == shortcuts.scope
+    assert scope.startswith('Looked over, by the class that pictures are taken for: cat 40, dog 30. Left out, as too few pictures are taken for it (at least 8')
+    assert 'cow 5, sheep 2.' in scope and 'Left out, as all but too few pictures are taken for it' in scope and scope.endswith('any 95.')
+    assert repr(looked(cat=40, dog=30)) == 'No shortcut was found (70 pictures of 2 classes).' # nothing was left out
+    assert repr(looked([a_shortcut()], cat=40, dog=30)).splitlines()[1] == 'Looked over, by the class that pictures are taken for: cat 40, dog 30.'
+    assert '93 more' not in looked(**{f'c{i}': i for i in range(8, 14)}).scope and ' and 1 more.' in looked(**{f'c{i}': i for i in range(8, 14)}).scope
+
+def test_the_figure_shows_what_was_left_out():
+    ax = looked(cat=40, cow=5, dog=30).plot().axes[1]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ['cat', 'dog', 'cow (left out)'] and [bar.get_width() for bar in ax.patches] == [40, 30, 5]
+    assert len({bar.get_facecolor() for bar in ax.patches[:2]}) == 1 and ax.patches[2].get_facecolor() != ax.patches[0].get_facecolor()
+    shortcut = a_shortcut()
+    shortcut.pictures = torch.rand(3, 8, 8), torch.rand(3, 8, 8)
+    *_, below = looked([shortcut], cat=40, cow=5, dog=30).plot(n=1).axes
+    assert len({bar.get_facecolor() for bar in below.patches}) == 3 # cat has a shortcut
+    many = looked(**{f'c{i}': 8 + i for i in range(50)}).plot().axes[1]
+    assert len(many.patches) == 20 and 'the largest 20 of 50 classes' in many.get_title()
+
+def test_it_is_said_what_it_costs_where_bars_are_shown(planted, capsys):
+    from fastai.callback.progress import ProgressCallback
+    learn, shown = planted.learn, [cb for cb in planted.learn.cbs if isinstance(cb, ProgressCallback)]
+    if not shown: learn.add_cb(ProgressCallback())
+    try: planted.find_shortcuts(n=50, min_items=25)
+    finally:
+        if not shown: learn.remove_cb(ProgressCallback)
+    said = capsys.readouterr().out
+    assert 'shortcuts in 50 pictures: a pass of each, then about 1,000 for each class that has a suspect' in said and 'forward passes' not in said # no class has enough
+    with learn.no_bar(): planted.find_shortcuts(n=50, min_items=25)
+    assert capsys.readouterr().out == ''

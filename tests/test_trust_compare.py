@@ -215,9 +215,9 @@ def test_measures_of_masks(learn, interp):
     masks = [torch.from_numpy(np.stack([np.asarray(Resize(48)(PILMask.create(array_of(i).astype(np.uint8)), split_idx=1)) for i in some])) > 0 for some in (items[:3], items[3:6], items[6:])]
     expected = measured(learn, 'layercam', names, of_class(2), masks)
     table = interp.compare_cams('layercam', n=None, cls='c', masks=array_of, baselines=False)
-    assert list(table.metrics)==['insertion', 'deletion', 'average_drop', *names]
+    assert list(table.metrics)==['insertion', 'deletion', *names]
     for name in names: assert_close(table.per_item['layercam', 'default'][name], expected[name])
-    assert list(interp.compare_cams('layercam', n=2, baselines=False).metrics)==['insertion', 'deletion', 'average_drop'] # no masks: these are left out
+    assert list(interp.compare_cams('layercam', n=2, baselines=False).metrics)==['insertion', 'deletion'] # no masks: these are left out
 
 
 @pytest.mark.parametrize('nothing', [[], np.zeros((0, 4)), np.zeros(SIZE, dtype=bool)])
@@ -238,7 +238,7 @@ def test_the_masks_of_a_segmentation_are_those_of_the_class_that_is_asked_about(
     interp = CAMInterpretation.from_learner(learn)
     table = interp.compare_cams('gradcam', n=None, cls='odd')
     names = ['pointing_game', 'energy_in_mask', 'iou']
-    assert list(table.metrics)==['insertion', 'deletion', 'average_drop', *names] # the masks were found
+    assert list(table.metrics)==['insertion', 'deletion', *names] # the masks were found
     cams = learn.get_cams(learn.dls.valid, 'odd')
     masks = torch.cat([batch[1] for batch in learn.dls.valid]).as_subclass(torch.Tensor)==2
     for name in names: assert_close(table.per_item['gradcam', 'default'][name], METRICS[name](cams.maps, masks))
@@ -332,7 +332,7 @@ def test_a_sorted_table_is_a_table(interp):
     for part in (table.sort_values('insertion'), table[table['method'] != 'random_map'], table.head(2), table.copy()):
         assert isinstance(part, CAMTable) and part.metrics=={'insertion': True, 'deletion': False, 'gini': True} and part.per_item is not None
         assert 'insertion ↑' in repr(part) and 'deletion ↓' in part._repr_html_() and 'insertion_low' not in repr(part)
-        assert [line.split()[0] for line in repr(part).splitlines()[1:]]==list(part['method'])
+        assert [line.split()[0] for line in repr(part).splitlines()[1:len(part) + 1]]==list(part['method'])
         fig = part.plot()
         assert [text.get_text() for text in fig.axes[0].get_yticklabels()]==list(part['method']) and len(fig.axes)==3
         for ax, name in zip(fig.axes, part.metrics):
@@ -381,3 +381,45 @@ def test_a_dictionary_of_outputs():
     found = interp.compare_cams('gradcam', metrics='insertion', n=None, cls=Output('logits', 1), baselines=False)
     expected = measured(plain, 'gradcam', ['insertion'], of_class(1), activation=SOFTMAX)
     assert_close(found.per_item['gradcam', 'default']['insertion'], expected['insertion'])
+
+
+# --- what follows
+
+def table_of(**values):
+    "A table of methods whose numbers are given, item by item; a measure is better the higher it is"
+    items = {(name, '–' if name in BASELINES else 'default'): pd.DataFrame({'insertion': numbers, 'deletion': [-value for value in numbers]}) for name, numbers in values.items()}
+    rows = []
+    for (method, layer), frame in items.items():
+        found = {key: value for name in frame for key, value in zip((name, f'{name}_low', f'{name}_high'), mean_interval(frame[name].to_numpy()))}
+        rows.append(dict(method=method, layer=layer, **found))
+    table = CAMTable(rows)
+    table.metrics, table.per_item = dict(insertion=True, deletion=False), items
+    return table
+
+
+GOOD, BLIND = [.8, .7, .9, .8, .75, .85]*3, [.4, .3, .6, .5, .45, .35]*3
+
+
+@pytest.mark.parametrize('values, says', [
+    (dict(gradcam=GOOD, cam=BLIND, gaussian_map=BLIND), 'Take gradcam: by insertion and deletion it is the best on these 18 pictures, and surely better than gaussian_map, the best of the maps that know nothing.'),
+    (dict(cam=[value + .01*(-1)**i - .0001 for i, value in enumerate(GOOD)], gradcam=GOOD, uniform_map=BLIND), 'gradcam: by insertion and deletion it is the best on these 18 pictures; cam cannot be told from it, and surely'),
+    (dict(gradcam=BLIND, edge_map=GOOD), 'No method is surely better than edge_map, which knows nothing of the model, by insertion and deletion on these 18 pictures (gradcam comes nearest)'),
+    (dict(gradcam=GOOD, cam=BLIND), 'Take gradcam: by insertion and deletion it is the best on these 18 pictures.'), (dict(gradcam=GOOD), ''), (dict(uniform_map=GOOD, edge_map=BLIND), '')])
+def test_a_table_says_what_follows(values, says):
+    table = table_of(**values)
+    assert says in table.verdict and bool(says)==bool(table.verdict) and repr(table).endswith(table.verdict) and table.verdict in table._repr_html_().replace('<br>', '\n')
+    assert table.sort_values('deletion').verdict==table.verdict
+
+
+def test_of_measures_of_the_maps_alone_nothing_follows(interp):
+    assert interp.compare_cams('gradcam', metrics='gini', n=2).verdict=='' and 'gradcam' in interp.compare_cams('gradcam', metrics=['gini', 'insertion'], n=2).verdict
+
+
+def test_nothing_follows_where_nothing_is_known():
+    table = table_of(gradcam=[np.nan]*4, gaussian_map=[np.nan]*4)
+    assert table.verdict=='' and 'gradcam' in repr(table) and CAMTable(dict(method=['a'])).verdict==''
+
+
+def test_the_sentence_stands_over_the_plot():
+    fig = table_of(gradcam=GOOD, gaussian_map=BLIND).plot()
+    assert fig.get_suptitle().replace('\n', ' ').startswith('Take gradcam: by insertion and deletion')

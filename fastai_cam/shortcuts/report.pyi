@@ -33,7 +33,6 @@ from ..maps.style import save_figure
 from ..maps.draw import CAMMap
 from ..state import check_learner
 from ..state import preserve_state
-from ..state import with_bar
 from ..source.passes import decode_images
 from ..source.passes import n_inputs
 from ..source.loaders import dl_source
@@ -44,6 +43,8 @@ from ..learner.query import query_of
 from ..learner.query import run_query
 from ..interpret.base import CAMInterpretation
 from ..trust.rescore import slices_of
+from ..trust.cost import announce
+from ..trust.cost import PassBar
 from .evidence import appearance_features
 from .evidence import collect_evidence
 from .evidence import Evidence
@@ -54,7 +55,7 @@ from .candidates import predicted_items
 from .testing import EditTester
 from .testing import Finding
 from .testing import Measurement
-__all__ = ['Shortcut', 'Shortcuts', 'as_shortcut']
+__all__ = ['MOST_CLASSES', 'PASSES', 'Shortcut', 'Shortcuts', 'as_shortcut']
 @dataclass(eq=False, repr=False)
 class Shortcut(GetAttr):
     def __getattr__(self, name: Any) -> Any: ...
@@ -80,6 +81,10 @@ class Shortcuts():
     @property
     def table(self) -> pd.DataFrame: ...
     def __repr__(self) -> str: ...
+    @property
+    def left_out(self) -> dict[str, str]: ...
+    @property
+    def scope(self) -> str: ...
     def plot(self, n: int=..., figsize: tuple | None=..., save: str | Path | None=...) -> Figure: ...
     counts: Any
     found: Any
@@ -87,4 +92,6 @@ class Shortcuts():
     looked_at: Any
     maps: Any
     min_items: Any
+MOST_CLASSES: Any
 def as_shortcut(tester: EditTester, finding: Finding, name: str, decode: Callable) -> Shortcut: ...
+PASSES: Any

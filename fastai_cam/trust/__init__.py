@@ -12,7 +12,7 @@ __all__ = ['METRICS', 'KINDS', 'NEEDS', 'BASELINE_IMAGES', 'cam_metric', 'as_met
            'energy_in_mask', 'iou', 'best_iou', 'relevance_rank', 'average_precision', 'boxes_to_masks',
            'points_to_masks', 'max_sensitivity', 'gini', 'entropy', 'MEASURES', 'randomization_steps', 'randomized',
            'spearman', 'ssim', 'SanityCheck', 'RandomClass', 'similarity_of_learners', 'randomization_similarity',
-           'USUAL_METHODS', 'CAMTable', 'CAMTrust']
+           'USUAL_METHODS', 'CAMTable', 'CAMTrust', 'TrustSurvey']
 
 # %% ../../nbs/79a_trust.ipynb #e4a131e7
 from ..core import renamed
@@ -28,6 +28,7 @@ from .randomize import randomization_steps, randomized
 from .sanity import RandomClass, randomization_similarity, SanityCheck, similarity_of_learners
 from .compare import CAMTable, USUAL_METHODS
 from .verdict import CAMTrust
+from .survey import TrustSurvey
 
 _all_ = [
     'METRICS', 'KINDS', 'NEEDS', 'BASELINE_IMAGES', 'cam_metric', 'as_metrics', 'Rescorer', 'Explainer', 'baseline_images',
@@ -36,6 +37,6 @@ _all_ = [
     'complexity', 'adcc', 'arcc', 'pointing_game', 'energy_in_mask', 'iou', 'best_iou', 'relevance_rank', 'average_precision',
     'boxes_to_masks', 'points_to_masks', 'max_sensitivity', 'gini', 'entropy', 'MEASURES', 'randomization_steps', 'randomized',
     'spearman', 'ssim', 'SanityCheck', 'RandomClass', 'similarity_of_learners', 'randomization_similarity', 'USUAL_METHODS', 'CAMTable',
-    'CAMTrust']
+    'CAMTrust', 'TrustSurvey']
 
 __getattr__ = renamed(__name__, {'Rescore': 'Rescorer', 'Explain': 'Explainer'})

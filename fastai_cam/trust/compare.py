@@ -8,6 +8,7 @@ Docs: https://fastai-cam.example/docs/trust.compare.html.md"""
 __all__ = ['USUAL_METHODS', 'probability_rescorer', 'CAMTable']
 
 # %% ../../nbs/78_trust.compare.ipynb #8a4a9ff9
+import textwrap
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,12 +38,13 @@ from ..methods.registry import as_methods, method_name
 from ..methods.baselines import BASELINES
 from ..maps.words import plain_html, plain_text
 from ..maps.style import check_style, save_figure
-from ..state import check_learner, preserve_state, with_bar
+from ..state import check_learner, preserve_state
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, Query, query_of, run_query
 from ..interpret.base import CAMInterpretation
-from .rescore import as_metrics, Explainer, NEEDS, Rescorer
+from .rescore import as_metrics, Explainer, METRICS, NEEDS, Rescorer
+from .cost import n_passes_of, PassBar, without_own_bar
 from .masks import boxes_to_masks
 
 # %% ../../nbs/78_trust.compare.ipynb #1cc71402
@@ -161,12 +163,56 @@ def _shown(self:CAMTable):
 @patch
 def __repr__(self:CAMTable) -> str:
     shown = self._shown()
-    return pd.DataFrame(self).__repr__() if shown is None else shown.round(3).to_string(index=False)
+    if shown is None: return pd.DataFrame(self).__repr__()
+    return '\n'.join([shown.round(3).to_string(index=False), *[self.verdict]*bool(self.verdict)])
 
 @patch
 def _repr_html_(self:CAMTable) -> str:
     shown = self._shown()
-    return pd.DataFrame(self)._repr_html_() if shown is None else plain_html('', shown.round(3).to_html(index=False))
+    return pd.DataFrame(self)._repr_html_() if shown is None else plain_html(self.verdict, shown.round(3).to_html(index=False))
+
+# %% ../../nbs/78_trust.compare.ipynb #f138bbdf
+@patch
+def _standing(self:CAMTable):
+    "How well each row does over all measures but those of the maps alone, item by item, in units of each measure's spread"
+    def follows(name): return getattr(METRICS.get(name), 'kind', None) != 'maps'
+    names = [name for name in self.metrics if follows(name)]
+    keys = [key for key in zip(self['method'], self['layer']) if key in self.per_item]
+    found = {key: [] for key in keys}
+    for name in names:
+        values = np.stack([self.per_item[key][name] for key in keys]) if keys else np.empty((0, 0))
+        spread = np.nanstd(values) if np.isfinite(values).any() else 0
+        for key,own in zip(keys, values*(1 if self.metrics[name] else -1)): found[key].append(own/(spread or 1))
+    return names,{key: np.mean(parts, axis=0) for key,parts in found.items() if parts and np.isfinite(parts).any()}
+
+def _mean(values): return np.nanmean(values) if np.isfinite(values).any() else -np.inf
+
+def _is_ahead(one, other):
+    "Is `one` surely better than `other`, item by item?"
+    return mean_interval(one - other)[1] > 0
+
+# %% ../../nbs/78_trust.compare.ipynb #139d270f
+@patch(as_prop=True)
+def verdict(self:CAMTable) -> str:
+    "What follows: which method to take, and whether it is better than maps that know nothing of the model"
+    if not self._is_complete() or getattr(self, 'per_item', None) is None: return ''
+    measures,standing = self._standing()
+    blind = {key[0]: values for key,values in standing.items() if key[0] in BASELINES}
+    seeing = {key: values for key,values in standing.items() if key[0] not in BASELINES}
+    if not seeing or len(standing) < 2: return ''
+    best = max(seeing, key=lambda key: _mean(seeing[key]))
+    close = [self._key_label(key) for key in seeing if key != best and not _is_ahead(seeing[best], seeing[key])]
+    by,name = ' and '.join(one.replace('_', ' ') for one in measures),self._key_label(best)
+    rival = max(blind, key=lambda key: _mean(blind[key]), default=None)
+    if rival is not None and not _is_ahead(seeing[best], blind[rival]):
+        return (f'No method is surely better than {rival}, which knows nothing of the model, by {by} on these {len(seeing[best])} pictures '
+                f'({name} comes nearest): look at more of them (n), or believe none of these maps.')
+    alike = f'; {", ".join(close)} cannot be told from it' if close else ''
+    beaten = f', and surely better than {rival}, the best of the maps that know nothing' if rival is not None else ''
+    return f'Take {name}: by {by} it is the best on these {len(seeing[best])} pictures{alike}{beaten}.'
+
+@patch
+def _key_label(self:CAMTable, key): return ' · '.join(key) if self._has_layers else key[0]
 
 # %% ../../nbs/78_trust.compare.ipynb #a3dc7408
 @patch
@@ -197,12 +243,13 @@ def plot(self:CAMTable,
     maps that know nothing of the model are grey, and the best of them is a line to be beaten"""
     check_style(figsize=figsize, save=save)
     names,n = list(self.metrics),len(self)
-    size = figsize or (2.6*len(names) + 1.5, .3*n + 1)
+    size = figsize or (2.6*len(names) + 1.5, .3*n + 1.6)
     fig,(axes,) = plt.subplots(1, len(names), figsize=size, sharey=True, layout='constrained', squeeze=False)
     colours = ['grey' if method in BASELINES else 'C0' for method in self['method']]
     for ax,name in zip(axes, names): self._draw_metric(ax, name, colours)
     axes[0].set_yticks(range(n - 1, -1, -1), [self._row_label(row) for row in self.itertuples()])
     plain_text(*axes[0].get_yticklabels())
+    if self.verdict: plain_text(fig.suptitle(textwrap.fill(self.verdict, int(14*size[0])), fontsize=9))
     save_figure(fig, save)
     return fig
 
@@ -225,7 +272,7 @@ def _measure(metric, maps, **known):
     return metric(maps, **{name: known[name] for name in metric.needs}).double().cpu()
 
 # %% ../../nbs/78_trust.compare.ipynb #716ece92
-def _work(methods, metrics, masks, dtype):
+def _work(methods, metrics, masks, dtype, bar):
     """Measures every method on a batch: seconds an item, and the numbers `[B]` of each measure;
     `masks` are those of the batches, or `None` if the labels hold them"""
     needed = {name for name in NEEDS if _needs(metrics, name)}
@@ -233,13 +280,13 @@ def _work(methods, metrics, masks, dtype):
         scores = scores[:,0] # of several labels, the most probable one
         known,rows = dict(images=cap.image),[]
         if 'masks' in needed: known['masks'] = _masks_of_batch(metrics, masks, cap, callback)
-        if 'rescore' in needed: known['rescore'] = probability_rescorer(callback.query.target, cap, scores, 64, dtype)
-        for method in with_bar(callback.learn, methods):
+        if 'rescore' in needed: known['rescore'] = bar.watched(probability_rescorer(callback.query.target, cap, scores, 64, dtype))
+        for method in methods:
             start = perf_counter()
             asked = cap.score(scores) # anew, so that each method pays for its own gradients
             maps = method(cap, asked)[:,0].detach()
             seconds = (callback.seconds + perf_counter() - start)/len(maps)
-            if 'explain' in needed: known['explain'] = Explainer(cap, asked, method)
+            if 'explain' in needed: known['explain'] = bar.watched(Explainer(cap, asked, method))
             rows.append((seconds, [_measure(metric, maps, **known) for metric in metrics]))
         return rows
     return measure
@@ -271,8 +318,8 @@ def _has_masks(dl):
     return any(isinstance(kind, type) and issubclass(kind, (PILMask, TensorMask, TensorBBox)) for kind in kinds)
 
 def _usual_metrics(with_masks):
-    "Measures that are taken where none is named"
-    return ['insertion', 'deletion', 'average_drop', *(['pointing_game', 'energy_in_mask', 'iou'] if with_masks else [])]
+    "Measures that are taken where none is named; average drop is not among them, as a map of ones wins it"
+    return ['insertion', 'deletion', *(['pointing_game', 'energy_in_mask', 'iou'] if with_masks else [])]
 
 # %% ../../nbs/78_trust.compare.ipynb #0ded769e
 USUAL_METHODS = ['objectcam', 'gradcam', 'hirescam', 'layercam', 'gradcam_pp', 'eigencam']
@@ -308,10 +355,16 @@ def _table(rows, metrics, items):
     table.per_item = {(method, layer): pd.DataFrame(values, index=items) for method,layer,_,values in rows}
     return table
 
-def _measured_at(learn, source, query, metrics, masks, dtype):
+def _bar_of(learn, methods, metrics, n):
+    "Says what it costs to measure the `methods` of each layer on `n` pictures, and shows how far it is"
+    n_methods,several = sum(map(len, methods)),lambda n, what: f'{n} {what}' + 's'*(n != 1)
+    what = f'{several(n_methods, "method")} × {several(len(metrics), "measure")} on {several(n, "picture")}'
+    return PassBar(learn, n*n_methods*sum(map(n_passes_of, metrics)), what)
+
+def _measured_at(learn, source, query, metrics, masks, dtype, bar):
     "Rows of `_table`: the methods of a query, at its layer"
     with preserve_state(learn) as quiet:
-        batches,_ = run_query(quiet, source, query, _work(query.methods, metrics, masks, dtype))
+        batches,_ = run_query(without_own_bar(quiet), source, query, _work(query.methods, metrics, masks, dtype, bar))
     rows = []
     for k,name in enumerate(map(method_name, query.methods)):
         layer = '–' if name in BASELINES else _layer_name(learn.model, query.layer)
@@ -325,7 +378,7 @@ def compare_cams(self:CAMInterpretation,
     # A list of layers, each as `learn.show_cam` takes it (a list in it: several together); `None`: the interpretation's own
     layers:Any=None,
     # Measures, names of `METRICS` or functions;
-    # `None`: insertion, deletion and average drop, and where there are masks pointing game, energy and IoU
+    # `None`: insertion and deletion, and where there are masks pointing game, energy and IoU
     metrics:str|Callable|Sequence|None=None,
     n:int|None=32, # How many items, taken evenly from the set; `None`: all
     # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]`
@@ -338,7 +391,8 @@ def compare_cams(self:CAMInterpretation,
     dtype:torch.dtype|None=None,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
-    "Measure methods on the same items, in one pass for each layer; the learner is left as it was"
+    """Measure methods on the same items, in one pass for each layer; the learner is left as it was.
+    Says how many passes it takes before it starts, where the learner shows progress bars; the table ends in what follows from it"""
     refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
     check_learner(self.learn)
     _check_comparison(n, masks, dtype)
@@ -349,8 +403,9 @@ def compare_cams(self:CAMInterpretation,
     metrics = as_metrics(_usual_metrics(masks is not None or _has_masks(source.dl)) if metrics is None else metrics)
     if masks is not None:
         with preserve_state(self.learn): masks = _masks_of_items(self.learn, source, masks)
-    rows = []
-    for position,layer in enumerate(layers):
-        query = Query(target, _with_baselines(methods) if baselines and position==0 else methods, layer)
-        rows += _measured_at(self.learn, source, query, metrics, masks, dtype)
+    every = [_with_baselines(methods) if baselines else methods] + [methods]*(len(layers) - 1)
+    bar,rows = _bar_of(self.learn, every, metrics, len(chosen)),[]
+    for some,layer in zip(every, layers):
+        rows += _measured_at(self.learn, source, Query(target, some, layer), metrics, masks, dtype, bar)
+    bar.close()
     return _table(rows, metrics, chosen)

@@ -17,44 +17,67 @@ from fastcore.xtras import is_listy
 from fastai.learner import Learner
 from ..checks import check_int
 from ..checks import check_share
-from ..methods.registry import as_method
-from ..methods.baselines import BASELINES
 from ..maps.words import plain_html
 from ..maps.words import plain_text
+from ..maps.pixels import to_pixels
 from ..maps.style import check_style
 from ..maps.style import save_figure
 from ..maps.draw import CAMMap
+from ..maps.draw import draw_picture
 from ..state import check_learner
 from ..state import preserve_state
-from ..state import with_bar
 from ..source.items import as_source
+from ..source.loaders import Source
 from ..learner.task import class_names
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single
+from ..learner.query import Query
 from ..learner.query import query_of
 from ..learner.query import run_query
-from .rescore import pixel_ranks
-from .impute import impute
-from .metrics import curve_area
-from .metrics import curve_shares
-from .metrics import insertion_deletion
+from .rescore import check_shapes
+from .cost import PassBar
+from .cost import without_own_bar
 from .sanity import randomization_similarity
 from .compare import probability_rescorer
-__all__ = ['CAMTrust']
+from .places import altered_scores
+from .places import hide
+from .places import map_ranks
+from .places import place_ranks
+from .places import placement
+from .places import shares_up_to
+from .places import show_only
+__all__ = ['CAMTrust', 'check_trust', 'verdicts_of']
 class CAMTrust():
     def __init__(self, cam_map: CAMMap, label: str, numbers: dict, share: float) -> None: ...
     @property
     def matters(self) -> bool: ...
     @property
-    def beats_baselines(self) -> bool: ...
+    def has_places(self) -> bool: ...
+    @property
+    def is_well_placed(self) -> bool: ...
     @property
     def is_learned(self) -> bool: ...
     @property
+    def word(self) -> str: ...
+    @property
     def believed(self) -> bool: ...
+    @property
+    def headline(self) -> str: ...
+    @property
+    def ticks(self) -> dict[str, bool | None]: ...
+    @property
+    def sentence(self) -> str: ...
+    @property
+    def next_step(self) -> str: ...
     @property
     def verdict(self) -> str: ...
     def __repr__(self) -> str: ...
+    def altered(self) -> tuple[Tensor, Tensor]: ...
+    def plot(self, figsize: tuple | None=..., save: str | Path | None=...) -> Figure: ...
     def show(self, figsize: tuple | None=..., save: str | Path | None=...) -> Figure: ...
+    limit: Any = ...
+    most_similar: Any = ...
+    least_room: Any = ...
     cam_map: Any
     label: Any
     numbers: Any
@@ -62,8 +85,8 @@ class CAMTrust():
 class _Examined(NamedTuple):
     def numbers(self, i: Any) -> Any: ...
     score: Tensor
-    drop: Tensor
-    random_drops: Tensor
-    faithfulness: Tensor
-    baselines: dict[str, Tensor]
+    shown: Tensor
+    hidden: Tensor
     similarity: Tensor
+def check_trust(learn: Learner, method: Any, share: float, n_random: int, steps: int) -> None: ...
+def verdicts_of(learn: Learner, source: Callable, query: Query, share: float, n_random: int, steps: int, seed: int, what: str=...) -> tuple[L, Source]: ...
