@@ -32,7 +32,8 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'source.passes', 'source.loaders', 'source.images', 'source.items', 'learner.task', 'learner.arguments', 'learner.query',
          'learner.cams', 'learner.layers', 'interpret', 'trust.rescore', 'trust.impute', 'trust.metrics', 'trust.masks', 'trust.similarity',
          'trust.randomize', 'trust.sanity', 'trust.compare', 'trust.verdict', 'shortcuts.edits', 'shortcuts.evidence',
-         'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report']
+         'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report',
+         'report.facts', 'report.check', 'report.answers', 'report.pictures', 'report.page', 'report.write']
 
 
 def run(*command, cwd): return subprocess.run([str(part) for part in command], cwd=cwd, check=True, capture_output=True, text=True).stdout
@@ -231,6 +232,7 @@ def test_wheel_in_a_clean_environment(tmp_path):
     for room in ROOMS:
         for suffix in '.py', '.pyi': assert (site/f'fastai_cam/{room.replace(".", "/")}{suffix}').exists(), f'the wheel lacks {room}{suffix}'
     assert (site/'fastai_cam/py.typed').exists()
+    for name in ('page.html.j2', 'page.css', 'page.js', 'report.schema.json'): assert (site/'fastai_cam/report'/name).exists(), f'the wheel lacks {name}'
     requirements = [line.removeprefix('Requires-Dist: ') for line in next(site.glob('fastai_cam-*.dist-info/METADATA')).read_text().splitlines() if line.startswith('Requires-Dist: ')]
     assert {Requirement(r).name for r in requirements if 'extra' not in r}=={'fastai', 'torch', 'matplotlib', 'fastcore'}
     for dist in requirement_closure(requirements).values():
