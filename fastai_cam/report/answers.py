@@ -55,6 +55,7 @@ def kind_of(
     if isinstance(task, MultiLabel): return 'labels'
     return 'values' if isinstance(task, Values) else 'classes'
 
+# %% ../../nbs/93b_report.answers.ipynb #d2ee587a
 def _positions(row): return (row >= .5).nonzero().flatten().tolist()
 
 def _of_classes(task, row, n_top=5):
@@ -71,9 +72,11 @@ def _of_labels(task, row):
     top = [[c, number(row.pred[c].item())] for c in row.pred.topk(min(5, len(row.pred))).indices.tolist()]
     return dict(prediction=chosen, probability=number(row.pred.max().item()), top=top)
 
-def _of_values(row):
-    values = [number(value) for value in row.pred.flatten().tolist()]
-    return dict(prediction=None if None in values else values, probability=None, top=[])
+def _numbers(row):
+    values = [number(value) for value in row.flatten().tolist()]
+    return None if None in values else values
+
+def _of_values(row): return dict(prediction=_numbers(row.pred), probability=None, top=[])
 
 def item_answer(
     kind:str, # As `kind_of` gives it
@@ -83,12 +86,12 @@ def item_answer(
 ) -> tuple[Any,dict]: # Label and answer
     "What the model says of one item, and what its label says"
     if kind=='classes': label,answer = task.row_label(row),_of_classes(task, row)
-    elif kind=='labels': label,answer = (_positions(row.targ) if isinstance(row.targ, Tensor) else None),_of_labels(task, row)
-    else: label,answer = ([number(value) for value in row.targ.flatten().tolist()] if isinstance(row.targ, Tensor) else None),_of_values(row)
+    elif kind=='labels': label,answer = _positions(row.targ),_of_labels(task, row)
+    else: label,answer = _numbers(row.targ),_of_values(row)
     answer['loss'] = number(loss)
     return label,{**answer, 'right': is_right(kind, answer, label)}
 
-# %% ../../nbs/93b_report.answers.ipynb #79753ef2
+# %% ../../nbs/93b_report.answers.ipynb #69378942
 def _run(learn, dl, act):
     with preserve_state(learn) as quiet, quiet.no_bar(), quiet.no_logging():
         act = activation_of(quiet) if act is None else act
@@ -118,6 +121,7 @@ def check_reported(
     kind = kind_of(task, preds)
     return kind,_names(kind, task, interp.learn, preds),task
 
+# %% ../../nbs/93b_report.answers.ipynb #e459bc9c
 def answers_of(
     interp:CAMInterpretation, # Interpretation of a set
     kind:str, # As `check_reported` gives it

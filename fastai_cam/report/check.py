@@ -34,12 +34,11 @@ def _differences(where, said, found):
         if said != found and not (are_numbers and abs(said - found) <= 2e-6):
             yield f'{where} is {said!r}, and the items say {found!r}'
 
-def _of_items(facts):
-    "Is each item right, and better or worse, as its answers and its label say?"
-    for i,item in enumerate(facts['items']):
-        for m,answer in enumerate(item['answers']):
-            yield from _differences(f'items[{i}].answers[{m}].right', answer['right'], is_right(facts['kind'], answer, item['label']))
-        if len(item['answers'])==2: yield from _differences(f'items[{i}].change', item.get('change'), change(facts['kind'], item))
+def _judged(kind, item):
+    "An item, right or wrong, better or worse as its answers and its label alone say"
+    answers = [{**answer, 'right': is_right(kind, answer, item['label'])} for answer in item['answers']]
+    found = {**item, 'answers': answers}
+    return {**found, 'change': change(kind, found)} if len(answers)==2 else found
 
 # %% ../../nbs/93a_report.check.ipynb #d8ca51da
 _embedded = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.S)
@@ -65,13 +64,13 @@ def check_report(
     facts:Any = report if isinstance(report, dict) else json.loads(as_path(report).read_text(encoding='utf-8'))
     if not isinstance(facts, dict) or facts.get('format') != FORMAT:
         raise ValueError(f'this is no report that can be checked: interp.report(..., json=...) writes one, whose format is {FORMAT!r}')
-    kind,items = facts['kind'],facts['items']
-    found = list(_of_items(facts))
+    kind,items = facts['kind'],[_judged(facts['kind'], item) for item in facts['items']]
+    found = list(_differences('items', facts['items'], items))
     for m,model in enumerate(facts['models']):
         found += _differences(f'models[{m}].summary', model['summary'], summary(kind, facts['names'], items, m))
     again = comparison(kind, items) if len(facts['models'])==2 else None
     found += _differences('comparison', facts['comparison'], again)
-    told = sentences(dict(facts, comparison=again, models=[
+    told = sentences(dict(facts, items=items, comparison=again, models=[
         dict(model, summary=summary(kind, facts['names'], items, m)) for m,model in enumerate(facts['models'])]))
     found += _differences('sentences', facts['sentences'], told)
     return found + ([] if page is None else list(_of_page(facts, page)))

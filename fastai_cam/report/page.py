@@ -19,7 +19,8 @@ from typing import Any, Iterable, Iterator
 def check_installed() -> None:
     "`ImportError` that says what a report needs, where it is missing"
     lacking = [name for name in ('jinja2', 'PIL') if importlib.util.find_spec(name) is None]
-    if lacking: raise ImportError(f"a report needs the package {lacking[0]!r}, which is part of the extra 'report': pip install 'fastai_cam[report]'")
+    if not lacking: return
+    raise ImportError(f"a report needs the package {lacking[0]!r}, which is part of the extra 'report': pip install 'fastai_cam[report]'")
 
 def in_script(
     data:Any # Of JSON's types

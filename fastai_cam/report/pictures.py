@@ -107,6 +107,7 @@ def packed(
     cells = (values/(peak or 1.)*127).round().to(torch.int8).numpy()
     return dict(h=values.shape[0], w=values.shape[1], peak=float(f'{peak:.4g}'), data=base64.b64encode(cells.tobytes()).decode())
 
+# %% ../../nbs/94_report.pictures.ipynb #b1498e58
 def _same(made, cams, i, k):
     "The map before this one that shows the same: the class that is predicted is the actual one"
     if cams.classes is None: return None
@@ -138,7 +139,7 @@ def _finished(one, made):
     found = {name: one[name] for name in ('ask', 'method', 'text', 'map')}
     return found if one['map'] is None else {**found, 'full': float(f'{full:.4g}')}
 
-# %% ../../nbs/94_report.pictures.ipynb #1fca58fa
+# %% ../../nbs/94_report.pictures.ipynb #fb117b02
 def palettes() -> dict[str,str]:
     "Colours of maps by name, each 256 times red, green, blue and opacity, in base64"
     made = {name: fading(name) for name in HEAT} | {'signed': fading(DIVERGING, True)}

@@ -11,6 +11,7 @@ __all__ = ['MOST_ITEMS']
 import json as jsonlib
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -69,7 +70,8 @@ def _matched(items, others, names, other_names, kind):
     lacking = [item['key'] for item in items if item['key'] not in place]
     if lacking or len(items) != len(others):
         what = f'{lacking[0]!r} is not among the items of the other' if lacking else f'there are {len(items)} here and {len(others)} there'
-        raise ValueError(f'two learners are compared over the same items, and {what}: CAMInterpretation.from_learner(learn2, dl=interp.dl)')
+        raise ValueError(f'two learners are compared over the same items, and {what}: '
+                         'CAMInterpretation.from_learner(learn2, dl=interp.dl)')
     places = [place[item['key']] for item in items]
     others = [others[i] for i in places]
     pairs = zip(items, _labels_in_words(items, names), _labels_in_words(others, other_names))
@@ -121,6 +123,7 @@ def _seen_by(cams, i, image, room, shown):
     picture = None if is_known else encoded(sharpest(image, item, room.n), room.picture, room.most_side)
     return dict(picture=picture, maps=maps_of_item(cams, i, room.map_side)),small
 
+# %% ../../nbs/95_report.write.ipynb #16d51c0d
 def _blocks(several, room, start):
     "The items of some maps, as elements of the page"
     images = [cams.images.load() for cams in several]
@@ -138,7 +141,7 @@ def _palette(cams):
     "The colours of which the first pictures have less"
     return heat_colours([to_pixels(image) for image in cams[:12].images.load()])
 
-# %% ../../nbs/95_report.write.ipynb #e88b6614
+# %% ../../nbs/95_report.write.ipynb #37ba9aeb
 def _chunks(sides, n, learn):
     "Maps of all models, some items at a time, with the position of the first"
     at_once = min([64, *(getattr(side.interp.dl, 'bs', None) or 16 for side in sides)])
@@ -162,16 +165,22 @@ def _asks(kind, cams, names):
     if kind=='values': return list(names)
     return [f'label {i + 1}' for i in range(max(1, cams.n_questions//max(1, len(cams.method or ['']))))]
 
+def _shown(kind, names, several):
+    "What the page can show"
+    cams = several[0]
+    return dict(asked=_asks(kind, cams, names), palette=_palette(cams), palettes=palettes(), signed=cams.signed)
+
 def _both(interp, other, kind, names, items):
     "Items with the answers of both, and where they are in each set"
     places = list(range(len(items)))
     if other is None: return items,[places]
     other_kind,other_names,other_task = check_reported(other)
-    if other_kind != kind: raise ValueError(f'two learners are compared that give the same, and one gives {kind}, the other one {other_kind}')
+    if other_kind != kind:
+        raise ValueError(f'two learners are compared that give the same, and one gives {kind}, the other one {other_kind}')
     items,elsewhere = _matched(items, answers_of(other, other_kind, other_names, other_task), names, other_names, kind)
     return items,[places, elsewhere]
 
-# %% ../../nbs/95_report.write.ipynb #88180da8
+# %% ../../nbs/95_report.write.ipynb #37db0a70
 @patch
 def report(self:CAMInterpretation,
     path:str|Path='report.html', # The page
@@ -198,9 +207,8 @@ def report(self:CAMInterpretation,
     sides = [_Side(one, [where[i] for i in order[:n]], asked) for one,where in zip(interps, places)]
     def told(several):
         return page_facts(kind, classes, items, names[:len(sides)], title, findings, date.today().isoformat(), _made_by(several))
-    def shown(several): return dict(asked=_asks(kind, several[0], classes), palette=_palette(several[0]), palettes=palettes(), signed=several[0].signed)
     n_maps = len(sides)*len(as_methods(self.method if method is None else method))*dict(classes=2, labels=3, values=len(classes))[kind]
-    facts = _written(path, told, shown, _chunks(sides, n, self.learn), Room(n, n_maps))
+    facts = _written(path, told, partial(_shown, kind, classes), _chunks(sides, n, self.learn), Room(n, n_maps))
     if json is not None:
         with write_file(as_path(json)) as out: out.write(jsonlib.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode())
     return path

@@ -3,6 +3,7 @@ from typing import Any
 import json as jsonlib
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
