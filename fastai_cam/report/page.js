@@ -206,13 +206,8 @@ function paint() {
 }
 function saidOf(item, answer, m) {
   const value = kind === 'values' ? `loss ${figures(answer.loss)}` : answer.probability === null ? '' : answer.probability.toFixed(2);
-  return make('span', {class: 'line'}, markOf(answer.right), M > 1 ? make('span', {class: 'key', text: m + 1, 'aria-hidden': 'true'}) : null,
-    isolated(inWords(answer.prediction), {class: 'name'}), make('span', {class: 'value', text: value}));
-}
-function described(item) {
-  const said = item.answers.map((answer, m) => `${M > 1 ? F.models[m].name + ': ' : ''}predicted ${short(inWords(answer.prediction), 100)}` +
-    `${answer.probability === null ? '' : ' ' + answer.probability.toFixed(2)}, ${rightInWords(answer.right) || 'loss ' + figures(answer.loss)}`);
-  return `${said.join('; ')}; actual ${short(inWords(item.label), 100)}`;
+  return make('span', {class: 'line'}, markOf(answer.right), M > 1 ? make('span', {class: 'key', text: m + 1}) : null,
+    make('span', {class: 'hidden', text: `${rightInWords(answer.right)} predicted `}), isolated(inWords(answer.prediction), {class: 'name'}), make('span', {class: 'value', text: value}));
 }
 function tileOf(i) {
   const item = items[i], said = make('span', {class: 'said'}, ...item.answers.map((answer, m) => saidOf(item, answer, m)));
@@ -220,7 +215,7 @@ function tileOf(i) {
   said.append(make('span', {class: 'line sub'}, make('span', {text: 'actual'}), isolated(inWords(item.label)),
     kind === 'values' ? null : make('span', {class: 'value', text: `loss ${loss}`})));
   const frames = make('span', {class: 'frames'}, ...item.answers.map(() => make('span', {class: 'frame'})));
-  const button = make('button', {type: 'button', class: 'tile', 'aria-label': described(item)}, frames, said);
+  const button = make('button', {type: 'button', class: 'tile'}, frames, said);
   button.addEventListener('click', () => open(order.indexOf(i)));
   button.addEventListener('focus', () => { active = order.indexOf(i); for (const li of shown.values()) li.firstChild.tabIndex = li.firstChild === button ? 0 : -1; });
   return make('li', {}, button);
@@ -398,19 +393,19 @@ $('close').addEventListener('click', () => large.close());
 
 // -- theme, keys, size, paper
 
-const themes = {auto: 'as the system has it', light: 'light', dark: 'dark'}, root = document.documentElement;
+const themes = {auto: 'As the system has it', light: 'Light', dark: 'Dark'}, root = document.documentElement;
 $('theme').addEventListener('click', () => {
   const names = Object.keys(themes), name = names[(names.indexOf(root.dataset.theme) + 1) % names.length];
   root.dataset.theme = name;
   $('theme').textContent = `Theme: ${name}`;
-  $('theme').setAttribute('aria-label', `Theme: ${themes[name]}`);
+  $('theme').title = themes[name];
 });
 document.addEventListener('keydown', event => {
   if (large.open || event.altKey || event.ctrlKey || event.metaKey) return;
   const isField = event.target.matches('input, select, textarea');
   if (event.key === '/' && !isField) { $('search').focus(); event.preventDefault(); }
   if (event.key === 'Escape' && event.target === $('search')) { $('search').value = ''; filter({search: ''}); reach(active); }
-  if (event.key === 'Enter' && event.target === $('search')) reach(0);
+  if (event.key === 'Enter' && event.target === $('search')) { event.preventDefault(); reach(0); } // else the same key would open the picture
   if (isField || !grid.contains(event.target)) return;
   const by = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key];
   if (by !== undefined && active + by >= 0 && active + by < order.length) reach(active + by);

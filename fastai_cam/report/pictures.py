@@ -35,15 +35,15 @@ class Room:
     n_maps:int # maps of each
     left:float = MOST_BYTES
     most_side:int = 640 # pixels of the longer side
+    map_side:int = 0 # cells of the longer side of a map
+
+    def __post_init__(self):
+        bytes_a_map = .35*self.per_item/max(self.n_maps, 1) - 120
+        self.map_side = int(min(56, max(7, math.sqrt(max(bytes_a_map, 0)/1.34))))
+        self.n_all = self.n
 
     @property
     def per_item(self) -> float: return min(120_000, self.left/max(self.n, 1))
-
-    @property
-    def map_side(self) -> int:
-        "Cells of the longer side of a map"
-        bytes_a_map = .35*min(120_000, MOST_BYTES/max(self.n, 1))/max(self.n_maps, 1) - 120
-        return int(min(56, max(7, math.sqrt(max(bytes_a_map, 0)/1.34))))
 
     @property
     def picture(self) -> float:

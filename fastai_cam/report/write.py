@@ -120,7 +120,7 @@ def _seen_by(cams, i, image, room, shown):
     small = _thumbnail(image)
     is_known = shown is not None and abs(small - shown).mean() < 6
     item = None if cams.items is None else cams.items[i]
-    picture = None if is_known else encoded(sharpest(image, item, room.n), room.picture, room.most_side)
+    picture = None if is_known else encoded(sharpest(image, item, room.n_all), room.picture, room.most_side)
     return dict(picture=picture, maps=maps_of_item(cams, i, room.map_side)),small
 
 # %% ../../nbs/95_report.write.ipynb #16d51c0d
