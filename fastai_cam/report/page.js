@@ -34,6 +34,7 @@ const inWords = value => {
   const parts = kind === 'labels' ? value.map(c => F.names[c]) : value.map(x => figures(x));
   return parts.slice(0, 5).join('; ') + (parts.length > 5 ? `; +${parts.length - 5}` : '');
 };
+const plain = text => text.normalize('NFC').toLowerCase().trim();
 const has = (value, c) => Array.isArray(value) ? value.includes(c) : value === c;
 const markOf = right => right === null ? null : make('span', {class: right ? 'mark ok' : 'mark bad', text: right ? '✓' : '✗', 'aria-hidden': 'true'});
 const rightInWords = right => right === null ? '' : right ? 'right' : 'wrong';
@@ -47,7 +48,7 @@ const numbers = map => {
   return found;
 };
 const entry = (view, ask, method) => {
-  const found = view.maps.find(one => one.ask === ask && one.method === methods[method]);
+  const found = view.maps.find(one => one.ask === ask && one.method === methods[method]) || view.maps.find(one => one.ask === ask);
   return !found ? null : found.same === undefined ? found : {...view.maps[found.same], text: found.text};
 };
 function shownMap(view) {
@@ -103,8 +104,7 @@ const statuses = M > 1
   ? kind === 'values' ? {all: 'All', better: 'Better', worse: 'Worse'} : {all: 'All', better: 'Better', worse: 'Worse', 'both wrong': 'Both wrong', 'both right': 'Both right'}
   : kind === 'values' ? {all: 'All'} : {all: 'All', wrong: 'Wrong', right: 'Right'};
 const isOf = (item, status) => status === 'all' || (M > 1 ? item.change === status : item.answers[0].right === (status === 'right'));
-const texts = items.map(item => [item.key, inWords(item.label), ...item.answers.map(answer => inWords(answer.prediction))].join('\n').toLowerCase());
-const plain = text => text.normalize('NFC').toLowerCase().trim();
+const texts = items.map(item => [item.key, inWords(item.label), ...item.answers.map(answer => inWords(answer.prediction))].map(text => plain(text.slice(0, 400))).join('\n'));
 
 function passes(i) {
   const item = items[i], answer = item.answers[0];

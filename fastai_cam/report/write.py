@@ -37,10 +37,16 @@ from .page import block, check_installed, render
 # %% ../../nbs/95_report.write.ipynb #f89ad10f
 MOST_ITEMS = 5000 # More of them are no page that one can send
 
+def _checked_file(file):
+    "Where to write"
+    file = as_path(file)
+    if file.parent.is_dir(): return file
+    raise FileNotFoundError(f'there is no folder {str(file.parent)!r} to save {file.name!r} in: make it first')
+
 def _check_arguments(interp, path, n, method, layer, other, names):
     "A sentence for whatever makes no report"
     check_installed()
-    path = as_path(path)
+    path = _checked_file(path)
     if path.suffix.lower() not in ('.html', '.htm'): raise ValueError(f'a report is a page: name it *.html, not {path.name!r}')
     if n is not None: check_int(n, 'n', 1, 'leaves nothing to show: give at least 1, or None for all')
     if n is not None and n > MOST_ITEMS: raise ValueError(f'n={n} pictures are more than one page can hold: at most {MOST_ITEMS}')
@@ -196,6 +202,7 @@ def report(self:CAMInterpretation,
 ) -> Path: # The page
     "Write one page that needs nothing else: how good the model is, and its items, sorted, filtered, large, with their maps"
     path = _check_arguments(self, path, n, method, layer, other, names)
+    json = None if json is None else _checked_file(json)
     kind,classes,task = check_reported(self)
     findings = [as_finding(one) for one in ([findings] if isinstance(findings, (str, tuple)) else findings)]
     items,places = _both(self, other, kind, classes, answers_of(self, kind, classes, task))
@@ -210,5 +217,5 @@ def report(self:CAMInterpretation,
     n_maps = len(sides)*len(as_methods(self.method if method is None else method))*dict(classes=2, labels=3, values=len(classes))[kind]
     facts = _written(path, told, partial(_shown, kind, classes), _chunks(sides, n, self.learn), Room(n, n_maps))
     if json is not None:
-        with write_file(as_path(json)) as out: out.write(jsonlib.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode())
+        with write_file(json) as out: out.write(jsonlib.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode())
     return path
