@@ -104,7 +104,7 @@ def test_what_is_not_known_is_counted_apart():
 def test_labels_and_values():
     answers = lambda pred, loss, right: [dict(prediction=pred, probability=None, loss=loss, right=right, top=[])]
     labels = page_facts('labels', ['a', 'b'], [dict(key='0', position=0, shown=True, label=[0], answers=answers([0], .1, True)), dict(key='1', position=1, shown=True, label=[0], answers=answers([0, 1], .9, False))], ['mine'])
-    assert labels['models'][0]['summary']['accuracy']==.5 and 'all their labels, and no others' in labels['sentences'][0]['text']
+    assert labels['models'][0]['summary']['accuracy']==.5 and 'are given all their labels and no others: an' in labels['sentences'][0]['text']
     values = page_facts('values', ['age'], [dict(key=str(i), position=i, shown=True, label=[30.], answers=answers([30. + i], .1, None)) for i in range(4)], ['mine'])
     assert values['models'][0]['summary']['errors'][0]['error']==1.5 and values['sentences'][0]['text'].startswith('age is 1.5 from its label')
     for facts in (labels, values):

@@ -247,6 +247,7 @@ def test_on_paper(visit, tmp_path):
     page.pdf(path=tmp_path/'page.pdf', format='A4')
     content = (tmp_path/'page.pdf').read_bytes()
     assert len(re.findall(rb'/Type\s*/Page\b', content)) > 5 # two hundred pictures, not what the window showed
+    assert len(re.findall(rb'/Subtype\s*/Image', content)) >= 200 # the photos, not their frames alone
     page.emulate_media(media='print')
     assert not page.locator('#tools').is_visible() and page.locator('.cards').is_visible()
     assert page.locator('#rest').inner_text()=='' and page.locator('#grid li').count() < 200 # afterwards as before

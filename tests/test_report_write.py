@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -210,6 +211,13 @@ def test_a_page_that_fails_leaves_the_old_one(interp, monkeypatch, tmp_path):
     monkeypatch.setattr('fastai_cam.report.write.maps_of_item', broken)
     with pytest.raises(OSError): interp.report(page)
     assert page.read_bytes()==before and list(tmp_path.iterdir())==[page]
+
+
+@pytest.mark.parametrize('findings, titles', [((), []), ('grey', ['Note']), (['grey', ('Mine', 'green')], ['Note', 'Mine']), (pd.DataFrame(dict(x=[1])), ['DataFrame'])])
+def test_findings_are_one_or_several(interp, findings, titles, tmp_path):
+    interp.report(tmp_path/'page.html', findings=findings)
+    page = (tmp_path/'page.html').read_text()
+    assert re.findall(r'<article class="card finding">\s*<h3><bdi>(.*?)</bdi>', page)==titles and ('What else was found' in page)==bool(titles)
 
 
 def test_the_learner_is_left_as_it_was(interp, tmp_path):

@@ -147,7 +147,7 @@ def percent(
     return f'{100*share:.1f}%'
 
 def _of_accuracy(found, kind):
-    what = 'all their labels, and no others,' if kind=='labels' else 'the class that the label names'
+    what = 'all their labels and no others' if kind=='labels' else 'the class that the label names'
     if not found['n_known']: return ['Of no picture is it known whether the answer is right.']
     said = (f'Of {found["n_known"]} pictures {found["n_right"]} are given {what}: an accuracy of {percent(found["accuracy"])} '
             f'(95% interval {percent(found["low"])} to {percent(found["high"])}).')

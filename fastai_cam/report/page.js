@@ -77,8 +77,10 @@ function draw(canvas, view) {
 }
 function pictureOf(block, m, box) {
   const picture = block.views[m].picture || block.views[0].picture, wide = picture.w/picture.h;
-  const image = make('img', {alt: '', src: `data:${picture.type};base64,${picture.data}`, decoding: 'async', draggable: 'false'});
+  const image = make('img', {alt: '', src: `data:${picture.type};base64,${picture.data}`, decoding: isPrinting ? 'sync' : 'async', draggable: 'false'});
   const found = make('span', {class: 'pic'}, image, make('canvas', {'aria-hidden': 'true', width: 1, height: 1}));
+  found.style.setProperty('--wide', wide);
+  if (!box) return found; // as large as its frame
   const width = Math.min(box.w, box.h*wide);
   found.style.width = `${width}px`;
   found.style.height = `${width/wide}px`;
@@ -127,15 +129,16 @@ function select() {
     count.append(clear);
   }
   $('nothing').hidden = order.length > 0;
-  for (const tile of shown.values()) tile.remove();
+  for (const li of shown.values()) li.remove();
   shown.clear();
+  filled = '';
   layOut();
 }
 
 // -- the grid: only what is near the window is in the page
 
 const grid = $('grid'), shown = new Map();
-let columns = 1, tile = {w: 200, h: 260}, gapPx = 14;
+let columns = 1, tile = {w: 200, h: 260}, gapPx = 14, filled = '';
 function measure() {
   const width = grid.clientWidth, least = M > 1 ? Math.min(340, width) : width < 480 ? 150 : 190;
   columns = Math.max(1, Math.floor((width + gapPx)/(least + gapPx)));
@@ -151,23 +154,17 @@ function layOut() {
   measure();
   const rows = Math.ceil(order.length/columns);
   grid.style.height = rows ? `${rows*(tile.h + gapPx) - gapPx}px` : '0';
-  for (const [i, li] of shown) {
-    place(li, li.at);
-    for (const pic of li.querySelectorAll('.pic')) resize(pic, li);
-  }
+  for (const li of shown.values()) place(li, li.at);
   fill();
-}
-const boxOf = () => M > 1 ? {w: (tile.w - 3)/2, h: (tile.w - 3)/2} : {w: tile.w, h: tile.w};
-function resize(pic) {
-  const box = boxOf(), wide = pic.wide, width = Math.min(box.w, box.h*wide);
-  pic.style.width = `${width}px`;
-  pic.style.height = `${width/wide}px`;
 }
 function fill() {
   const top = grid.getBoundingClientRect().top, step = tile.h + gapPx, spare = innerHeight;
   let first = Math.max(0, Math.floor((-top - spare)/step))*columns, last = Math.ceil((-top + innerHeight + spare)/step)*columns;
   if (isPrinting) [first, last] = [0, 200];
   last = Math.min(order.length, Math.max(last, first));
+  const now = [first, last, active, columns, tile.w].join();
+  if (now === filled) return; // nothing has come near, nothing has gone
+  filled = now;
   const wanted = new Set(order.slice(first, last));
   for (const [i, li] of shown) if (!wanted.has(i) && !li.contains(document.activeElement)) { li.remove(); shown.delete(i); }
   let after = null;
@@ -179,30 +176,41 @@ function fill() {
       shown.set(i, li);
       grid.insertBefore(li, after);
     }
-    li.at = at;
-    li.setAttribute('aria-posinset', at + 1);
-    li.setAttribute('aria-setsize', order.length);
-    li.firstChild.tabIndex = at === active ? 0 : -1;
-    place(li, at);
+    if (li.at !== at) {
+      li.at = at;
+      li.setAttribute('aria-posinset', at + 1);
+      li.setAttribute('aria-setsize', order.length);
+      place(li, at);
+    }
+    const stop = at === active ? 0 : -1;
+    if (li.firstChild.tabIndex !== stop) li.firstChild.tabIndex = stop;
     after = li;
   }
   paint();
 }
+let isPaintDue = false;
+function paintSoon(wait) { // once, however often it is asked for
+  if (isPaintDue) return;
+  isPaintDue = true;
+  const go = () => { isPaintDue = false; paint(); };
+  if (wait) setTimeout(go, wait); else requestAnimationFrame(go);
+}
 function paint() {
+  const start = performance.now(), middle = innerHeight/2 - grid.getBoundingClientRect().top, step = tile.h + gapPx;
+  const todo = [...shown].filter(([, li]) => !li.isPainted).map(([i, li]) => [Math.abs((Math.floor(li.at/columns) + .5)*step - middle), i, li]).sort((a, b) => a[0] - b[0]);
   let isWaiting = false;
-  for (const [i, li] of shown) {
-    if (li.isPainted) continue;
+  for (const [, i, li] of todo) { // what is seen comes first, and never so much that scrolling would halt
+    if (performance.now() - start > 5 && !isPrinting) return paintSoon(0);
     const block = blockOf(i);
     if (!block) { isWaiting = true; continue; }
     li.isPainted = true;
     li.querySelectorAll('.frame').forEach((frame, m) => {
-      const pic = pictureOf(block, m, boxOf());
-      pic.wide = (block.views[m].picture || block.views[0].picture).w/(block.views[m].picture || block.views[0].picture).h;
+      const pic = pictureOf(block, m);
       draw(pic.lastChild, block.views[m]);
       frame.replaceChildren(pic);
     });
   }
-  if (isWaiting) setTimeout(paint, 60);
+  if (isWaiting) paintSoon(60);
 }
 function saidOf(item, answer, m) {
   const value = kind === 'values' ? `loss ${figures(answer.loss)}` : answer.probability === null ? '' : answer.probability.toFixed(2);
@@ -302,7 +310,7 @@ function drawLegend() {
   const signed = state.colours === 'signed' || state.ask === DIFFERENCE, context = $('legend').getContext('2d'), image = context.createImageData(256, 1);
   image.data.set(palettes[signed ? 'signed' : state.colours]);
   context.putImageData(image, 0, 0);
-  const [low, high] = state.ask === DIFFERENCE ? ['for the label', 'for the prediction'] : signed ? ['against', 'for'] : ['no evidence', 'strongest evidence'];
+  const [low, high] = state.ask === DIFFERENCE ? ['for the label', 'for the prediction'] : signed && kind === 'values' ? ['lowers it', 'raises it'] : signed ? ['against', 'for'] : ['no evidence', 'strongest evidence'];
   $('legend-low').textContent = low;
   $('legend-high').textContent = high;
 }
@@ -424,7 +432,9 @@ new ResizeObserver(() => { if (!isPrinting) { layOut(); if (current >= 0) showLa
 function paper(isOn) {
   isPrinting = isOn;
   $('rest').textContent = isOn && order.length > 200 ? `${order.length - 200} more are in the page itself.` : '';
+  filled = '';
   fill();
+  if (isOn) for (const image of grid.querySelectorAll('img')) image.decoding = 'sync'; // paper does not wait
 }
 addEventListener('beforeprint', () => paper(true));
 addEventListener('afterprint', () => paper(false));

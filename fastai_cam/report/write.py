@@ -19,6 +19,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from ..checks import check_int
 from ..files import as_path, write_file
 from ..probe.layers import check_layers
@@ -204,7 +205,7 @@ def report(self:CAMInterpretation,
     path = _check_arguments(self, path, n, method, layer, other, names)
     json = None if json is None else _checked_file(json)
     kind,classes,task = check_reported(self)
-    findings = [as_finding(one) for one in ([findings] if isinstance(findings, (str, tuple)) else findings)]
+    findings = [as_finding(one) for one in (findings if is_listy(findings) else [findings])]
     items,places = _both(self, other, kind, classes, answers_of(self, kind, classes, task))
     order = self.top_losses(None)[1].tolist()
     n = min(len(order), MOST_ITEMS if n is None else n)

@@ -12,6 +12,7 @@ from typing import Sequence
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from ..checks import check_int
 from ..files import as_path
 from ..files import write_file
