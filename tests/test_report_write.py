@@ -182,6 +182,14 @@ def test_masks_are_refused_before_any_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_volumes_are_refused_before_any_work(tmp_path):
+    samples = [(torch.rand(1, 4, 12, 12, generator=torch.Generator().manual_seed(i)), i%2) for i in range(4)]
+    model = nn.Sequential(nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)))
+    interp = interpretation(plain(samples, 2, model=model))
+    with pytest.raises(ValueError, match='this learner looks at volumes'): interp.report(tmp_path/'page.html')
+    assert not list(tmp_path.iterdir())
+
+
 # -- arguments, files, sizes
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from torch import Tensor
+from ..core import images_in
 from ..captions import as_text, Row
 from ..tasks import MultiLabel, NoAnswer, Points, Segmentation, Task, Values
 from ..state import preserve_state
@@ -99,7 +100,11 @@ def _run(learn, dl, act):
 
 def _first_of(interp):
     "Prediction and label of the first item"
-    with preserve_state(interp.learn): source = dl_source(interp.learn, interp.dl, [0])
+    with preserve_state(interp.learn):
+        source = dl_source(interp.learn, interp.dl, [0])
+        images = images_in(list(source.dl), {})
+    if images and images[0].dim()==5:
+        raise ValueError('a report shows pictures, and this learner looks at volumes: interp.plot_top_losses_cam() shows their slices')
     return _run(interp.learn, source.dl, interp.act)
 
 def _names(kind, task, learn, preds):

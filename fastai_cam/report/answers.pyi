@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from typing import Sequence
 from torch import Tensor
+from ..core import images_in
 from ..captions import as_text
 from ..captions import Row
 from ..tasks import MultiLabel

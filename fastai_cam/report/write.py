@@ -116,9 +116,7 @@ class _Side:
 
     def cams(self, start:int, stop:int) -> CAMs:
         "Maps of the items shown from `start` to `stop`"
-        cams = self.interp.top_losses_cams(self.ranks[self.places[start:stop]].tolist(), **self.asked)
-        if cams.n_space==2: return cams
-        raise ValueError('a report shows pictures, and this learner looks at volumes: interp.plot_top_losses_cam() shows their slices')
+        return self.interp.top_losses_cams(self.ranks[self.places[start:stop]].tolist(), **self.asked)
 
 def _thumbnail(image): return np.asarray(Image.fromarray(as_bytes(to_pixels(image))).convert('L').resize((32, 32)), dtype=float)
 
