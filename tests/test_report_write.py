@@ -1,9 +1,11 @@
 "The page: self-contained, closed to whatever names users have, small, and refused in a sentence where it would make no sense."
 import base64
+import gc
 import hashlib
 import importlib.util
 import json
 import re
+import weakref
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,7 +17,9 @@ from torch import nn
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 
 from fastai_cam.report import check_report, report_schema
+from fastai_cam.report.page import block
 from fastai_cam.report.pictures import encoded, MOST_BYTES, packed, Room
+from fastai_cam.source.passes import PassRecord
 from helpers.reports import body, HOSTILE, hostile_learner, interpretation, pictures, plain
 
 jsonschema = pytest.importorskip('jsonschema')
@@ -243,6 +247,20 @@ def test_an_output_that_is_not_finite_has_no_map(tmp_path):
     interp.report(tmp_path/'page.html', json=tmp_path/'page.json')
     facts = json.loads((tmp_path/'page.json').read_text())
     assert sum(item['answers'][0]['prediction'] is None for item in facts['items'])==1 and check_report(facts)==[]
+
+
+def test_pictures_are_forgotten_when_they_are_written(tmp_path, monkeypatch):
+    interp, alive, passes = interpretation(plain([(picture, i%2) for i, picture in enumerate(pictures(40))], 2)), [], weakref.WeakSet()
+    made = PassRecord.__init__
+    monkeypatch.setattr(PassRecord, '__init__', lambda self, *args, **kwargs: (made(self, *args, **kwargs), passes.add(self))[0])
+    gc.disable() # as if Python did not look by itself: what is large to torch is small to its collector
+    def counted(position, data):
+        alive.append(len(passes))
+        return block(position, data)
+    monkeypatch.setattr('fastai_cam.report.write.block', counted)
+    try: interp.report(tmp_path/'page.html', method='gradcam')
+    finally: gc.enable()
+    assert len(alive)==40 and max(alive[20:]) <= max(alive[:20]), alive # four batches and more stay, never all ten
 
 
 @pytest.mark.parametrize('n, n_maps', [(9, 2), (500, 4), (5000, 2), (5000, 8)])

@@ -7,7 +7,8 @@ Docs: https://fastai-cam.example/docs/report.write.html.md"""
 # %% auto #0
 __all__ = ['MOST_ITEMS']
 
-# %% ../../nbs/95_report.write.ipynb #6f2a8d00
+# %% ../../nbs/95_report.write.ipynb #54c191e3
+import gc
 import json as jsonlib
 from dataclasses import dataclass
 from datetime import date
@@ -152,6 +153,7 @@ def _chunks(sides, n, learn):
     at_once = min([64, *(getattr(side.interp.dl, 'bs', None) or 16 for side in sides)])
     for start in with_bar(learn, range(0, n, at_once)):
         yield start,[side.cams(start, min(n, start + at_once)) for side in sides]
+        if start//at_once%4==3: gc.collect() # loaders refer to themselves, and the pictures of each would stay until Python looks
 
 def _written(path, report, shown_of, chunks, room):
     "Write the page, and return what it says"
