@@ -470,7 +470,7 @@ import resource, sys, tempfile, torch
 sys.path.insert(0, {str(ROOT/'tests')!r})
 from helpers.reports import interpretation, plain
 class Samples:
-    def __init__(self, n): self.n = n
+    def __init__(self, n): self.n, self.items = n, range(n) # else the samples themselves would be kept, as what the items are called
     def __len__(self): return self.n
     def __getitem__(self, i):
         if i >= self.n: raise IndexError
@@ -482,7 +482,7 @@ with tempfile.TemporaryDirectory() as folder:
     all.report(folder + '/page.html', method='gradcam')
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024)
 """
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, env={name: value for name, value in os.environ.items() if not name.startswith('MALLOC_')})
     return float(done.stdout.split()[-1])
 
 
