@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo test test-slow test-all bench evidence calibration zoo shortcuts config notebooks figures readme stubs clean
+.PHONY: setup demo browser test test-slow test-all bench evidence calibration zoo shortcuts config notebooks figures readme stubs clean
 
 setup: $(STAMP)
 
@@ -30,10 +30,19 @@ PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=100000
 test: $(STAMP)           ## the tests to wait for, most notebooks among them; what it leaves out it counts
 	$(PYTEST)
 
-test-slow: $(STAMP)      ## what `make test` leaves out: sweeps, stories, the wheel
+# A browser for the tests of reports: the system's own, where it has one, and axe-core, which knows what is accessible.
+AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
+browser: $(AXE)
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get update -q && apt-get install -y -q chromium; }; } \
+	  || echo 'the tests of reports need chromium: install it with the package manager of your system'
+
+$(AXE): | $(STAMP)
+	@npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4 || echo 'the test of accessibility needs axe-core, and npm could not bring it'
+
+test-slow: $(STAMP) browser ## what `make test` leaves out: sweeps, stories, the wheel, reports in a browser
 	$(PYTEST) --slow only
 
-test-all: $(STAMP)       ## every test, and every notebook as a test
+test-all: $(STAMP) browser ## every test, and every notebook as a test
 	$(PYTEST) --slow too
 
 bench: $(STAMP)          ## time and memory beside other libraries (about half an hour; leave the machine alone meanwhile): nbs/stories/benchmarks.ipynb

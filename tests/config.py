@@ -4,8 +4,8 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-EXTRAS = ['bench', 'audit', 'clip', 'data']
-TYPES = '[tool.setuptools.package-data]\n"*" = ["py.typed", "*.pyi"]\n'
+EXTRAS = ['bench', 'audit', 'clip', 'data', 'report']
+TYPES = '[tool.setuptools.package-data]\n"*" = ["py.typed", "*.pyi", "*.j2", "*.css", "*.js", "*.schema.json"]\n'
 
 
 def write(folder: Path) -> None:

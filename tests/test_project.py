@@ -36,6 +36,7 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'trust.survey', 'shortcuts.edits', 'shortcuts.evidence',
          'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'data.fingerprint', 'data.shards', 'data.schema',
          'data.items', 'data.store', 'data.explain', 'data.frames',
+         'report.facts', 'report.check', 'report.answers', 'report.pictures', 'report.page', 'report.write',
          'cli.words', 'cli.photos', 'cli.results', 'cli.models', 'cli.explain', 'cli.ask', 'cli.shell', '__main__']
 
 
@@ -235,6 +236,7 @@ def test_wheel_in_a_clean_environment(tmp_path):
     for room in ROOMS:
         for suffix in '.py', '.pyi': assert (site/f'fastai_cam/{room.replace(".", "/")}{suffix}').exists(), f'the wheel lacks {room}{suffix}'
     assert (site/'fastai_cam/py.typed').exists()
+    for name in ('page.html.j2', 'page.css', 'page.js', 'report.schema.json'): assert (site/'fastai_cam/report'/name).exists(), f'the wheel lacks {name}'
     requirements = [line.removeprefix('Requires-Dist: ') for line in next(site.glob('fastai_cam-*.dist-info/METADATA')).read_text().splitlines() if line.startswith('Requires-Dist: ')]
     assert {Requirement(r).name for r in requirements if 'extra' not in r}=={'fastai', 'torch', 'matplotlib', 'fastcore'}
     for dist in requirement_closure(requirements).values():

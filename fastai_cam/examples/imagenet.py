@@ -24,6 +24,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Resize
 from ..interpret import CAMInterpretation
+import fastai_cam.report
 
 # %% ../../nbs/90_examples.imagenet.ipynb #06b71d58
 def find_package(
@@ -117,7 +118,7 @@ def mistakes_table(
 def main(
     folder:str='demo' # Folder to write the figures to
 ) -> None:
-    "Find and explain the model's mistakes on the twenty photos: two figures and a table"
+    "Find and explain the model's mistakes on the twenty photos: two figures, a page and a table"
     plt.switch_backend('agg')
     warnings.filterwarnings('ignore', module='torch')
     folder = Path(folder)
@@ -129,10 +130,13 @@ def main(
         several_questions(learn, save=folder/'show_cam.png')
         everything = interp.top_losses_cams(len(interp.losses))
         print(mistakes_table(interp))
+        title = 'EfficientNet-Lite0 on twenty photographs'
+        interp.report(folder/'report.html', method=['objectcam', 'gradcam'], title=title, json=folder/'report.json')
     wrong = (everything.classes != everything.targs).sum().item()
     print(
         f'\n{wrong} of {len(interp.losses)} photos are misread. Why: {folder/"top_losses_cam.png"}; '
-        f'one photo, several questions: {folder/"show_cam.png"}')
+        f'one photo, several questions: {folder/"show_cam.png"}; '
+        f'all of them, in a page to click through: {folder/"report.html"}')
 
 # %% ../../nbs/90_examples.imagenet.ipynb #68f015dd
 if __name__=='__main__' and not IN_NOTEBOOK: main(*sys.argv[1:])

@@ -19,6 +19,7 @@ from fastai.vision.all import DataBlock
 from fastai.vision.all import ImageBlock
 from fastai.vision.all import Resize
 from ..interpret import CAMInterpretation
+import fastai_cam.report
 __all__ = ['find_package', 'imagenet_names', 'imagenet_photos', 'imagenet_label', 'imagenet_dls', 'efficientnet_lite0', 'imagenet_learner', 'several_questions', 'mistakes_table', 'main']
 def find_package(package: str, extra: str=...) -> Path: ...
 def imagenet_names() -> list[str]: ...

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 import torch
@@ -488,6 +488,77 @@ def case_dataset(n=192, bs=16):
         for way, required in (('gradcam', 1.10), ('default', None)):
             asked = "method='gradcam'" if way=='gradcam' else 'the default map'
             row(f'`learn.explain` ÷ `get_preds(with_loss=True)`, {asked}, {name}, {n} images in batches of {bs}', 'fastai_cam', required, ratios(times, way, 'preds'), same if way=='gradcam' else '')
+
+
+def report_memory(n):
+    "MB of memory that writing a report of `n` pictures takes at most, beyond what was there before it"
+    code = f"""
+import resource, sys, tempfile, torch
+sys.path.insert(0, {str(ROOT/'tests')!r})
+from helpers.reports import interpretation, plain
+class Samples:
+    def __init__(self, n): self.n, self.items = n, range(n) # else the samples themselves would be kept, as what the items are called
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        if i >= self.n: raise IndexError
+        return torch.linspace(0, 1, 96*96).view(1, 96, 96).repeat(3, 1, 1)*(i%7 + 1)/7, i%2
+first, all = (interpretation(plain(Samples(n), 2, bs=32)) for n in (64, {n}))
+with tempfile.TemporaryDirectory() as folder:
+    first.report(folder + '/page.html', method='gradcam')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    all.report(folder + '/page.html', method='gradcam')
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024)
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, env={name: value for name, value in os.environ.items() if not name.startswith('MALLOC_')})
+    return float(done.stdout.split()[-1])
+
+
+def opened(browser, page):
+    "Seconds until all pictures of the first view are there; while it is scrolled, milliseconds of a frame, and of the processor's time that the page takes for one"
+    context = browser.new_context(offline=True, viewport=dict(width=1280, height=860))
+    tab = context.new_page()
+    start = perf_counter()
+    tab.goto(page.as_uri(), wait_until='commit')
+    def wait_for(condition): # its own waiting would evaluate a string in the page, which the page forbids
+        while not tab.evaluate(condition): sleep(.01)
+    wait_for("document.querySelector('.card') && document.querySelector('#grid li') && [...document.querySelectorAll('#grid li')].every(li => li.getBoundingClientRect().top > innerHeight || li.querySelector('.pic img'))")
+    first = perf_counter() - start
+    wait_for("document.readyState == 'complete'")
+    client = context.new_cdp_session(tab)
+    client.send('Performance.enable', dict(timeDomain='threadTicks'))
+    def busy(): return next(one['value'] for one in client.send('Performance.getMetrics')['metrics'] if one['name']=='TaskDuration')
+    before = busy()
+    frames = tab.evaluate("""() => new Promise(done => { const times = []; let last = performance.now();
+        const step = now => { times.push(now - last); last = now; scrollBy(0, 120); if (times.length < 150) requestAnimationFrame(step); else done(times); }; requestAnimationFrame(step); })""")
+    each = 1000*(busy() - before)/len(frames)
+    context.close()
+    return first, frames[5:], each
+
+
+def case_report():
+    "A report of 9, 500 and 5,000 pictures in headless Chromium: parts of real photographs, two methods, two questions"
+    import shutil
+    from playwright.sync_api import sync_playwright
+    sys.path.insert(0, str(ROOT/'tests'))
+    from helpers.reports import many
+    from fastai_cam.examples.imagenet import imagenet_photos
+    photos = [Image.open(file).convert('RGB') for file in imagenet_photos()]
+    def line(case, limit, middle, spread, kept, remark): ROWS.append((case, 'fastai_cam', limit, f'**{middle}**', spread, kept, remark))
+    def kept(is_so): return 'yes' if is_so else '**no**'
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        for n in (9, 500, 5000):
+            page = many(Path(folder)/f'{n}.html', n, photos)
+            size = page.stat().st_size/1e6
+            found = [opened(browser, page) for _ in range(5)]
+            seconds, frames, each = [first for first, _, _ in found], np.concatenate([times for _, times, _ in found]), [each for _, _, each in found]
+            line(f'size of the page, {n:,} pictures', '≤ 50 MB', f'{size:.1f} MB', '', kept(size <= 50), f'{1000*size/n:.0f} kB a picture')
+            line(f'seconds to the first view, {n:,} pictures', '≤ 2 s', f'{median(seconds):.2f} s', f'{min(seconds):.2f}–{max(seconds):.2f}', kept(median(seconds) <= 2), '')
+            if n > 9: line(f'processor time of a frame while scrolling 7,000 pixels a second, {n:,} pictures', '≤ 16 ms', f'{median(each):.1f} ms', f'{min(each):.1f}–{max(each):.1f}', kept(median(each) <= 16), f'frames by the clock: {median(frames):.0f} ms, 95% below {np.percentile(frames, 95):.0f} ms')
+            print(ROWS[-3:], flush=True)
+        browser.close()
+    small, large = report_memory(200), report_memory(2000)
+    line('extra peak memory of writing, 2,000 pictures', 'no more than 40 MB above 200', f'{large:,.0f} MB', '', kept(large <= small + 40), f'{small:,.0f} MB of 200')
 
 
 CASES = {name.removeprefix('case_'): case for name, case in list(globals().items()) if name.startswith('case_')}
