@@ -28,10 +28,27 @@ def pytest_configure(config):
     config.n_left_out = 0
 
 
+# of the zoo, one architecture of each kind; and what only a wrong reading would pass
+QUICK = ('test_every_module', 'test_torchvision[resnet18]', 'test_torchvision[vit_b_32]', 'test_timm[test_convnext]', 'test_timm[test_efficientnet]', 'test_timm[test_vit]',
+         'test_timm[efficientvit_m0]', 'test_what_fastai_makes_of_timm[test_resnet]', 'test_height_and_width', 'test_windows_are_refused', 'test_a_vector_with',
+         'test_legrad_responds_where_the_image_was_disturbed[vit_tiny', 'test_a_layout_that_is_wrong_is_seen[by_columns-size0]')
+
+# of fastai's U-Net, what asks it hundreds of times
+OF_UNETS = tuple(f'test_{name}[masks]' for name in (
+    'every_method_and_wrapper_makes_a_map_or_says_why_not', 'verdicts_do_not_depend_on_the_company', 'sanity_and_its_figures',
+    'ablation_of_a_layer_with_few_channels', 'every_measure_and_its_plot'))
+
+
+def is_sweep(item):
+    "Is this a slow test, by its mark, as one of many architectures, or of a large network?"
+    is_of_the_zoo = item.path.name=='test_zoo.py' and not item.name.startswith(QUICK)
+    return item.get_closest_marker('slow') is not None or is_of_the_zoo or item.name in OF_UNETS
+
+
 def pytest_collection_modifyitems(config, items):
     wanted = config.getoption('--slow')
     if wanted=='too': return
-    left_out = [item for item in items if (item.get_closest_marker('slow') is None)==(wanted=='only')]
+    left_out = [item for item in items if is_sweep(item)==(wanted=='leave')]
     items[:] = [item for item in items if item not in set(left_out)]
     config.n_left_out = len(left_out)
     config.hook.pytest_deselected(items=left_out)

@@ -147,15 +147,18 @@ def test_a_clean_learner_has_none(found, tmp_path):
     assert len(clean) == 0 and repr(clean).startswith('No shortcut was found (100 pictures of 2 classes') and len(clean.table) == 0 and list(clean.table)==list(found.table)
     assert clean.plot(save=tmp_path/'none.png').axes[0].texts[0].get_text() == repr(clean) and (tmp_path/'none.png').stat().st_size > 1000
 
+@pytest.mark.slow
 def test_a_tint_is_found_in_the_surroundings():
     interp = interpretation(learner(tint, seed=1))
     with interp.learn.no_bar(): tinted = interp.find_shortcuts()
     assert 'dots' in {shortcut.cls for shortcut in tinted} and all(shortcut.kind == 'surroundings' and shortcut.edit == 'colours' and shortcut.after - shortcut.before > .5 for shortcut in tinted)
 
+@pytest.mark.slow
 def test_the_same_again(found, planted):
     with planted.learn.no_bar(): again = planted.find_shortcuts()
     assert [(s.items, s.effect, s.removed) for s in again] == [(s.items, s.effect, s.removed) for s in found]
 
+@pytest.mark.slow
 def test_the_learner_is_left_as_it_was(planted, monkeypatch):
     learn = planted.learn
     def state(): return ([module.training for module in learn.model.modules()], [p.requires_grad for p in learn.model.parameters()], [p.grad for p in learn.model.parameters()],

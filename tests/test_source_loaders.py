@@ -229,6 +229,7 @@ def test_what_goes_to_worker_processes_can_be_sent(dls, learn):
     assert len(list(pickle.loads(pickle.dumps(dl_source(torch_learn, torch_learn.dls.valid).dl.fake_l)).d))==3
 
 
+@pytest.mark.slow
 def test_workers_that_are_started_anew():
     "In a process that shares nothing with this one; its start takes seconds"
     from fastai.data.load import _FakeLoader

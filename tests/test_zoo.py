@@ -1,4 +1,4 @@
-"The layer and its layout are found in the right place, whatever the architecture: small members of the families of torchvision and timm. All of them: `make zoo`."
+"The layer and its layout are found in the right place, whatever the architecture: small members of the families of torchvision and timm. All of them: `make zoo`. What `make test` runs of this file is listed in conftest."
 import pytest
 import timm
 import torch
@@ -39,12 +39,6 @@ SHALLOW = {'cait_xxs24_224': dict(depth=3), 'convit_tiny': dict(depth=3, local_u
            'swinv2_cr_tiny_224': dict(depths=(1, 1, 1, 1)), 'xcit_nano_12_p8_224': dict(depth=3), 'tnt_s_legacy_patch16_224': dict(depth=3), 'twins_svt_small': dict(depths=(1, 1, 1, 1)),
            'davit_tiny': dict(depths=(1, 1, 1, 1))} # fewer blocks, each of them as it is
 SQUARE = dict(convit_tiny=(224, 224), crossvit_tiny_240=(240, 240))
-SLOW = set('''vgg11 densenet121 inception_v3 davit_tiny sam2_hiera_tiny volo_d1_224 vitamin_small_224 pit_ti_224 pit_ti_distilled_224 gcvit_xxtiny mvitv2_tiny pvt_v2_b0 vit_tiny_r_s16_p8_224 iformer_t
-edgenext_xx_small tnt_s_legacy_patch16_224 tiny_vit_5m_224 visformer_tiny efficientvim_m1 levit_128s hiera_tiny_224'''.split()) # more than two seconds each
-
-
-def sweep(names): return [pytest.param(name, marks=[pytest.mark.slow]*(name in SLOW)) for name in names]
-
 
 def is_right(found, size):
     assert found['status']=='works', found
@@ -52,7 +46,7 @@ def is_right(found, size):
     assert abs(rows*size[1]/size[0] - columns) <= 1, found
 
 
-@pytest.mark.parametrize('name', sweep(TORCHVISION))
+@pytest.mark.parametrize('name', TORCHVISION)
 def test_torchvision(name):
     size, options = TORCHVISION[name]
     build = TORCHVISION_SHALLOW.get(name, lambda: torchvision.models.get_model(name, weights=None, num_classes=5, **options))
@@ -63,7 +57,7 @@ def test_every_module_of_torchvision_is_here():
     assert {torchvision_family(name) for name in TORCHVISION}=={torchvision_family(name) for name in torchvision_names()}
 
 
-@pytest.mark.parametrize('name', sweep(ANY_SIZE + MADE_FOR_A_SIZE + [*SQUARE]))
+@pytest.mark.parametrize('name', ANY_SIZE + MADE_FOR_A_SIZE + [*SQUARE])
 def test_timm(name):
     size = SQUARE.get(name) or SIZES.get(name, SMALL)
     options = {**(dict(img_size=size) if name in MADE_FOR_A_SIZE else {}), **SHALLOW.get(name, {})}
@@ -103,7 +97,6 @@ def test_what_has_no_blocks_that_say_something(name, options, verdict):
     assert legrad_quadrants(model, pictures(1, size)).startswith(verdict) and bool(legrad_quadrants(model, pictures(1, size)))==bool(verdict)
 
 
-@pytest.mark.slow
 def test_branches_that_begin_at_zero():
     "Before training, the norms that end the branches of a Swin v2 are zero, and LeGrad's map is empty; the check gives them the weights of others"
     model = timm.create_model('swinv2_tiny_window8_256', pretrained=False, num_classes=5, depths=(1, 1, 1, 1), img_size=SMALL).eval()
@@ -177,7 +170,6 @@ def test_a_vector_with_as_many_numbers_as_there_are_places(name, size, options):
     assert found['channels']==48 and found['layout'].startswith('tokens, 6 × 8')
 
 
-@pytest.mark.slow
 def test_two_tokens_are_no_grid():
     "Class and distillation token go on alone, `[B, 2, C]`: no halving of 6 × 8 makes 1 × 2 places of them"
     for size in (SMALL, (224, 288)):
@@ -226,7 +218,7 @@ def test_windows_are_refused(build, layer):
 
 
 @pytest.mark.parametrize('layer', ['blocks.3.attn.q_norm', 'blocks.3.attn.k_norm'])
-@pytest.mark.parametrize('heads,width', [(1, 64), (6, 48), *(pytest.param(*wide, marks=pytest.mark.slow) for wide in ((3, 192), (4, 256)))])
+@pytest.mark.parametrize('heads,width', [(1, 64), (3, 192), (6, 48), (4, 256)])
 def test_heads_of_an_attention_are_no_places(layer, heads, width):
     "`[B, heads, tokens, channels]`: 49 tokens and 64 channels even have the proportions of the image"
     build = lambda: small_vit(embed_dim=width, num_heads=heads, qk_norm=True)

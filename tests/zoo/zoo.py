@@ -93,7 +93,7 @@ def enliven(model, n, size):
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.Linear) and not layer.weight.any(): nn.init.normal_(layer.weight, std=.02)
-            if isinstance(layer, NORMS) and layer.weight is not None and not layer.weight.any(): nn.init.ones_(layer.weight) # as of branches that begin at zero
+            if isinstance(layer, NORMS) and layer.weight is not None and not layer.weight.any(): nn.init.constant_(layer.weight, .3) # as of branches that begin at zero
         look_near(model)
         for norm in norms:
             norm.reset_running_stats()
@@ -135,8 +135,13 @@ def legrad_of(model, x, layer=None):
 
 def legrad_quadrants(model, x, layer=None):
     "In how many of four cases LeGrad's map changed most in the quadrant that was disturbed, as a verdict; '' for a network without attention of all places to all"
-    try: before, moved = legrad_of(model, x, layer), 0
+    try: return legrad_moves(model, x, layer)
     except ValueError as e: return '' if 'no layer of this' in str(e) else f'refused: {" ".join(str(e).split())[:100]}'
+
+
+def legrad_moves(model, x, layer=None):
+    "The verdict of `legrad_quadrants`, for a network whose blocks are found"
+    before, moved = legrad_of(model, x, layer), 0
     if not before.any(): return 'empty' # the branch with the attention starts at zero
     for seed in range(3):
         disturbed = disturbed_quadrants(x, torch.Generator().manual_seed(seed))
