@@ -140,7 +140,7 @@ def _difference_row(cams, i):
         panels.append(Panel(maps[2], title='▸ predicted − actual', signed=True, bar='red: prediction, blue: label'))
     return Row(panels, cams.item_title(i, loss=True, width=60))
 
-DIFFERENCE_LEGEND = 'predicted − actual: red speaks for the prediction, blue for the label   a row has one scale'
+DIFFERENCE_LEGEND = 'predicted − actual, evidence against counted: red prediction, blue label   one scale a row'
 
 def difference_rows(
     cams:CAMs # As `with_difference` gives them
