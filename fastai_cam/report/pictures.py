@@ -36,6 +36,7 @@ class Room:
     left:float = MOST_BYTES
     most_side:int = 640 # pixels of the longer side
     map_side:int = 0 # cells of the longer side of a map
+    n_all:int = 0 # pictures there were at first
 
     def __post_init__(self):
         bytes_a_map = .35*self.per_item/max(self.n_maps, 1) - 120
