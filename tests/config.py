@@ -4,7 +4,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-EXTRAS = ['bench', 'audit', 'clip', 'data', 'report']
+EXTRAS = ['bench', 'audit', 'clip', 'data', 'report', 'explore']
 TYPES = '[tool.setuptools.package-data]\n"*" = ["py.typed", "*.pyi", "*.j2", "*.css", "*.js", "*.schema.json"]\n'
 
 
