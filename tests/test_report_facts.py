@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fastai_cam.captions import Row
 from fastai_cam.report import check_report, report_schema
+from fastai_cam.interpret.answers import ItemAnswers
 from fastai_cam.report.answers import item_answer, item_keys, kind_of
 from fastai_cam.report.facts import as_finding, page_facts, share_interval
-from fastai_cam.tasks import MultiLabel, NoAnswer, Points, Segmentation, SingleLabel, Values
+from fastai_cam.tasks import NoAnswer, Points, Segmentation, SingleLabel, Values
 
 
 def item(i, label, *answers, shown=True):
@@ -120,13 +120,17 @@ def test_names_of_items():
 
 
 def test_answers_of_each_task():
-    label, answer = item_answer('labels', MultiLabel(), Row(torch.tensor([.9, .1, .6]), torch.tensor([1., 0, 1])), .3)
+    labels = ItemAnswers(torch.tensor([[True, False, True]]), torch.tensor([[True, False, True]]), torch.tensor([[.9, .1, .6]]))
+    label, answer = item_answer('labels', labels, 0, .3)
     assert (label, answer['prediction'], answer['right'])==([0, 2], [0, 2], True)
-    label, answer = item_answer('values', Values(), Row(torch.tensor([1.5, math.nan]), torch.tensor([1., 2.])), .3)
+    assert item_answer('labels', ItemAnswers(labels.predicted, labels.actual, labels.probability*math.nan), 0, .3)[1]['prediction'] is None
+    label, answer = item_answer('values', ItemAnswers(torch.tensor([[1.5, math.nan]]), torch.tensor([[1., 2.]])), 0, .3)
     assert label==[1., 2.] and answer['prediction'] is None
-    assert kind_of(SingleLabel(), torch.ones(3))=='classes' and kind_of(Values(), torch.ones(1))=='values'
+    unknown = ItemAnswers(torch.tensor([1]), torch.tensor([-1]), torch.tensor([.5]), n_classes=2) # pickled before the most probable were kept
+    assert item_answer('classes', unknown, 0, .3)==(None, dict(prediction=1, probability=.5, top=[], loss=.3, right=None))
+    assert kind_of(SingleLabel())=='classes' and kind_of(Values())=='values'
     for task in (Segmentation(), Points(), NoAnswer('picture'), NoAnswer('embedding')):
-        with pytest.raises(ValueError, match='a report tells of classes, labels and numbers, and this learner gives'): kind_of(task, torch.ones(3))
+        with pytest.raises(ValueError, match='a report tells of classes, labels and numbers, and this learner gives'): kind_of(task)
 
 
 def test_findings_show_themselves_in_words():

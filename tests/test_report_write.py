@@ -80,6 +80,14 @@ def test_facts_and_page_agree(hostile):
     assert 'is no page that' in check_report(folder/'page.json', folder/'none.html')[0]
 
 
+def test_the_set_is_not_run_again_for_what_is_known_of_it(tmp_path):
+    learn = plain([(picture, i%2) for i, picture in enumerate(pictures(6))], 2)
+    interp, n = interpretation(learn), []
+    learn.model.register_forward_pre_hook(lambda module, x: n.append(len(x[0])))
+    interp.report(tmp_path/'page.html')
+    assert sorted(n)==[1, 1, 2, 4], 'maps of two batches, each with one item to find the layer by, and no other pass'
+
+
 def test_the_largest_losses_come_first_with_the_learners_own_answers(tmp_path):
     learn = plain([(picture, i%2) for i, picture in enumerate(pictures(6))], 2, vocab=['left', 'right'])
     interp = interpretation(learn)

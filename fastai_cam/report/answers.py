@@ -13,13 +13,13 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any, Sequence
 
-from torch import Tensor
 from ..core import images_in
-from ..captions import as_text, Row
+from ..captions import as_text
 from ..tasks import MultiLabel, NoAnswer, Points, Segmentation, Task, Values
 from ..state import preserve_state
 from ..source.loaders import dl_source
-from ..learner.task import activation_of, class_names, task_of
+from ..learner.task import class_names, task_of
+from ..interpret.answers import ItemAnswers
 from ..interpret.base import CAMInterpretation
 from .facts import is_right, number
 
@@ -41,15 +41,13 @@ def item_keys(
 
 # %% ../../nbs/93b_report.answers.ipynb #43542dd5
 def kind_of(
-    task:Task, # What the output is
-    pred:Any # Of one item
+    task:Task # What the output is
 ) -> str: # 'classes', 'labels' or 'values'
     "As what a report tells of a task; `ValueError` for one that it does not tell of"
     no = None
     if isinstance(task, Segmentation): no = 'a class at every pixel'
     if isinstance(task, Points): no = 'points'
     if isinstance(task, NoAnswer): no = dict(picture='pictures', boxes='boxes', embedding='embeddings')[task.kind]
-    if no is None and not isinstance(pred, Tensor): no = 'several things at once'
     if no is not None:
         raise ValueError(f'a report tells of classes, labels and numbers, and this learner gives {no}: interp.plot_top_losses_cam() and '
                          'learn.get_cams(...).save_all(folder) show its maps')
@@ -57,88 +55,80 @@ def kind_of(
     return 'values' if isinstance(task, Values) else 'classes'
 
 # %% ../../nbs/93b_report.answers.ipynb #d2ee587a
-def _positions(row): return (row >= .5).nonzero().flatten().tolist()
-
-def _of_classes(task, row, n_top=5):
-    "Prediction, probability and the most probable classes"
-    pred = task.row_class(row) if task.reads(row) else None
-    probabilities = None if pred is None else task.row_probabilities(row)
-    if probabilities is None: return dict(prediction=pred, probability=None, top=[])
-    top = [[c, number(probabilities[c].item())] for c in probabilities.topk(min(n_top, len(probabilities))).indices.tolist()]
-    return dict(prediction=pred, probability=number(probabilities[pred].item()), top=top)
-
-def _of_labels(task, row):
-    if not row.is_finite: return dict(prediction=None, probability=None, top=[])
-    chosen = (row.pred >= task.thresh).nonzero().flatten().tolist()
-    top = [[c, number(row.pred[c].item())] for c in row.pred.topk(min(5, len(row.pred))).indices.tolist()]
-    return dict(prediction=chosen, probability=number(row.pred.max().item()), top=top)
-
 def _numbers(row):
-    values = [number(value) for value in row.flatten().tolist()]
+    values = [number(value) for value in row.tolist()]
     return None if None in values else values
 
-def _of_values(row): return dict(prediction=_numbers(row.pred), probability=None, top=[])
+def _chosen(row): return row.nonzero().flatten().tolist()
+
+def _most_probable(classes, probabilities): return [[c, number(p)] for c,p in zip(classes.tolist(), probabilities.tolist())]
+
+def _of_classes(found, i):
+    "Label, and the prediction with its probability and the most probable classes; nothing where the output is not finite"
+    label,probability = found.actual[i].item(),number(found.probability[i].item())
+    label = label if 0 <= label < found.n_classes else None
+    if probability is None: return label,dict(prediction=None, probability=None, top=[])
+    top = [] if found.top is None else _most_probable(found.top[i], found.top_probability[i])
+    return label,dict(prediction=found.predicted[i].item(), probability=probability, top=top)
+
+def _of_labels(found, i, n_top=5):
+    label,probabilities = _chosen(found.actual[i]),found.probability[i]
+    if not probabilities.isfinite().all(): return label,dict(prediction=None, probability=None, top=[])
+    top = probabilities.topk(min(n_top, len(probabilities)))
+    answer = dict(prediction=_chosen(found.predicted[i]), probability=number(top.values[0].item()))
+    return label,dict(answer, top=_most_probable(top.indices, top.values))
+
+def _of_values(found, i): return _numbers(found.actual[i]),dict(prediction=_numbers(found.predicted[i]), probability=None, top=[])
+
+_ANSWER = dict(classes=_of_classes, labels=_of_labels, values=_of_values)
 
 def item_answer(
     kind:str, # As `kind_of` gives it
-    task:Task, # What the output is
-    row:Row, # The item
+    found:ItemAnswers, # Of the set
+    i:int, # Which of its items
     loss:float # Of the item
 ) -> tuple[Any,dict]: # Label and answer
     "What the model says of one item, and what its label says"
-    if kind=='classes': label,answer = task.row_label(row),_of_classes(task, row)
-    elif kind=='labels': label,answer = _positions(row.targ),_of_labels(task, row)
-    else: label,answer = _numbers(row.targ),_of_values(row)
+    label,answer = _ANSWER[kind](found, i)
     answer['loss'] = number(loss)
     return label,{**answer, 'right': is_right(kind, answer, label)}
 
 # %% ../../nbs/93b_report.answers.ipynb #69378942
-def _run(learn, dl, act):
-    with preserve_state(learn) as quiet, quiet.no_bar(), quiet.no_logging():
-        act = activation_of(quiet) if act is None else act
-        return quiet.get_preds(dl=dl, act=act, reorder=False)
-
-def _first_of(interp):
-    "Prediction and label of the first item"
+def _check_flat(interp):
+    "`ValueError` where volumes are looked at, found with one item"
     with preserve_state(interp.learn):
-        source = dl_source(interp.learn, interp.dl, [0])
-        images = images_in(list(source.dl), {})
+        images = images_in(list(dl_source(interp.learn, interp.dl, [0]).dl), {})
     if images and images[0].dim()==5:
         raise ValueError('a report shows pictures, and this learner looks at volumes: interp.plot_top_losses_cam() shows their slices')
-    return _run(interp.learn, source.dl, interp.act)
 
-def _names(kind, task, learn, preds):
+def _names(kind, found, vocab):
     "What the classes, labels or values are called"
-    if kind=='values': return task.column_names(preds)
-    names = task.class_names(class_names(learn.dls))
-    n = 2 if preds[0].numel()==1 else preds.shape[1]
+    if kind=='values': return found.task.column_names(found.predicted)
+    names = found.task.class_names(vocab)
+    n = found.n_classes
     return [as_text(name) for name in names] if names is not None and len(names)==n else [f'class {c}' for c in range(n)]
 
 def check_reported(
     interp:CAMInterpretation # Interpretation to be reported
-) -> tuple[str,list[str],Task]: # As `kind_of` gives it, names of the classes, labels or values, and the task
-    "Of which kind its answers are; `ValueError` where a report cannot tell of them, found with one item"
-    task = task_of(interp.learn)
-    if isinstance(task, (NoAnswer, Points)): kind_of(task, None)
-    preds,targs = _first_of(interp)
-    if not isinstance(preds, Tensor): kind_of(task, preds)
-    task = task.of(preds, targs)
-    kind = kind_of(task, preds)
-    return kind,_names(kind, task, interp.learn, preds),task
+) -> tuple[str,list[str]]: # As `kind_of` gives it, and the names of the classes, labels or values
+    "Of which kind its answers are; `ValueError` where a report cannot tell of them"
+    kind_of(task_of(interp.learn)) # says it before the output may say something else
+    _check_flat(interp)
+    try: found = interp.answers
+    except Exception as e: raise ValueError(f'a report tells of classes, labels and numbers, and this learner gives neither: {e}') from e
+    kind = kind_of(found.task)
+    if found.predicted is None:
+        raise ValueError('a report tells of numbers one by one, and this learner gives too many, or other ones than its labels have: '
+                         'interp.plot_top_losses_cam() shows its maps')
+    return kind,_names(kind, found, class_names(interp.learn.dls))
 
 # %% ../../nbs/93b_report.answers.ipynb #e459bc9c
 def answers_of(
     interp:CAMInterpretation, # Interpretation of a set
-    kind:str, # As `check_reported` gives it
-    names:Sequence[str], # As `check_reported` gives them
-    task:Task # As `check_reported` gives it
+    kind:str # As `check_reported` gives it
 ) -> list[dict]: # `key`, `label` and `answers` (with one) of each item
-    "What the learner says of each item of its set, in the order of the set"
+    "What the learner says of each item of its set, in the order of the set: what the interpretation kept"
     with preserve_state(interp.learn): keys = item_keys(dl_source(interp.learn, interp.dl).items)
-    preds,targs = _run(interp.learn, interp.dl, interp.act)
     losses = interp.losses.float().flatten(1).mean(1).tolist() if interp.losses.dim() > 1 else interp.losses.tolist()
-    found = []
-    for i,key in enumerate(keys):
-        label,answer = item_answer(kind, task, Row(preds[i].as_subclass(Tensor), targs[i].as_subclass(Tensor), names), losses[i])
-        found.append(dict(key=key, label=label, answers=[answer]))
-    return found
+    told = [item_answer(kind, interp.answers, i, loss) for i,loss in enumerate(losses)]
+    return [dict(key=key, label=label, answers=[answer]) for key,(label,answer) in zip(keys, told)]

@@ -181,10 +181,10 @@ def _both(interp, other, kind, names, items):
     "Items with the answers of both, and where they are in each set"
     places = list(range(len(items)))
     if other is None: return items,[places]
-    other_kind,other_names,other_task = check_reported(other)
+    other_kind,other_names = check_reported(other)
     if other_kind != kind:
         raise ValueError(f'two learners are compared that give the same, and one gives {kind}, the other one {other_kind}')
-    items,elsewhere = _matched(items, answers_of(other, other_kind, other_names, other_task), names, other_names, kind)
+    items,elsewhere = _matched(items, answers_of(other, other_kind), names, other_names, kind)
     return items,[places, elsewhere]
 
 # %% ../../nbs/94b_report.write.ipynb #37db0a70
@@ -204,9 +204,9 @@ def report(self:CAMInterpretation,
     "Write one page that needs nothing else: how good the model is, and its items, sorted, filtered, large, with their maps"
     path = _check_arguments(self, path, n, method, layer, other, names)
     json = None if json is None else _checked_file(json)
-    kind,classes,task = check_reported(self)
+    kind,classes = check_reported(self)
     findings = [as_finding(one) for one in (findings if is_listy(findings) else [findings])]
-    items,places = _both(self, other, kind, classes, answers_of(self, kind, classes, task))
+    items,places = _both(self, other, kind, classes, answers_of(self, kind))
     order = self.top_losses(None)[1].tolist()
     n = min(len(order), MOST_ITEMS if n is None else n)
     items = [{**items[i], 'position': i, 'shown': rank < n} for rank,i in enumerate(order)]
