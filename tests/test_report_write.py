@@ -102,6 +102,28 @@ def test_the_largest_losses_come_first_with_the_learners_own_answers(tmp_path):
     assert page.count('<script type="application/json" id="i')==2 and 'The 2 with the largest losses of the 6 pictures are shown' in page
 
 
+def test_the_items_that_are_shown_can_be_chosen(tmp_path):
+    learn = plain([(picture, i%2) for i, picture in enumerate(pictures(8))], 2, vocab=['left', 'right'])
+    interp = interpretation(learn)
+    wrong = interp.select('wrong').tolist()
+    assert 0 < len(wrong) < 8
+    facts = {}
+    for name, chosen in dict(wrong=dict(where='wrong'), one=dict(where='wrong', n=1), left=dict(cls='left', where='label == "left"')).items():
+        interp.report(tmp_path/'page.html', json=tmp_path/'page.json', **chosen)
+        assert check_report(tmp_path/'page.json', tmp_path/'page.html')==[]
+        facts[name] = json.loads((tmp_path/'page.json').read_text())
+        jsonschema.validate(facts[name], report_schema())
+        shown = [item for item in facts[name]['items'] if item['shown']]
+        assert (tmp_path/'page.html').read_text().count('<script type="application/json" id="i')==len(shown)
+    shown = {name: [item['position'] for item in told['items'] if item['shown']] for name, told in facts.items()}
+    by_loss = interp.losses.argsort(descending=True).tolist()
+    assert shown['wrong']==[i for i in by_loss if i in wrong] and shown['one']==shown['wrong'][:1] and sorted(shown['left'])==[0, 2, 4, 6]
+    assert {told['models'][0]['summary']['n'] for told in facts.values()}=={8}, 'numbers are of all'
+    assert facts['one']['sentences'][-1]['text']=="1 of the 8 pictures are shown, those with the largest losses of what where='wrong' chose, each as the model saw it."
+    with pytest.raises(ValueError, match='none is left by where='): interp.report(tmp_path/'none.html', where='loss > 1e9')
+    assert not (tmp_path/'none.html').exists()
+
+
 def test_the_maps_in_the_page_are_the_learners_own(tmp_path):
     interp = interpretation(plain([(picture, i%2) for i, picture in enumerate(pictures(5))], 2))
     interp.report(tmp_path/'page.html', method=['gradcam', 'layercam'])

@@ -5,10 +5,8 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 from typing import Sequence
-from torch import Tensor
 from ..core import images_in
 from ..captions import as_text
-from ..captions import Row
 from ..tasks import MultiLabel
 from ..tasks import NoAnswer
 from ..tasks import Points
@@ -17,15 +15,15 @@ from ..tasks import Task
 from ..tasks import Values
 from ..state import preserve_state
 from ..source.loaders import dl_source
-from ..learner.task import activation_of
 from ..learner.task import class_names
 from ..learner.task import task_of
+from ..interpret.answers import ItemAnswers
 from ..interpret.base import CAMInterpretation
 from .facts import is_right
 from .facts import number
 __all__ = ['item_keys', 'kind_of', 'item_answer', 'check_reported', 'answers_of']
 def item_keys(items: Sequence) -> list[str]: ...
-def kind_of(task: Task, pred: Any) -> str: ...
-def item_answer(kind: str, task: Task, row: Row, loss: float) -> tuple[Any, dict]: ...
-def check_reported(interp: CAMInterpretation) -> tuple[str, list[str], Task]: ...
-def answers_of(interp: CAMInterpretation, kind: str, names: Sequence[str], task: Task) -> list[dict]: ...
+def kind_of(task: Task) -> str: ...
+def item_answer(kind: str, found: ItemAnswers, i: int, loss: float) -> tuple[Any, dict]: ...
+def check_reported(interp: CAMInterpretation) -> tuple[str, list[str]]: ...
+def answers_of(interp: CAMInterpretation, kind: str) -> list[dict]: ...

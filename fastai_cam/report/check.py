@@ -50,8 +50,8 @@ def _of_page(facts, page):
     if found is None: yield f'{str(page)!r} is no page that interp.report has written'
     if found is None: return
     told,words = json.loads(found[1]),html.unescape(text)
-    for name in ('title', 'kind', 'names', 'models', 'comparison', 'findings', 'sentences'):
-        yield from _differences(f'page.{name}', told.get(name), facts[name])
+    for name in ('title', 'kind', 'names', 'models', 'comparison', 'findings', 'chosen', 'sentences'):
+        yield from _differences(f'page.{name}', told.get(name), facts.get(name))
     shown = [item for item in facts['items'] if item['shown']]
     yield from _differences('page.items', {item['key']: item for item in told['items']}, {item['key']: item for item in shown})
     yield from (f'the page does not say {one["text"]!r}' for one in facts['sentences'] if one['text'] not in words)

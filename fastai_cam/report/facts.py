@@ -186,6 +186,13 @@ def _of_maps(model, whose='The maps'):
     where = f' at {"the layer" if len(layers)==1 else "the layers"} {several(layers)}' if layers else ''
     return f'{whose} were made by {" and ".join(map(as_text, model["methods"]))}{where}.'
 
+def _shown_in_words(n_shown, n, chosen):
+    if chosen:
+        return (f'{n_shown} of the {n} pictures are shown, those with the largest losses of what {chosen} chose, '
+                'each as the model saw it.')
+    which = 'All' if n_shown==n else f'The {n_shown} with the largest losses of the'
+    return f'{which} {n} pictures are shown, each as the model saw it.'
+
 def sentences(
     facts:dict # All but the sentences
 ) -> list[dict]: # `about`, `model` (a position, or `None`) and `text`
@@ -202,8 +209,7 @@ def sentences(
     else: [say('maps', [_of_maps(model)], m) for m,model in enumerate(facts['models']) if model['methods']]
     if facts['comparison'] is not None: say('comparison', [_of_comparison(facts['comparison'], kind)])
     n_shown = sum(item['shown'] for item in items)
-    which = 'All' if n_shown==len(items) else f'The {n_shown} with the largest losses of the'
-    say('shown', [f'{which} {len(items)} pictures are shown, each as the model saw it.'])
+    say('shown', [_shown_in_words(n_shown, len(items), facts.get('chosen'))])
     return found
 
 # %% ../../nbs/93_report.facts.ipynb #185822a4
@@ -241,7 +247,8 @@ def page_facts(
     title:str='What the model looked at', # Of the page
     findings:Sequence[dict]=(), # What other checks found, as `as_finding` gives it
     created:str='', # The day it was made on
-    made:Sequence[dict]=() # How the maps of each model were made: `methods` and `layers`
+    made:Sequence[dict]=(), # How the maps of each model were made: `methods` and `layers`
+    chosen:str='' # By what the items were chosen that may be shown, in words; '': all may
 ) -> dict:
     "What a report says"
     if len(models)==2: items = [{**item, 'change': change(kind, item)} for item in items]
@@ -250,5 +257,5 @@ def page_facts(
     told = [dict(name=cut(as_text(name), 120), summary=summary(kind, names, items, m), **made[m]) for m,name in enumerate(models)]
     facts = dict(format=FORMAT, title=cut(as_text(title), 300), created=created, kind=kind, names=names, models=told,
                  comparison=comparison(kind, items) if len(models)==2 else None,
-                 findings=list(findings), items=items)
+                 findings=list(findings), chosen=cut(as_text(chosen), 300) if chosen else '', items=items)
     return {**facts, 'sentences': sentences(facts)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
@@ -108,16 +109,11 @@ class _Side:
     "One of the models, and how its maps are asked for"
     interp:CAMInterpretation
     places:list # of the items that are shown, in its set
-    asked:dict # arguments of `top_losses_cams`
-    ranks:Any = None
-
-    def __post_init__(self):
-        self.ranks = np.empty(len(self.interp.losses), dtype=int)
-        self.ranks[self.interp.top_losses(None)[1].numpy()] = np.arange(len(self.ranks))
+    asked:dict # arguments of `cams_of`
 
     def cams(self, start:int, stop:int) -> CAMs:
         "Maps of the items shown from `start` to `stop`"
-        return self.interp.top_losses_cams(self.ranks[self.places[start:stop]].tolist(), **self.asked)
+        return self.interp.cams_of(torch.tensor(self.places[start:stop]), **self.asked)
 
 def _thumbnail(image): return np.asarray(Image.fromarray(as_bytes(to_pixels(image))).convert('L').resize((32, 32)), dtype=float)
 
@@ -164,6 +160,21 @@ def _written(path, report, shown_of, chunks, room):
         for piece in render(facts, shown, blocks): out.write(piece.encode())
     return facts
 
+# %% ../../nbs/94b_report.write.ipynb #1a7de8d2
+def _ranked(interp, items, n, where, cls):
+    "The items, the largest loss first, and the positions of those that are shown"
+    shown = interp.ranked(MOST_ITEMS if n is None else n, where=where, cls=cls)[1].tolist()
+    chosen = set(shown)
+    return [{**items[i], 'position': i, 'shown': i in chosen} for i in interp.top_losses(None)[1].tolist()],shown
+
+def _write_json(path, facts):
+    with write_file(path) as out: out.write(jsonlib.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode())
+
+def _in_call(**given):
+    "Arguments as they stand in a call; what has no short form by its type"
+    def short(value): return repr(value) if isinstance(value, (str, int, list, tuple)) else f'a {type(value).__name__}'
+    return ' and '.join(f'{name}={short(value)}' for name,value in given.items() if value is not None)
+
 def _made_by(several): return [dict(methods=list(cams.method or []), layers=list(cams.layers or [])) for cams in several]
 
 def _asks(kind, cams, names):
@@ -192,6 +203,8 @@ def _both(interp, other, kind, names, items):
 def report(self:CAMInterpretation,
     path:str|Path='report.html', # The page
     n:int|None=None, # How many items are shown: those with the largest losses; `None`: all, at most 5,000. Numbers are of all
+    where:Any=None, # Which items are shown: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
+    cls:Any=None, # Which classes are shown, labelled or predicted, as `interp.select` takes it
     method:str|Callable|Sequence|None=None, # Instead of the interpretation's own; of several the page can switch between
     layer:Any=None, # Instead of the interpretation's own
     other:CAMInterpretation|None=None, # Of another learner over the same items: what got better, what got worse, where each looked
@@ -207,16 +220,13 @@ def report(self:CAMInterpretation,
     kind,classes = check_reported(self)
     findings = [as_finding(one) for one in (findings if is_listy(findings) else [findings])]
     items,places = _both(self, other, kind, classes, answers_of(self, kind))
-    order = self.top_losses(None)[1].tolist()
-    n = min(len(order), MOST_ITEMS if n is None else n)
-    items = [{**items[i], 'position': i, 'shown': rank < n} for rank,i in enumerate(order)]
+    items,shown = _ranked(self, items, n, where, cls)
     asked = dict(show='both' if kind=='classes' else 'pred', method=method, layer=layer, image=image)
     interps = [one for one in (self, other) if one is not None]
-    sides = [_Side(one, [where[i] for i in order[:n]], asked) for one,where in zip(interps, places)]
-    def told(several):
-        return page_facts(kind, classes, items, names[:len(sides)], title, findings, date.today().isoformat(), _made_by(several))
+    sides = [_Side(one, [place[i] for i in shown], asked) for one,place in zip(interps, places)]
+    words = dict(title=title, findings=findings, created=date.today().isoformat(), chosen=_in_call(where=where, cls=cls))
+    def told(several): return page_facts(kind, classes, items, names[:len(sides)], made=_made_by(several), **words)
     n_maps = len(sides)*len(as_methods(self.method if method is None else method))*dict(classes=2, labels=3, values=len(classes))[kind]
-    facts = _written(path, told, partial(_shown, kind, classes), _chunks(sides, n, self.learn), Room(n, n_maps))
-    if json is not None:
-        with write_file(json) as out: out.write(jsonlib.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode())
+    facts = _written(path, told, partial(_shown, kind, classes), _chunks(sides, len(shown), self.learn), Room(len(shown), n_maps))
+    if json is not None: _write_json(json, facts)
     return path

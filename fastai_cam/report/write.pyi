@@ -11,6 +11,7 @@ from typing import Any
 from typing import Callable
 from typing import Sequence
 import numpy as np
+import torch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
@@ -42,9 +43,7 @@ __all__ = ['MOST_ITEMS']
 MOST_ITEMS: Any
 @dataclass
 class _Side():
-    def __post_init__(self) -> Any: ...
     def cams(self, start: int, stop: int) -> CAMs: ...
     interp: CAMInterpretation
     places: list
     asked: dict
-    ranks: Any = ...
