@@ -4,8 +4,10 @@ import torch
 import torchvision
 from torch import nn
 
+from fastai_cam.probe.layers import EVERY_STAGE, EVIDENCE
 from fastai_cam.probe.layout import find_layout, find_layouts
 from fastai_cam.probe.watch import alignment, Probe
+from fastai_cam.targets.kinds import ClassIndex
 
 
 def conv(i, o): return [nn.Conv2d(i, o, 3, 1, 1), nn.ReLU()]
@@ -298,3 +300,59 @@ def test_frames_that_are_turned_for_a_conv3d(frames, layer):
     clips = torch.randn(2, frames, 3, 8, 12)
     assert 'turn them before the model' in layout_of(Turned(), clips, layer)
     with Probe(Turned(turn=False), layer) as p: assert p(clips.transpose(1, 2)).acts[0].shape==(2, 4, frames, 4, 6)
+
+
+# -- what a scan has shown is remembered where shapes alone decide
+
+def stages(n=10):
+    block = lambda c_in, c_out, stride: nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1))
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(block(3, 5, 1), block(5, 7, 2), block(7, 11, 2)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(11, n))).eval()
+
+
+def rows_of(model, layers, x=None):
+    "How many items each pass of a probe had, and the layers it took"
+    n, x = [], torch.rand(3, 3, 32, 32) if x is None else x
+    handle = model.register_forward_pre_hook(lambda module, inputs: n.append(len(inputs[0])))
+    with Probe(model, layers) as probe:
+        cap = probe(x)
+    handle.remove()
+    return sorted(n), cap.names, [tuple(act.shape[1:]) for act in cap.acts]
+
+
+def test_a_network_whose_shapes_decide_is_looked_at_once():
+    model = stages()
+    first, second = rows_of(model, EVIDENCE), rows_of(model, EVIDENCE)
+    assert (first[0], second[0])==([1, 3], [3]) and first[1:]==second[1:]==(['0.1', '0'], [(7, 16, 16), (11, 8, 8)])
+    assert rows_of(model, EVERY_STAGE)[0]==[1, 3], 'another question'
+    assert rows_of(model, EVIDENCE, torch.rand(3, 3, 48, 32))[0]==[1, 3], 'another size'
+
+
+def test_what_is_remembered_of_a_model_ends_with_its_modules():
+    model = stages()
+    rows_of(model, EVIDENCE)
+    model[0][2] = nn.Sequential(nn.Conv2d(7, 11, 3, 1, 1), nn.ReLU()) # no smaller than the one before
+    assert rows_of(model, EVIDENCE)==([1, 3], ['0.0', '0'], [(5, 32, 32), (11, 16, 16)])
+
+
+def test_a_changed_stride_gets_another_look():
+    model = stages()
+    rows_of(model, EVIDENCE)
+    model[0][2][0].stride = (1, 1)
+    assert rows_of(model, EVIDENCE)==([1, 3, 3], ['0.0', '0'], [(5, 32, 32), (11, 16, 16)]), 'tried, looked again, and run again'
+    assert rows_of(model, EVIDENCE)[0]==[3]
+
+
+def test_maps_are_the_same_whether_the_layers_are_remembered_or_not():
+    model, x = stages(), torch.rand(3, 3, 32, 32)
+    def maps():
+        with Probe(model, EVIDENCE) as probe:
+            cap = probe(x)
+            return [grad.clone() for grad in cap.grads(cap.score(ClassIndex(3)))]
+    for before, after in zip(maps(), maps(), strict=True): assert torch.equal(before, after)
+
+
+def test_tokens_are_looked_at_each_time():
+    torch.manual_seed(0)
+    model, x = Ordered('rows').eval(), lines(32, 32)
+    assert [rows_of(model, EVIDENCE, x)[0] for _ in range(3)][1:]==[[1, 1, len(x)]]*2, 'what the score depends on decides, too'

@@ -9,12 +9,14 @@ __all__ = ['PassState', 'LayerFinder']
 
 # %% ../../nbs/16a_probe.finder.ipynb #42545b1c
 import math
+from collections import Counter
 from contextlib import ExitStack
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
+from weakref import ref, WeakKeyDictionary
 
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
-from ..core import describe_output, image_size_of, images_in, n_items_of
+from ..core import describe_output, image_size_of, images_in, n_items_of, tensors_in
 from .layout import find_layout, find_layouts, Layout
 from .layers import (
     EVERY_STAGE, EVIDENCE, is_body_and_head, is_found_by_pass, is_scripted, LAST_TWO_STAGES, resolve_layers)
@@ -46,6 +48,32 @@ class PassState:
     @property
     def n_items(self) -> int: return n_items_of(self.args, self.kwargs)
 
+# %% ../../nbs/16a_probe.finder.ipynb #84c26f9f
+class _Shown(NamedTuple):
+    "What a scan has shown of a model"
+    layers:list # names, shapes of what they returned for one item, and where the places are in that
+    modules:list # weak references to all modules that the model had then
+
+    def is_of(self, model:nn.Module) -> bool:
+        "Is the model made of the same modules?"
+        now = list(model.modules())
+        return len(now)==len(self.modules) and all(one() is module for one,module in zip(self.modules, now))
+
+# of each model, what scans have shown, where shapes alone decided
+_SHOWN:WeakKeyDictionary = WeakKeyDictionary()
+
+def _key(finder, state):
+    "Upon what it depends which layers are found, beside the modules"
+    return finder.wanted,finder.image,tuple(tuple(t.shape[1:]) for t in tensors_in((list(state.args), state.kwargs)))
+
+def _is_of_shapes(scan, found):
+    "Do shapes alone decide which layers are found? Of tokens, several inputs or outputs, and doubts, weights and pictures do, too"
+    n_calls = Counter(seen.name for seen in scan.seen)
+    if any(n_calls[seen.name] > 1 for seen in found): return False
+    has_tokens = any(seen.layout is not None and seen.layout.is_tokens for seen in scan.seen)
+    is_plain = isinstance(scan.out, Tensor) and not scan.item.has_several_inputs
+    return is_plain and not (has_tokens or scan.shapes.doubts or scan.shapes.lines)
+
 # %% ../../nbs/16a_probe.finder.ipynb #5d0b6a14
 class LayerFinder:
     "Which layers of a model are looked at, and where the places are in what they return"
@@ -60,6 +88,7 @@ class LayerFinder:
         self.wanted,self.is_named = layers,not (layers is None or is_found_by_pass(layers))
         self.layers = resolve_layers(model, layers) if self.is_named else [] # names and modules, as far as they are known
         self.scans:dict[tuple|None,LayerScan] = {} # by the size of the images
+        self.remembered:_Shown|None = None # what an earlier pass had shown, where that is taken
         scripted = next((name for name,module in self.layers if is_scripted(module)), None)
         if scripted is not None:
             raise ValueError(f'layer {scripted!r} is scripted or traced (torch.jit), and cannot be watched: '
@@ -81,11 +110,25 @@ def scan(self:LayerFinder, state:PassState) -> LayerScan:
 
 @patch
 def search(self:LayerFinder, state:PassState) -> None:
-    "Let one item show which layer is the last with space (or where each stage ends)"
+    "Let one item show which layer is the last with space (or where each stage ends), unless it has been seen before"
+    shown,key = _SHOWN.setdefault(self.model, {}),_key(self, state)
+    if key in shown and self.remembered is None and shown[key].is_of(self.model): # else what was remembered was wrong
+        self.remembered = shown[key]
+        self.layers = [(name, self.model.get_submodule(name)) for name,*_ in self.remembered.layers]
+        return
     scan = self.scan(state)
     if self.wanted is None: found = [scan.last]
     else: found = {EVERY_STAGE: scan.stages, LAST_TWO_STAGES: scan.last_two, EVIDENCE: scan.evidence}[self.wanted]()
-    self.layers = [(seen.name, seen.module) for seen in found]
+    self.layers,self.remembered = [(seen.name, seen.module) for seen in found],None
+    shown.pop(key, None)
+    if not _is_of_shapes(scan, found): return
+    shown[key] = _Shown([(seen.name, seen.shape[1:], seen.layout) for seen in found], [*map(ref, self.model.modules())])
+
+@patch
+def has_changed(self:LayerFinder, state:PassState) -> bool:
+    "Did the layers that were remembered return something else than they had?"
+    if self.remembered is None: return False
+    return any(i not in state.acts or tuple(state.acts[i][-1].shape[1:]) != shape for i,(_,shape,_) in enumerate(self.remembered.layers))
 
 @patch
 def resumes_at(self:LayerFinder, state:PassState) -> bool:
@@ -103,6 +146,9 @@ def layouts(self:LayerFinder, state:PassState) -> list[Layout|None]: # `None`: t
 @patch
 def _layout(self:LayerFinder, state, name, module, shape):
     "From the shape, or, where that leaves doubts, from a scan"
+    known = [] if self.remembered is None else self.remembered.layers
+    seen = next((layout for known_name,known_shape,layout in known if (known_name, known_shape)==(name, tuple(shape[1:]))), None)
+    if seen is not None: return seen
     if len(shape) > 3: # tokens always leave doubts
         size = state.image_size
         is_whole,readings = len(shape)==2 + len(size or (0,0)),find_layouts(shape, size) if size else []

@@ -188,7 +188,8 @@ def take(self:Probe) -> Capture:
     "What the last forward pass left behind; the probe keeps nothing of it"
     if self._pass.out is None: raise RuntimeError('the model has not run since this probe was attached')
     layouts = self._layouts()
-    if self.finder.wanted is None and layouts[0] is None: # the body ends without space: look again, and run once more
+    # the body ends without space, or what was remembered of the model no longer holds: look again, and run once more
+    if self.finder.wanted is None and layouts[0] is None or self.finder.has_changed(self._pass):
         self._search()
         self._run_again()
         layouts = self._layouts()
