@@ -49,18 +49,20 @@ def tensors_in(
     values:Any # A tensor, or anything that holds tensors
 ) -> list[Tensor]:
     "The tensors in `values`, in order; a tensor that has a name as well as a place (`out.logits` and `out['logits']`) once"
-    found,seen = [],set()
-    def look(part, is_named):
-        if isinstance(part, Tensor):
-            if not (is_named and id(part) in seen): found.append(part)
-        elif id(part) in seen or (base := _base(part)) is None: return
-        else:
-            seen.add(id(part))
-            for item in _items(base, part): look(item, is_named)
-            for attribute in _attributes(part).values(): look(attribute, True)
-        seen.add(id(part))
-    look(values, False)
+    found:list[Tensor] = []
+    _collect(values, False, found, set())
     return found
+
+# no closure: one that calls itself would keep what it found until Python looks for cycles
+def _collect(part, is_named, found, seen):
+    if isinstance(part, Tensor):
+        if not (is_named and id(part) in seen): found.append(part)
+    elif id(part) in seen or (base := _base(part)) is None: return
+    else:
+        seen.add(id(part))
+        for item in _items(base, part): _collect(item, is_named, found, seen)
+        for attribute in _attributes(part).values(): _collect(attribute, True, found, seen)
+    seen.add(id(part))
 
 # %% ../nbs/00_core.ipynb #c5192373
 def map_tensors(

@@ -85,7 +85,7 @@ def test_the_set_is_not_run_again_for_what_is_known_of_it(tmp_path):
     interp, n = interpretation(learn), []
     learn.model.register_forward_pre_hook(lambda module, x: n.append(len(x[0])))
     interp.report(tmp_path/'page.html')
-    assert sorted(n)==[1, 1, 2, 4], 'maps of two batches, each with one item to find the layer by, and no other pass'
+    assert sorted(n)==[1, 2, 4], 'maps of two batches, one item to find the layer by, and no other pass'
 
 
 def test_the_largest_losses_come_first_with_the_learners_own_answers(tmp_path):

@@ -1,4 +1,6 @@
 "What holds tensors keeps its type, in outputs, between modules and in inputs; and how many items there are is what the inputs say."
+import gc
+import weakref
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 import enum
@@ -272,3 +274,15 @@ def test_a_question_is_about_the_items_of_its_pass():
         scores = cap.score(as_target(score), y)
     other = torch.arange(12.).view(4, 3)
     assert scores.of(other, torch.tensor([2, 0, 1, 2]))[:, 0].tolist()==[200, 3, 70, 1100]
+
+
+def test_tensors_that_were_looked_for_are_let_go_at_once():
+    kept = [dict(a=torch.ones(2)), torch.ones(3)]
+    dies = weakref.ref(kept[1])
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(tensors_in(kept))==2 and len(map_tensors(torch.neg, kept))==2
+        del kept
+        assert dies() is None, 'a cycle keeps it until Python looks for one: whole batches, in a loop'
+    finally: gc.enable()

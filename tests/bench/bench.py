@@ -463,6 +463,49 @@ def case_files():
     row('`cams.save_all(folder)` ÷ encoding its PNGs, 20 photographs, 224²', 'PNG', 3., ratios(times, 'save_all', 'PNG'), 'the same pixels')
 
 
+def case_losses(n=9):
+    "The largest losses with their maps, beside fastai's own plot of them: resnet18 with fastai's default head, files of 500 × 375, 224², drawn as a notebook does"
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    from fastai.interpret import ClassificationInterpretation
+    from fastai.vision.all import accuracy, ImageDataLoaders, Resize, vision_learner
+    from fastai_cam.interpret import CAMInterpretation
+    with tempfile.TemporaryDirectory() as folder:
+        noise = np.random.default_rng(0)
+        for i in range(2*n): Image.fromarray(noise.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC).save(f'{folder}/{"ab"[i%2]}_{i}.jpg')
+        files = sorted(Path(folder).iterdir())
+        dls = ImageDataLoaders.from_name_func(folder, files, label_func=lambda name: name[0], valid_pct=.5, seed=0, item_tfms=Resize(224), bs=16, num_workers=0)
+        learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+        with learn.no_bar():
+            theirs, mine = (cls.from_learner(learn) for cls in (ClassificationInterpretation, CAMInterpretation))
+            def drawn(plot):
+                plot()
+                plt.gcf().canvas.draw()
+                plt.close('all')
+            times = in_turns({'fastai': lambda: drawn(lambda: theirs.plot_top_losses(n)), 'gradcam': lambda: drawn(lambda: mine.plot_top_losses_cam(n, method='gradcam')),
+                              'default': lambda: drawn(lambda: mine.plot_top_losses_cam(n)), 'forward': lambda: learn.get_preds(dl=learn.dls.test_dl(files[:n]))}, 11)
+    same = f'of which the forward pass is {median(ratios(times, "forward", "fastai")):.2f}'
+    for way, asked, required in (('gradcam', "method='gradcam'", 1.1), ('default', 'the default map', 1.2)):
+        row(f'`interp.plot_top_losses_cam({n})` ÷ `plot_top_losses({n})`, {asked}', 'fastai', required, ratios(times, way, 'fastai'), same)
+
+
+def case_trust():
+    "A verdict on one map, in forward passes of one picture: EfficientNet-Lite0 with its weights, 20 photographs"
+    from fastai_cam.examples.imagenet import imagenet_learner
+    from fastai_cam.interpret import CAMInterpretation # as a user has it
+    learn = imagenet_learner()
+    files = list(learn.dls.valid.items)
+    rows = []
+    hook = learn.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    with learn.no_bar():
+        learn.cam_trust(files, method='gradcam')
+        n_passes = sum(rows)/len(files)
+        hook.remove()
+        times = in_turns({'trust': lambda: learn.cam_trust(files, method='gradcam'), 'forward': lambda: learn.get_preds(dl=learn.dls.test_dl(files, bs=10))}, 3)
+    row('`learn.cam_trust` ÷ a forward pass with its loading, 20 photographs', 'fastai_cam', 60, ratios(times, 'trust', 'forward'), f'{n_passes:.0f} pictures through the model for each')
+
+
 def lite0_learner(n, bs):
     "EfficientNet-Lite0 with its weights on `n` photographs that are in memory"
     from fastai_cam.examples.imagenet import imagenet_learner
