@@ -34,7 +34,7 @@ from ..source.passes import n_inputs
 from ..source.loaders import as_loader, dl_source, says_its_items, Source
 from ..learner.arguments import check_words
 from ..learner.query import CaptureCallback, Query, query_of, run_query
-from ..learner.task import task_of
+from ..learner.task import class_names, task_of
 from ..data.fingerprint import describe, digest, digest_of, model_digest, without_addresses
 from ..data.items import ItemList
 from .features import alike, evidence_features, typical_evidence
@@ -78,7 +78,7 @@ def nearest(self:SimilarIndex,
 # %% ../../nbs/88a_similar.index.ipynb #2f9415db
 _CHANGES = dict(
     model='the weights of the model', items='the items of the training set', labels='the labels of the training set',
-    transforms='what is done to the pictures')
+    transforms='what is done to the pictures', answers='what the classes are, or what counts as predicted')
 _ASKED = 'method', 'layer', 'image'
 
 def _label_words(learn, loader):
@@ -101,10 +101,12 @@ def made_of(
 ) -> dict[str,str]:
     "What an index would be of, in texts that are the same in another process"
     model,items,method = unwrap_model(learn.model),ItemList(source, learn=learn),query.methods[0]
+    task = task_of(learn)
     is_own = getattr(getattr(method, 'func', method), '__module__', '').startswith('fastai_cam.')
     return dict(
         model=model_digest(model), items=digest_of(map(items.name, range(len(items)))),
         labels=digest_of(_label_words(learn, source.dl)), transforms=digest(*_transform_words(source.dl)),
+        answers=digest(task.name, str(task.thresh), *map(str, class_names(learn.dls) or ())),
         method=method_name(method) if is_own else f'{method_name(method)} {json.dumps(describe(method))}',
         layer=json.dumps(describe(layer, model)), image=str(query.image))
 

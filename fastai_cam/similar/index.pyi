@@ -40,6 +40,7 @@ from ..learner.query import CaptureCallback
 from ..learner.query import Query
 from ..learner.query import query_of
 from ..learner.query import run_query
+from ..learner.task import class_names
 from ..learner.task import task_of
 from ..data.fingerprint import describe
 from ..data.fingerprint import digest

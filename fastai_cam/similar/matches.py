@@ -38,6 +38,6 @@ def match_cells(
     strength = worth[cells,best]
     strength = torch.where(worth.argmax(0)[best]==cells, strength, 0)
     found = strength.argsort(descending=True, stable=True)[:n]
-    found = found[strength[found] > 0]
+    found = found[(strength[found] > 0) & (strength[found] >= strength.max()/2)]
     def places(cells, shape): return torch.stack([cells//shape[-1], cells%shape[-1]], dim=-1)
     return torch.stack([places(found, acts.shape), places(best[found], other_acts.shape)], dim=1)

@@ -34,7 +34,7 @@ from ..learner.arguments import check_words
 from ..learner.query import run_query
 from ..learner.task import class_names
 from ..interpret.page import check_page, Drawn, draw_page, Panel, Row
-from .index import evidence_of_batch, index_for, joined, similar_query, SimilarIndex, training_source
+from .index import check_classes, evidence_of_batch, index_for, joined, similar_query, SimilarIndex, training_source
 from .matches import match_cells
 
 # %% ../../nbs/88c_similar.show.ipynb #cdb99082
@@ -42,7 +42,7 @@ class MostProbable(Target):
     "The class that is predicted, and the runner-up: the most probable of the others"
     labels = ['predicted', 'runner-up']
     def classes(self, out:Any, y:Any=None) -> Tensor:
-        task = self.task.of(out, y)
+        task = check_classes(self.task.of(out, y))
         first,every = task.predicted(out)[:,:1],task.probabilities(out).detach().as_subclass(Tensor)
         if every.shape[1]==1: return first
         return torch.cat([first, every.scatter(1, first, -torch.inf).argmax(1, keepdim=True)], dim=1)
@@ -194,26 +194,26 @@ def _neighbours(learn, found, query, layer):
 def _title_of(found, row, rank):
     "What is said of a neighbour"
     place,index = int(row.rows[rank]),found.index
-    name = cut(as_text(Path(index.names[int(index.positions[place])]).name), 22)
-    title = f'alike {row.similarity[rank].item():.2f}   {name}'
+    name = as_text(Path(index.names[int(index.positions[place])]).name)
+    title = f'labelled {row.words}, alike {row.similarity[rank].item():.2f}\n{cut(name, 60)}'
     if not found.doubt(place): return title
     predicted = int(index.predicted[place])
-    says = f'the model says {found.class_words(predicted)}' if predicted >= 0 else f'the model gives it {index.probability[place].item():.2f}'
-    return f'{title}\n⚠ {says}'
+    says = f'says {found.class_words(predicted)}' if predicted >= 0 else f'gives it {index.probability[place].item():.2f}'
+    return f'{title}\n⚠ the model {says}'
 
 def _rows_of(found, asked, images, neighbours):
-    "For each item and class the pictures that are shown, the item first, and what is said over them"
+    "For each item and class the pictures that are shown, the item first, and why there are none beside it"
     rows = []
     for row in found.rows:
         j = (asked['classes'][row.item]==row.cls).nonzero()[0,0]
-        own = Shown(CAMMap(asked['maps'][row.item,j], images[row.item]), asked['acts'][row.item], f'▸ {row.words} {row.probability:.2f}')
+        what,name = f'{row.role} {row.words} {row.probability:.2f}'.strip(),cut(as_text(Path(row.name).name), 60)
+        title = f'{what}\n{name}' + (f' · actual {row.actual}' if row.actual else '')
+        own = Shown(CAMMap(asked['maps'][row.item,j], images[row.item]), asked['acts'][row.item], title)
         def shown(rank):
             values,acts,image = neighbours[int(row.rows[rank])]
             return Shown(CAMMap(values, image), acts, _title_of(found, row, rank))
         pictures = [own, *map(shown, range(len(row.rows)))]
-        actual = f' · actual {row.actual}' if row.actual and row.role == 'predicted' else ''
-        head = f'{Path(row.name).name}   {row.role} {row.words} {row.probability:.2f}{actual}'.replace('  ', ' ')
-        rows.append((head, pictures, _why_none(row)))
+        rows.append((pictures, _why_none(row)))
     return rows
 
 def _why_none(row):
@@ -222,7 +222,7 @@ def _why_none(row):
     return f'nothing in it speaks for {row.words}' if row.silent else f'no training picture is labelled {row.words}'
 
 # %% ../../nbs/88c_similar.show.ipynb #3866ccdd
-_COLOURS = ('#00e5ff', '#ffe600', '#ff5cf4', '#7dff4a', '#ff9b3d', '#ffffff') # of a neighbour's lines
+_COLOURS = ('#00e5ff', '#ff4df5', '#ff7a1a', '#b6ff3d', '#7da0ff') # of a neighbour's lines
 
 def place_of(
     cell:Sequence[int], # Row and column
@@ -290,10 +290,10 @@ def _draw(rows, n_places, options):
         return [*[Panel(one.map, title=one.title) for one in pictures], *none]
     rest,written = dict(options),{name: options[name] for name in ('save', 'dpi', 'text') if name in options}
     for name in written: rest.pop(name)
-    page = [Row(panels(pictures, why_none), head) for head,pictures,why_none in rows]
+    page = [Row(panels(pictures, why_none)) for pictures,why_none in rows]
     legend = 'training pictures labelled so, most alike first   lines join places that are alike   ⚠ the model does not believe the label'
     axs,start = draw_page(page, rest, legend),0
-    for (_,pictures,_),row in zip(rows, page):
+    for (pictures,_),row in zip(rows, page):
         if n_places: _draw_matches(pictures, axs[start:start + len(pictures)], n_places)
         start += len(row.panels)
     save_figure(axs[0].figure, **{'save': None, **written})

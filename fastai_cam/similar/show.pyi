@@ -38,6 +38,7 @@ from ..interpret.page import Drawn
 from ..interpret.page import draw_page
 from ..interpret.page import Panel
 from ..interpret.page import Row
+from .index import check_classes
 from .index import evidence_of_batch
 from .index import index_for
 from .index import joined
