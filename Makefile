@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo browser test test-slow test-all bench evidence calibration zoo shortcuts config notebooks figures readme stubs clean
+.PHONY: setup demo browser test test-slow test-all bench evidence calibration like zoo shortcuts config notebooks figures readme stubs clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,9 @@ evidence: $(STAMP)       ## which map for which network: a table of evidence (mi
 
 calibration: $(STAMP)    ## how often is the verdict of cam_trust right? Planted maps whose truth is known (half an hour; no downloads): nbs/79_trust.verdict.ipynb
 	$(BIN)/python -W ignore tests/bench/trust_calibration.py
+
+like: $(STAMP)           ## are wrong labels found among the neighbours of the errors that they cause? (ten minutes; no downloads): nbs/88c_similar.show.ipynb
+	$(BIN)/python -W ignore tests/bench/like.py
 
 zoo: $(STAMP)            ## is the right layer of every torchvision and timm architecture found, in the right place? (hours; no downloads): nbs/stories/zoo.ipynb
 	$(BIN)/python -W ignore tests/zoo/zoo.py all

@@ -2,6 +2,7 @@
 from typing import Any
 import fastai_cam.report
 import fastai_cam.shortcuts
+import fastai_cam.similar
 import fastai_cam.trust
 from .interpret import CAMInterpretation
 from .learner.cams import cam_head
