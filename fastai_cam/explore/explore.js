@@ -314,7 +314,7 @@ function makeView(store, el) {
     const i = state.current, row = rowOf.get(i), picture = store.pictures.get(i);
     if (figureOf !== `${i} ${Boolean(picture)}`) { figure.replaceChildren(pictureOf(i)); figureOf = `${i} ${Boolean(picture)}`; }
     const map = drawOver(figure, i), failure = store.failure(i, state.method, state.layer);
-    caption.replaceChildren(map ? isolated(map.none ? `no map: ${map.text}` : `map of: ${map.text}`, {}, 200) : failure ? 'no map' : picture === null ? '' : 'the map is not made yet');
+    caption.replaceChildren(map ? isolated(map.none ? `no map: ${map.text}` : `map of: ${map.text}`, {}, 90) : failure ? 'no map' : picture === null ? '' : 'the map is not made yet');
     const line = (name, ...inside) => [make('dt', {text: name}), make('dd', {}, ...inside)];
     const right = F.right[row], said = store.markOf(i);
     factList.replaceChildren(...line('actual', isolated(inWords(F.label[row]), {}, 160)),
@@ -442,7 +442,7 @@ function makeView(store, el) {
   function display(changed) { Object.assign(state, changed); sync(); if (!('opacity' in changed)) redraw(); remember(); }
   function filter(changed, isOrder = true) {
     Object.assign(state, changed);
-    if (isOrder) { sort(); state.page = Math.max(0, Math.floor(order.indexOf(rowOf.get(state.current))/F.page)); }
+    if (isOrder) { sort(); state.page = 0; }
     showPage();
   }
   function sort() { order = [...F.position.keys()].filter(passes).sort(sorts[state.sort] || sorts.given); }

@@ -117,7 +117,12 @@ def _as_class(self:Marks, label):
     raise ValueError(f'relabel to what? label={label!r} is none of the {len(self.classes)} classes')
 
 @patch
-def _checked(self:Marks, i, mark, label):
+def checked(self:Marks,
+    i:int, # Position in the set
+    mark:str|None, # 'keep', 'relabel', 'drop' or 'suspicious'; `None`: none
+    label:Any=None # With 'relabel': the right class, by name or index
+) -> tuple|None: # Mark and new label
+    "What is said of an item; `ValueError` for what makes no sense"
     if not is_int(i) or not 0 <= i < len(self.keys):
         raise ValueError(f'there is no item {i!r}: the set has {len(self.keys)}, 0 to {len(self.keys) - 1}')
     if mark is None: return None
@@ -133,7 +138,7 @@ def mark(self:Marks,
 ) -> None:
     "Say something of items"
     positions = [int(i) for i in items] if is_listy(items) or isinstance(items, range) else [items]
-    self.take({i: self._checked(i, mark, label) for i in positions})
+    self.take({i: self.checked(i, mark, label) for i in positions})
 
 @patch
 def take(self:Marks,
@@ -208,8 +213,9 @@ def _from_file(self:Marks, file):
 def to_df(self:Marks) -> pd.DataFrame: # `index` (position in the set), `item`, `label`, `prediction`, `mark`, `new_label`
     "The items that are marked, a row each, in the order of the set"
     said = self.said()
-    found = self.items.iloc[list(said)].assign(mark=[mark for mark,_ in said.values()], new_label=[label for _,label in said.values()])
-    return found.rename_axis('index').reset_index().astype(dict(index=int))
+    found = self.items.iloc[list(said)].rename_axis('index').reset_index().astype(dict(index=int))
+    for at,name in enumerate(('mark', 'new_label')): found[name] = pd.Series([one[at] for one in said.values()], dtype=object)
+    return found
 
 @patch
 def delete(self:Marks) -> L: # Indices into `fns`
@@ -230,7 +236,7 @@ def merge(self:Marks,
         place = {key: i for i,key in enumerate(self.keys)}
         found = {place[other.keys[i]]: said for i,said in other.said().items() if other.keys[i] in place}
     else: found,_ = self._from_file(as_path(other))
-    self.take({i: self._checked(i, *said) for i,said in found.items() if self[i] is None})
+    self.take({i: self.checked(i, *said) for i,said in found.items() if self[i] is None})
 
 # %% ../../nbs/96_explore.marks.ipynb #1570b53e
 @patch
@@ -266,7 +272,7 @@ def _check_rows(self:Marks, df, rows, label):
     shared = [name for name in self.table if name in df and name != label]
     other = next((i for i in touched if any(str(self.table[name].iloc[i]) != str(df[name].iloc[rows[i]]) for name in shared)), None)
     if other is None: return
-    raise ValueError(f'row {self.table.index[other]!r} of the table is another one than that of the marked item: give the table itself')
+    raise ValueError(f'row {self.table.index[other]} of the table is another one than that of the marked item: give the table itself')
 
 @patch
 def cleaned(self:Marks,

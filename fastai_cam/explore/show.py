@@ -40,9 +40,10 @@ from ..source.loaders import dl_source
 from ..interpret.base import CAMInterpretation
 from ..data.items import ItemList
 from ..report.facts import number
+from ..report.answers import item_keys
 from ..report.pictures import encoded, maps_of_item, palettes
 from ..report.write import MOST_ITEMS
-from .marks import Marks, mark_keys, remembered_marks
+from .marks import Marks, remembered_marks
 from .widget import check_installed, Explorer
 
 # %% ../../nbs/96b_explore.show.ipynb #ea58b576
@@ -170,12 +171,11 @@ def _layers_of(interp, layer):
     return layers,['where the method looks' if one is None else as_text(one) for one in layers]
 
 # %% ../../nbs/96b_explore.show.ipynb #756ca7e9
-def _facts(interp, idxs, answers, kind, classes, names, root):
+def _facts(interp, idxs, answers, kind, classes, names):
     "What the page knows"
     n = len(interp.losses)
-    keys = mark_keys(names, root)
     losses = interp.losses.as_subclass(Tensor).float().reshape(n, -1).mean(1).tolist()
-    columns = dict(_answer_columns(answers, kind, n), loss=[number(loss) for loss in losses], key=[as_text(key)[:600] for key in keys])
+    columns = dict(_answer_columns(answers, kind, n), loss=[number(loss) for loss in losses], key=[as_text(key)[:600] for key in item_keys(names)])
     return dict(kind=kind, names=[as_text(name) for name in classes], n_all=n, position=idxs,
                 **{name: [values[i] for i in idxs] for name,values in columns.items()})
 
@@ -209,7 +209,7 @@ def explore(self:CAMInterpretation,
     marks = _marks_of(self, kind, classes, names, table, file)
     layers,layer_names = _layers_of(self, layer)
     first = _pictures(self, idxs[:n_page], image)
-    facts = _facts(self, idxs, answers, kind, classes, names, getattr(self.learn.dls, 'path', '.'))
+    facts = _facts(self, idxs, answers, kind, classes, names)
     facts.update(methods=method_names, layers=layer_names, page=n_page, sorts=_sorts_of(kind, by, largest), palettes=palettes(),
                  palette=_palette(first), file=None if file is None else os.path.abspath(as_path(file)), set=marks.fingerprint())
     return Explorer(facts, marks, partial(_pictures, self, image=image), partial(_maps, self, kind, methods, layers, image), first)

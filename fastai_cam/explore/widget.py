@@ -125,9 +125,8 @@ def _take(self:Explorer, told):
 @patch
 def _mark_of(self:Explorer, one):
     "Mark and new label of a message"
-    if one['mark'] is None: return None
     classes,c = self.marks.classes,one.get('label')
-    return one['mark'],None if classes is None or c is None else classes[c]
+    return self.marks.checked(one['item'], one['mark'], None if classes is None or c is None else classes[c])
 
 # %% ../../nbs/96a_explore.widget.ipynb #93bade91
 @patch
