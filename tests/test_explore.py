@@ -747,8 +747,13 @@ def test_in_jupyterlab(browser, tmp_path):
         page.goto(address)
         page.wait_for_selector('.jp-CodeCell', timeout=90_000)
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status=idle]', timeout=60_000)
-        run_all('Run', re.compile('^Run All Cells'))
-        explorer.locator('.tile img').first.wait_for(timeout=120_000)
+        page.wait_for_timeout(1500)
+        for _ in range(10): # a kernel that says it is idle may not listen yet, and then nothing runs
+            run_all('Run', re.compile('^Run All Cells'))
+            page.wait_for_timeout(1500)
+            for button in page.locator('.jp-Dialog .jp-mod-accept').all(): button.click()
+            if re.search(r'[*\d]', page.locator('.jp-InputPrompt').first.inner_text()): break
+        explorer.locator('.tile img').first.wait_for(timeout=60_000)
         page.locator('.jp-OutputArea-output', has_text='SLEPT').wait_for(timeout=60_000)
         explorer.locator('figcaption', has_text='map of').wait_for(timeout=60_000)
         # click, mark with keys that the notebook has a use for, too, and change the class
