@@ -794,3 +794,35 @@ def test_in_jupyterlab(browser, tmp_path):
     context.close()
     ours = [line for line in said if re.search('fastai|explore|anywidget|TypeError|ReferenceError', line)]
     assert ours==[]
+
+
+@pytest.mark.slow
+def test_in_notebook_7(browser, tmp_path):
+    "It hands keys to its own commands before the page has seen them"
+    pytest.importorskip('notebook')
+    from helpers.jupyter import jupyter
+    context = browser.new_context(viewport=dict(width=1300, height=1100))
+    page = context.new_page()
+    with jupyter(tmp_path, CELLS[:3], 'notebook') as address:
+        page.goto(address)
+        page.wait_for_selector('.jp-CodeCell', timeout=90_000)
+        for _ in range(20):
+            page.wait_for_timeout(1500)
+            for button in page.locator('.jp-Dialog .jp-mod-accept').all(): button.click()
+            page.get_by_role('menuitem', name='Run', exact=True).click()
+            page.get_by_role('menuitem', name=re.compile('^Run All Cells')).first.click()
+            page.wait_for_timeout(1500)
+            if re.search(r'[*\d]', page.locator('.jp-InputPrompt').first.inner_text()): break
+        explorer = page.locator('.fastai-cam-explore')
+        explorer.locator('figcaption', has_text='map of').wait_for(timeout=120_000)
+        explorer.locator('.tile').nth(1).click()
+        for key in ('d', 'ArrowRight', 'k', 'ArrowRight', 's', 'ArrowRight', 'r', '2'):
+            page.keyboard.press(key)
+            page.wait_for_timeout(60)
+        explorer.get_by_text('20 pictures · 4 marked').wait_for()
+        assert page.locator('.jp-CodeCell').count()==3 and 'DROP' in str(badges(page)).upper()
+        for _ in range(50):
+            if (tmp_path/'work/marks.json').exists() and len(json.loads((tmp_path/'work/marks.json').read_text())['marks'])==4: break
+            page.wait_for_timeout(100)
+        assert sorted(one['mark'] for one in json.loads((tmp_path/'work/marks.json').read_text())['marks'])==['drop', 'keep', 'relabel', 'suspicious']
+    context.close()

@@ -86,7 +86,7 @@ class ItemList:
         return str(item) if isinstance(item, (*FILE_TYPES, int)) and not isinstance(item, bool) else f'item {i}'
 
 def _file_in(learn, row):
-    "The file that a row of the learner's own table, or a tuple, names, as its first getter reads it; the row if that is nothing of the kind"
+    "The file that a row of the learner's own table (or a tuple) names, as its first getter reads it; else the row itself"
     if not is_fastai_data(learn): return row
     tl = first_pipeline(learn)
     stage = opens_pictures(tl)

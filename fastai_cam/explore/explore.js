@@ -166,7 +166,7 @@ function makeView(store, el) {
     }
     return make('fieldset', {class: 'field segments'}, make('legend', {text: name}), box);
   };
-  const root = make('div', {class: 'fastai-cam-explore', role: 'group', 'aria-label': 'Pictures to look through and to mark', 'data-lm-suppress-shortcuts': 'true', 'data-jp-suppress-context-menu': 'true'});
+  const root = make('div', {class: 'fastai-cam-explore', role: 'group', 'aria-label': 'Pictures to look through and to mark', 'data-jp-suppress-context-menu': 'true'});
   const search = make('input', {type: 'search', class: 'search', placeholder: 'path or class', autocomplete: 'off', spellcheck: 'false', maxlength: 200});
   search.value = state.search;
   const counts = new Map();
@@ -473,6 +473,7 @@ function makeView(store, el) {
     else return;
     event.preventDefault();
   });
+  root.addEventListener('focusin', event => event.target.setAttribute('data-lm-suppress-shortcuts', 'true')); // Notebook 7 looks at keys before they come here
   for (const type of ['keyup', 'keypress', 'contextmenu']) root.addEventListener(type, event => event.stopPropagation());
   sync();
   sort();

@@ -81,15 +81,15 @@ def _answer_columns(found, kind, n):
     return dict(prediction=prediction, label=label, probability=[number(p) for p in probability], right=right)
 
 # %% ../../nbs/96b_explore.show.ipynb #ee296a01
-_sorts = dict(given='as asked for', loss='largest loss first', sure='most sure first', label='by label', key='by path', position='as in the set')
-_sorts |= {'-loss': 'smallest loss first', '-sure': 'least sure first'}
-_order = 'given', 'loss', '-loss', 'sure', '-sure', 'label', 'key', 'position'
+_sorts = {
+    'given': 'as asked for', 'loss': 'largest loss first', '-loss': 'smallest loss first', 'sure': 'most sure first',
+    '-sure': 'least sure first', 'label': 'by label', 'key': 'by path', 'position': 'as in the set'}
 
 def _sorts_of(kind, by, largest):
     "The orders that there are"
     leave = {'given'} if by=='loss' and largest else set()
     if kind in ('values', 'none'): leave |= {'sure', '-sure', 'label'}
-    return {name: _sorts[name] for name in _order if name not in leave}
+    return {name: text for name,text in _sorts.items() if name not in leave}
 
 # %% ../../nbs/96b_explore.show.ipynb #feae54f7
 def _names_of(interp):
@@ -167,7 +167,8 @@ def _layers_of(interp, layer):
         with _without_bars(interp.learn): table = interp.learn.cam_layers()
         found = list(table.layer[(table.used_by != '') | ~table.grid.duplicated(keep='last')])[-24:]
     except Exception: found = []
-    layers = [given, *([] if isinstance(given, str) and given=='stages' else ['stages'][:len(found)]), *(name for name in found if name != given)]
+    known = ['stages']*(len(found) > 1) + found
+    layers = [given, *(name for name in known if not isinstance(given, str) or name != given)]
     return layers,['where the method looks' if one is None else as_text(one) for one in layers]
 
 # %% ../../nbs/96b_explore.show.ipynb #756ca7e9
@@ -175,7 +176,8 @@ def _facts(interp, idxs, answers, kind, classes, names):
     "What the page knows"
     n = len(interp.losses)
     losses = interp.losses.as_subclass(Tensor).float().reshape(n, -1).mean(1).tolist()
-    columns = dict(_answer_columns(answers, kind, n), loss=[number(loss) for loss in losses], key=[as_text(key)[:600] for key in item_keys(names)])
+    told = dict(loss=[number(loss) for loss in losses], key=[as_text(key)[:600] for key in item_keys(names)])
+    columns = {**_answer_columns(answers, kind, n), **told}
     return dict(kind=kind, names=[as_text(name) for name in classes], n_all=n, position=idxs,
                 **{name: [values[i] for i in idxs] for name,values in columns.items()})
 
