@@ -38,6 +38,7 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'data.items', 'data.store', 'data.explain', 'data.frames',
          'similar.features', 'similar.index', 'similar.matches', 'similar.show',
          'report.facts', 'report.check', 'report.answers', 'report.pictures', 'report.page', 'report.write',
+         'explore.marks', 'explore.widget', 'explore.show',
          'cli.words', 'cli.photos', 'cli.results', 'cli.models', 'cli.explain', 'cli.ask', 'cli.shell', '__main__']
 
 
@@ -237,7 +238,8 @@ def test_wheel_in_a_clean_environment(tmp_path):
     for room in ROOMS:
         for suffix in '.py', '.pyi': assert (site/f'fastai_cam/{room.replace(".", "/")}{suffix}').exists(), f'the wheel lacks {room}{suffix}'
     assert (site/'fastai_cam/py.typed').exists()
-    for name in ('page.html.j2', 'page.css', 'page.js', 'report.schema.json'): assert (site/'fastai_cam/report'/name).exists(), f'the wheel lacks {name}'
+    for name in ('page.html.j2', 'page.css', 'page.js', 'parts.js', 'report.schema.json'): assert (site/'fastai_cam/report'/name).exists(), f'the wheel lacks {name}'
+    for name in ('explore.css', 'explore.js'): assert (site/'fastai_cam/explore'/name).exists(), f'the wheel lacks {name}'
     requirements = [line.removeprefix('Requires-Dist: ') for line in next(site.glob('fastai_cam-*.dist-info/METADATA')).read_text().splitlines() if line.startswith('Requires-Dist: ')]
     assert {Requirement(r).name for r in requirements if 'extra' not in r}=={'fastai', 'torch', 'matplotlib', 'fastcore'}
     for dist in requirement_closure(requirements).values():

@@ -82,11 +82,12 @@ class ItemList:
     ) -> str:
         "What an item is called in a table: its file, or its position"
         item = self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i]
-        if isinstance(item, pd.Series) and self.learn is not None: item = _file_in(self.learn, item)
+        if isinstance(item, (pd.Series, tuple)) and self.learn is not None: item = _file_in(self.learn, item)
         return str(item) if isinstance(item, (*FILE_TYPES, int)) and not isinstance(item, bool) else f'item {i}'
 
 def _file_in(learn, row):
-    "The file that a row of the learner's own table names, as its first getter reads it; the row if that is nothing of the kind"
+    "The file that a row of the learner's own table (or a tuple) names, as its first getter reads it; else the row itself"
+    if not is_fastai_data(learn): return row
     tl = first_pipeline(learn)
     stage = opens_pictures(tl)
     try: return row if stage is None else through_pipeline(tl, row, 0, stage)

@@ -4,7 +4,6 @@ const $ = id => document.getElementById(id);
 const F = JSON.parse($('facts').textContent);
 const items = F.items, kind = F.kind, M = F.models.length, asks = F.maps.asked;
 const methods = [...new Set(F.models.flatMap(model => model.methods))];
-const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 const palettes = Object.fromEntries(Object.entries(F.maps.palettes).map(([name, text]) => [name, bytes(text)]));
 const DIFFERENCE = asks.length, canDiffer = kind === 'classes';
 const state = {ask: 0, method: 0, colours: F.maps.signed ? 'signed' : F.maps.palette, opacity: 70,
@@ -13,20 +12,6 @@ let order = [], active = 0, current = -1, isPrinting = false;
 
 // -- small things
 
-const make = (tag, attributes = {}, ...inside) => {
-  const found = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === 'text') found.textContent = value;
-    else if (value !== null && value !== undefined && value !== false) found.setAttribute(name, value === true ? '' : value);
-  }
-  found.append(...inside.filter(one => one !== null && one !== undefined));
-  return found;
-};
-const short = (text, n = 80) => { const letters = Array.from(text); return letters.length > n ? letters.slice(0, n).join('') + '…' : text; };
-const isolated = (text, attributes = {}, n = 80) =>
-  make('bdi', {...attributes, text: short(text, n), title: Array.from(text).length > Math.min(n, 24) ? short(text, 600) : null});
-const figures = (x, n = 3) => x === null ? '–' : Number(x.toPrecision(n)).toString();
-const percent = x => x === null ? '–' : `${(100*x).toFixed(1)}%`;
 const inWords = value => {
   if (value === null) return 'not known';
   if (kind === 'classes') return F.names[value];
@@ -34,19 +19,11 @@ const inWords = value => {
   const parts = kind === 'labels' ? value.map(c => F.names[c]) : value.map(x => figures(x));
   return parts.slice(0, 5).join('; ') + (parts.length > 5 ? `; +${parts.length - 5}` : '');
 };
-const plain = text => text.normalize('NFC').toLowerCase().trim();
 const has = (value, c) => Array.isArray(value) ? value.includes(c) : value === c;
-const markOf = right => right === null ? null : make('span', {class: right ? 'mark ok' : 'mark bad', text: right ? '✓' : '✗', 'aria-hidden': 'true'});
-const rightInWords = right => right === null ? '' : right ? 'right' : 'wrong';
 
 // -- maps: a few numbers, coloured here; a block is in the page once the browser has read so far
 
 const blockOf = i => { const found = $(`i${i}`); return found && (found.nextSibling || document.readyState !== 'loading') ? JSON.parse(found.textContent) : null; };
-const numbers = map => {
-  const cells = new Int8Array(bytes(map.data).buffer), found = new Float32Array(cells.length);
-  for (let i = 0; i < cells.length; i++) found[i] = cells[i]/127*map.peak;
-  return found;
-};
 const entry = (view, ask, method) => {
   const found = view.maps.find(one => one.ask === ask && one.method === methods[method]) || view.maps.find(one => one.ask === ask);
   return !found ? null : found.same === undefined ? found : {...view.maps[found.same], text: found.text};
@@ -62,17 +39,9 @@ function shownMap(view) {
   return {...found, values: found.values.map((x, i) => x - others[i]), text: `${first.text} − ${second.text}`, signed: true};
 }
 function draw(canvas, view) {
-  const map = shownMap(view), context = canvas.getContext('2d');
-  if (!map || map.none) { canvas.width = canvas.height = 1; return map; }
-  canvas.width = map.w;
-  canvas.height = map.h;
-  const image = context.createImageData(map.w, map.h), colours = palettes[map.signed ? 'signed' : state.colours];
-  for (let i = 0; i < map.values.length; i++) {
-    const share = map.full > 0 ? Math.max(-1, Math.min(1, map.values[i]/map.full)) : 0;
-    const at = 4*Math.round(map.signed ? (share + 1)*127.5 : Math.max(0, share)*255);
-    for (let c = 0; c < 4; c++) image.data[4*i + c] = colours[at + c];
-  }
-  context.putImageData(image, 0, 0);
+  const map = shownMap(view);
+  if (!map || map.none) clearMap(canvas);
+  else paintMap(canvas, map, palettes[map.signed ? 'signed' : state.colours]);
   return map;
 }
 function pictureOf(block, m, box) {
@@ -355,7 +324,6 @@ const display = changed => { Object.assign(state, changed); sync(); if (!('opaci
 const filter = changed => { Object.assign(state, changed); select(); };
 const askNames = asks.map((name, i) => [i, kind === 'classes' ? {predicted: 'Prediction', actual: 'Label'}[name] : short(name, 24)]);
 if (canDiffer) askNames.push([DIFFERENCE, 'Difference']);
-const colourNames = {inferno: 'warm', viridis: 'cool', signed: 'for and against'};
 for (const prefix of ['', 'large-']) {
   if (askNames.length > 1) segments($(`${prefix}ask`), `${prefix}ask`, askNames.slice(0, 8), () => state.ask, value => display({ask: value}));
   else $(`${prefix}ask`).hidden = true;

@@ -63,7 +63,7 @@ def render(
     from markupsafe import Markup
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters.update(percent=lambda share: f'{100*share:.1f}%', dots=_dots)
-    style,script = _read('page.css'),_read('page.js')
+    style,script = _read('page.css'),_read('parts.js') + _read('page.js')
     items = [item for item in facts['items'] if item['shown']]
     data = {name: part for name,part in facts.items() if name != 'items'} | {'items': items, 'maps': shown}
     return env.from_string(_read('page.html.j2')).generate(
