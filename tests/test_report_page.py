@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('pages')
     (folder/'files').mkdir()
     findings = [('<i>Note</i>', 'the <b>background</b> is grey'), ('Table', pd.DataFrame(dict(method=['gradcam'], iou=[.5], iou_low=[.4], iou_high=[.6])))]
-    interpretation(hostile_learner(folder/'files')).report(folder/'hostile.html', method=['gradcam', 'layercam'], title='<h1>title</h1>', findings=findings)
+    interpretation(hostile_learner(folder/'files')).report(folder/'hostile.html', method=['gradcam', 'layercam'], title='<h1>title</h1>', findings=findings, like=2)
     samples = [(picture, i%2) for i, picture in enumerate(pictures(9))]
     first, second = (interpretation(plain(samples, 2, vocab=['left', 'right'], model=body(2, seed))) for seed in (0, 3))
     first.report(folder/'two.html', other=second, names=('<new>', 'old'))
@@ -157,6 +157,21 @@ def test_methods_questions_and_colours_are_switched(visit):
         page.wait_for_timeout(120)
         seen.append(shot(page, '.frame'))
         assert np.abs(seen[-1] - seen[-2]).mean() > 1
+
+
+def test_training_pictures_in_the_large_view(visit):
+    page = visit('hostile')
+    page.locator('#grid li button').first.click()
+    page.wait_for_selector('#large-like img')
+    like = page.locator('#large-like')
+    assert 'labelled' in like.inner_text() and '(predicted)' in like.inner_text() and '(runner-up)' in like.inner_text()
+    assert like.locator('li').count()==like.locator('img').count() >= 2 and not like.locator('b, i, script, h1').count(), 'names are text'
+    assert all(like.evaluate("one => [...one.querySelectorAll('img')].map(img => img.complete && img.naturalWidth > 8)"))
+    assert all(alt.startswith('training picture ') for alt in like.evaluate("one => [...one.querySelectorAll('img')].map(img => img.alt)"))
+    page = visit('two')
+    page.locator('#grid li button').first.click()
+    page.wait_for_selector('#large .pic img')
+    assert not page.locator('#large-like').is_visible(), 'where none were asked for'
 
 
 def test_the_large_view(visit):

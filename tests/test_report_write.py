@@ -124,6 +124,36 @@ def test_the_items_that_are_shown_can_be_chosen(tmp_path):
     assert not (tmp_path/'none.html').exists()
 
 
+def test_training_pictures_stand_beside_and_each_is_there_once(tmp_path):
+    interp = interpretation(hostile_learner(tmp_path))
+    interp.report(tmp_path/'page.html', n=6, like=2, method='gradcam')
+    page = (tmp_path/'page.html').read_text()
+    blocks = {name: json.loads(data) for name, data in re.findall(r'<script type="application/json" id="([it]\d+)">(.*?)</script>', page, re.S)}
+    shown = interp.top_losses(6)[1].tolist()
+    table = interp.learn.get_like([interp.dl.items[i] for i in shown], 2).to_df()
+    files = {str(file): i for i, file in enumerate(interp.learn.dls.train.items)}
+    wanted = {name: [files[one] for one in rows.neighbour] for name, rows in table.groupby('item', sort=False)}
+    found = [[one['at'] for row in blocks[f'i{i}']['like'] for one in row['found']] for i in range(6)]
+    assert found==[wanted[str(interp.dl.items[i])] for i in shown] and all(found)
+    beside = {at for one in found for at in one}
+    assert {int(name[1:]) for name in blocks if name[0]=='t'}==beside and len(re.findall(r' id="t\d', page))==len(beside), 'once, and no other'
+    assert all(page.index(f'id="t{at}"') < page.index(f'id="i{i}"') for i, one in enumerate(found) for at in one), 'before what it stands beside'
+    words = [row['words'] for i in range(6) for row in blocks[f'i{i}']['like']]
+    assert words==table.groupby(['item', 'cls'], sort=False).size().reset_index().cls.str.slice(0, 80).tolist() and {row['role'] for row in blocks['i0']['like']}=={'predicted', 'runner-up'}
+
+
+@pytest.mark.parametrize('like, words', [(0, 'like=0 leaves nothing to show'), (11, 'at most 10'), ('3', 'like')])
+def test_a_number_of_training_pictures_that_makes_none(tmp_path, interp, like, words):
+    with pytest.raises((ValueError, TypeError), match=words): interp.report(tmp_path/'page.html', like=like)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_have_no_training_pictures_of_a_class(tmp_path):
+    interp = interpretation(plain([(picture, torch.tensor([float(i)])) for i, picture in enumerate(pictures(4))], 1, MSELossFlat()))
+    with pytest.raises(ValueError, match='this learner predicts no classes'): interp.report(tmp_path/'page.html', like=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_maps_in_the_page_are_the_learners_own(tmp_path):
     interp = interpretation(plain([(picture, i%2) for i, picture in enumerate(pictures(5))], 2))
     interp.report(tmp_path/'page.html', method=['gradcam', 'layercam'])

@@ -250,6 +250,8 @@ function showLarge() {
     return make('figure', {class: 'view'}, make('div', {class: 'stage'}, pic), captionOf(m, answer, map));
   }));
   $('large-facts').replaceChildren(factsOf(item), ...item.answers.filter(answer => answer.top.length > 1).map(topOf));
+  $('large-like').hidden = !block.like;
+  $('large-like').replaceChildren(...(block.like ? likesOf(block.like) : []));
   drawLegend();
 }
 function factsOf(item) {
@@ -264,6 +266,16 @@ function factsOf(item) {
   if (M > 1 && item.change) line('compared', item.change);
   line('place in the set', String(item.position));
   return list;
+}
+function likeOf(one) {
+  const {picture, name} = JSON.parse($(`t${one.at}`).textContent);
+  return make('li', {}, make('img', {alt: `training picture ${short(name)}`, title: short(name, 600), src: `data:${picture.type};base64,${picture.data}`, width: picture.w, height: picture.h}),
+    make('span', {text: `alike ${one.alike.toFixed(2)}`}), one.says ? make('span', {class: 'doubt'}, '⚠ the model says ', isolated(one.says, {}, 40)) : null);
+}
+function likesOf(rows) {
+  return [make('h3', {text: 'Training pictures most like it'}), ...rows.flatMap(row => [
+    make('p', {}, 'labelled ', isolated(row.words, {}, 60), row.role ? ` (${row.role})` : null),
+    row.none ? make('p', {class: 'meta'}, isolated(row.none, {}, 200)) : make('ul', {}, ...row.found.map(likeOf))])];
 }
 const meterOf = share => {
   const found = make('span', {class: 'meter', 'aria-hidden': 'true'}, make('span'));

@@ -34,6 +34,7 @@ from ..state import check_learner, with_bar
 from ..interpret.base import CAMInterpretation
 from .facts import as_finding, page_facts
 from .answers import answers_of, check_reported
+from .like import check_like, neighbours_of
 from .pictures import encoded, maps_of_item, palettes, Room, sharpest
 from .page import block, check_installed, render
 
@@ -126,8 +127,11 @@ def _seen_by(cams, i, image, room, shown):
     return dict(picture=picture, maps=maps_of_item(cams, i, room.map_side)),small
 
 # %% ../../nbs/94b_report.write.ipynb #16d51c0d
-def _blocks(several, room, start):
+def _blocks(several, room, start, neighbours=None):
     "The items of some maps, as elements of the page"
+    for text in () if neighbours is None else neighbours.blocks(range(start, start + len(several[0]))):
+        room.left -= len(text)
+        yield text
     images = [cams.images.load() for cams in several]
     for i in range(len(several[0])):
         views,first = [],None
@@ -135,7 +139,8 @@ def _blocks(several, room, start):
             view,small = _seen_by(cams, i, pictures[i], room, first)
             views.append(view)
             first = small if first is None else first
-        text = block(start + i, dict(views=views))
+        beside = {} if neighbours is None else dict(like=neighbours.beside(start + i))
+        text = block(start + i, dict(views=views, **beside))
         room.take(len(text))
         yield text
 
@@ -151,11 +156,11 @@ def _chunks(sides, n, learn):
         yield start,[side.cams(start, min(n, start + at_once)) for side in sides]
         if start//at_once%4==3: gc.collect() # loaders refer to themselves, and the pictures of each would stay until Python looks
 
-def _written(path, report, shown_of, chunks, room):
+def _written(path, report, shown_of, chunks, room, neighbours=None):
     "Write the page, and return what it says"
     first = next(chunks)
     facts,shown = report(first[1]),shown_of(first[1])
-    blocks = chain.from_iterable(_blocks(several, room, start) for start,several in chain([first], chunks))
+    blocks = chain.from_iterable(_blocks(several, room, start, neighbours) for start,several in chain([first], chunks))
     with write_file(path) as out:
         for piece in render(facts, shown, blocks): out.write(piece.encode())
     return facts
@@ -212,12 +217,14 @@ def report(self:CAMInterpretation,
     findings:Sequence=(), # What else was found: tables of `compare_cams`, a `sanity_check`, `find_shortcuts`, sentences
     title:str='What the model looked at', # Of the page
     json:str|Path|None=None, # File for the same facts as data, which `check_report` counts again
-    image:int=0 # Which of the images, where several go into the model for one item
+    image:int=0, # Which of the images, where several go into the model for one item
+    like:int|None=None # So many training pictures of the class that is predicted, and of the runner-up, beside each: `learn.show_like`'s
 ) -> Path: # The page
     "Write one page that needs nothing else: how good the model is, and its items, sorted, filtered, large, with their maps"
     path = _check_arguments(self, path, n, method, layer, other, names)
     json = None if json is None else _checked_file(json)
     kind,classes = check_reported(self)
+    check_like(self, like)
     findings = [as_finding(one) for one in (findings if is_listy(findings) else [findings])]
     items,places = _both(self, other, kind, classes, answers_of(self, kind))
     items,shown = _ranked(self, items, n, where, cls)
@@ -225,8 +232,9 @@ def report(self:CAMInterpretation,
     interps = [one for one in (self, other) if one is not None]
     sides = [_Side(one, [place[i] for i in shown], asked) for one,place in zip(interps, places)]
     words = dict(title=title, findings=findings, created=date.today().isoformat(), chosen=_in_call(where=where, cls=cls))
+    neighbours = None if like is None else neighbours_of(self, shown, like, image)
     def told(several): return page_facts(kind, classes, items, names[:len(sides)], made=_made_by(several), **words)
     n_maps = len(sides)*len(as_methods(self.method if method is None else method))*dict(classes=2, labels=3, values=len(classes))[kind]
-    facts = _written(path, told, partial(_shown, kind, classes), _chunks(sides, len(shown), self.learn), Room(len(shown), n_maps))
+    facts = _written(path, told, partial(_shown, kind, classes), _chunks(sides, len(shown), self.learn), Room(len(shown), n_maps), neighbours)
     if json is not None: _write_json(json, facts)
     return path

@@ -31,6 +31,8 @@ from .facts import as_finding
 from .facts import page_facts
 from .answers import answers_of
 from .answers import check_reported
+from .like import check_like
+from .like import neighbours_of
 from .pictures import encoded
 from .pictures import maps_of_item
 from .pictures import palettes

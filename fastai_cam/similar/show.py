@@ -28,6 +28,7 @@ from ..maps.draw import CAMMap
 from ..maps.pixels import to_pixels
 from ..maps.style import check_count, save_figure
 from ..state import preserve_state
+from ..source.loaders import Source
 from ..source.images import FILE_TYPES
 from ..source.items import as_source
 from ..learner.arguments import check_words
@@ -123,7 +124,7 @@ def _file_of(item): return Path(item).expanduser().absolute() if isinstance(item
 def _alike_of(learn, query, layer, item, k, index, max_n, cells=False):
     "The neighbours of items, what was captured of these, and their pictures"
     with preserve_state(learn) as quiet:
-        source = as_source(learn, item, max_n, query.image)
+        source = item if isinstance(item, Source) else as_source(learn, item, max_n, query.image)
         if query.target.needs_labels and not source.labelled:
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])

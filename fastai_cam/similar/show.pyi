@@ -28,6 +28,7 @@ from ..maps.pixels import to_pixels
 from ..maps.style import check_count
 from ..maps.style import save_figure
 from ..state import preserve_state
+from ..source.loaders import Source
 from ..source.images import FILE_TYPES
 from ..source.items import as_source
 from ..learner.arguments import check_words
