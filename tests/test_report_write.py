@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 
+from fastai_cam.captions import cut
 from fastai_cam.report import check_report, report_schema
 from fastai_cam.report.page import block
 from fastai_cam.report.pictures import encoded, MOST_BYTES, packed, Room
@@ -139,7 +140,7 @@ def test_training_pictures_stand_beside_and_each_is_there_once(tmp_path):
     assert {int(name[1:]) for name in blocks if name[0]=='t'}==beside and len(re.findall(r' id="t\d', page))==len(beside), 'once, and no other'
     assert all(page.index(f'id="t{at}"') < page.index(f'id="i{i}"') for i, one in enumerate(found) for at in one), 'before what it stands beside'
     words = [row['words'] for i in range(6) for row in blocks[f'i{i}']['like']]
-    assert words==table.groupby(['item', 'cls'], sort=False).size().reset_index().cls.str.slice(0, 80).tolist() and {row['role'] for row in blocks['i0']['like']}=={'predicted', 'runner-up'}
+    assert words==table.groupby(['item', 'cls'], sort=False).size().reset_index().cls.map(lambda name: cut(name, 80)).tolist() and {row['role'] for row in blocks['i0']['like']}=={'predicted', 'runner-up'}
 
 
 @pytest.mark.parametrize('like, words', [(0, 'like=0 leaves nothing to show'), (11, 'at most 10'), ('3', 'like')])
