@@ -125,6 +125,22 @@ def riddles(tree):
             if len(node.generators) > 1 or len(node.generators[0].ifs) > 1: yield ast.unparse(node)
 
 
+def closures_that_call_themselves(tree):
+    for outer in ast.walk(tree):
+        if not isinstance(outer, ast.FunctionDef): continue
+        for inner in ast.walk(outer):
+            if inner is outer or not isinstance(inner, ast.FunctionDef): continue
+            called = {node.func.id for node in ast.walk(inner) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+            if inner.name in called: yield f'{outer.name}.{inner.name}'
+
+
+def test_no_closure_calls_itself():
+    "It would be a cycle, which keeps whatever it holds (a batch, its activations) until Python's collector comes by"
+    found = {room: list(closures_that_call_themselves(ast.parse((ROOT/f'fastai_cam/{room.replace(".", "/")}.py').read_text()))) for room in ROOMS}
+    assert not {room: names for room, names in found.items() if names}
+    assert list(closures_that_call_themselves(ast.parse('def f():\n def g(x): return g(x - 1)\n return g(3)')))==['f.g']
+
+
 def test_nothing_is_imported_that_is_not_used():
     for room in ROOMS:
         tree = ast.parse((ROOT/f'fastai_cam/{room.replace(".", "/")}.py').read_text())
