@@ -109,3 +109,9 @@ def test_on_fastais_own_learner(dls):
         found = CAMInterpretation.from_learner(learn).concepts('left', k=2)
         assert found.maps.shape==(6, 2, 2, 2) and np.isclose(found.shares.sum().item() + found.rest_share, 1, atol=1e-4)
         assert len(found.plot(3))==6
+
+
+def test_of_some_pictures(interp):
+    "Those of the class among the items that are meant"
+    assert interp.concepts('dog', k=2, where='index > 4').index==[5, 7, 9]
+    with pytest.raises(ValueError, match="none is labelled 'dog'"): interp.concepts('dog', where=[0, 2])

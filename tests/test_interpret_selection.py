@@ -1,4 +1,6 @@
 "One row an item, and the words that choose among them, beside plain pandas."
+from inspect import signature
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -177,3 +179,22 @@ def test_columns_are_made_once_and_when_they_are_asked_for():
         assert passes and len(first)==6
         interp.select(lambda df: df.disagreement >= 0); interp.ranked(2, by='disagreement')
     assert len(n)==passes and 'disagreement' in interp.to_df()
+
+
+def test_every_view_takes_where(interp):
+    "One vocabulary, whatever is done with the items; views of one item take its index"
+    several = ['plot_top_losses_cam', 'top_losses_cams', 'plot_confused_cam', 'plot_class_cam', 'concepts', 'compare_cams', 'cam_trust', 'sanity_check', 'find_shortcuts', 'select']
+    assert [name for name in several if 'where' not in signature(getattr(interp, name)).parameters]==[]
+    for name in several[2:-1]:
+        given = dict(cls='cat') if name in ('plot_class_cam', 'concepts') else dict(n=16) if name=='find_shortcuts' else {}
+        with pytest.raises(ValueError, match="of the 14 items none is left by where='loss > 99'"): getattr(interp, name)(**given, where='loss > 99')
+        with pytest.raises(ValueError, match="where='los > 1' names 'los', which is no column"): getattr(interp, name)(**given, where='los > 1')
+    with pytest.raises(ValueError, match='leave dl, or where'): interp.find_shortcuts(interp.dl, n=16, where='wrong')
+
+
+def test_some_of_those_that_are_meant(interp, oracle):
+    wrong = oracle.index[~oracle.is_right].tolist()
+    assert interp.spread(2, 'wrong')==[wrong[0], wrong[-1]] and interp.spread(None, 'wrong')==wrong and interp.spread(3)==[0, 6, 13]
+    assert interp.labelled_so(1, 'wrong').tolist()==oracle.index[~oracle.is_right & (oracle.label=='dog')].tolist()
+    assert interp.labelled_so(2).tolist()==oracle.index[oracle.label=='cow'].tolist()
+    with pytest.raises(ValueError, match=r"of the 3 items that where=\[0, 3, 6\] leaves of 14 none is labelled 'dog'"): interp.labelled_so(1, [0, 3, 6])

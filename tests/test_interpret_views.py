@@ -79,6 +79,18 @@ def test_tasks_without_pairs():
         with pytest.raises(ValueError, match=message): one.plot_class_cam(0)
 
 
+def test_a_pair_among_some(interp):
+    "Only the items that are meant are counted, shown, and named in what is refused"
+    df = interp.to_df()
+    wrong = df[~df.is_right]
+    a, b = wrong.iloc[0][['label', 'prediction']]
+    of_pair = wrong[(wrong.label==a) & (wrong.prediction==b)]
+    axs = interp.plot_confused_cam(a, b, where=of_pair.index[:1].tolist())
+    assert len(axs)==4 and axs[0].figure._suptitle.get_text()==f'{a} taken for {b}, 1×' and f'loss {of_pair.loss.iloc[0]:.2f}' in heads(axs)[0]
+    with pytest.raises(ValueError, match=f"nothing is confused among the {int(df.is_right.sum())} items that where='right' leaves"): interp.plot_confused_cam(where='right')
+    with pytest.raises(ValueError, match=f"most often taken is '{a}' for '{b}'$"): interp.plot_confused_cam(b, a, where=[of_pair.index[0]])
+
+
 def test_nothing_is_confused():
     right = interpreted(lambda i: 0, 3, model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Always()))
     with pytest.raises(ValueError, match='no item is taken for another class: nothing is confused in this set'): right.plot_confused_cam()
@@ -105,6 +117,14 @@ def test_a_class(interp):
     assert heads(axs[1:4])==said('typical', dogs.iloc[likeness.tolist()])
     n_right = int(dogs.is_right.sum())
     assert [ax.get_title(loc='left').split('\n')[-1] for ax in axs[::4]]==[f'{n} item' + 's'*(n != 1) for n in (6, n_right, 6 - n_right)]
+
+
+def test_a_class_among_some(interp):
+    df = interp.to_df()
+    chosen = df[df.label=='dog'].nsmallest(3, 'loss').sort_index()
+    axs = interp.plot_class_cam('dog', k=1, where=chosen.index.tolist())
+    assert axs[0].figure._suptitle.get_text()=='dog: 3 items' and heads(axs)[3].startswith(f'most sure: {chosen.label_probability.max():.2f}')
+    with pytest.raises(ValueError, match="of the 1 items that where='index == 0' leaves of 18 none is labelled 'dog'"): interp.plot_class_cam('dog', where='index == 0')
 
 
 def test_the_mean_map_is_the_mean_of_the_maps(interp):

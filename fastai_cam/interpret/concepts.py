@@ -104,13 +104,14 @@ def concepts(self:CAMInterpretation,
     cls:Any, # Name or index of a class
     k:int=4, # How many concepts
     n:int=64, # Of so many pictures of the class, at most
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     layer:Any=None, # One layer; `None`: the interpretation's own, or the last that still has space
     image:int=0, # Which of the images, where several go into the model for one item
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMConcepts:
     "The parts that a class is made of: activations of its pictures factorised, each concept with its share of the score"
     check_words(kwargs, None, ('cls', 'layer', 'k'))
-    if kwargs: raise TypeError(f'concepts has no argument {next(iter(kwargs))!r}: it has cls, k, n, layer and image')
+    if kwargs: raise TypeError(f'concepts has no argument {next(iter(kwargs))!r}: it has cls, k, n, where, layer and image')
     for name,value in (('k', k), ('n', n)): check_int(value, name, 1, 'leaves nothing to find: give at least 1')
     layer = self.layer if layer is None else layer
     if is_listy(layer) or is_found_by_pass(layer): raise ValueError('concepts are those of one layer: name one, or leave layer')
@@ -118,8 +119,7 @@ def concepts(self:CAMInterpretation,
     if len(classes) != 1: raise ValueError(f'concepts are those of one class, not of {len(classes)}: ask for each by itself')
     names = self.answers.task.class_names(self.vocab)
     name = as_text(names[classes[0]]) if names is not None and classes[0] < len(names) else f'class {classes[0]}'
-    idxs = self.items_of_class(classes[0], ['actual']).nonzero()[:,0]
-    if len(idxs)==0: raise ValueError(f'no item of the set is labelled {name!r}')
+    idxs = self.labelled_so(classes[0], where)
     idxs = idxs[evenly_spaced(len(idxs), n)].tolist()
     source,acts,weights = self._activations(idxs, classes[0], layer, image)
     return CAMConcepts(*factorise(acts, k), acts, weights, source.images, source.items, idxs, name)

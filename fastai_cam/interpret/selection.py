@@ -21,6 +21,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..core import evenly_spaced
+from ..captions import as_text
 from ..tasks import MultiLabel, Segmentation, Values
 from ..targets.kinds import ClassIndex, Predicted
 from ..methods.registry import DEFAULT_METHOD
@@ -239,6 +241,30 @@ def select(self:CAMInterpretation,
         words = ' and '.join(f'{name}={value!r}' for name,value in (('where', where), ('cls', cls)) if value is not None)
         raise ValueError(f'of the {len(self.losses)} items none is left by {words}')
     return torch.tensor(list(idxs))
+
+# %% ../../nbs/65b_interpret.selection.ipynb #a6bcf395
+@patch
+def spread(self:CAMInterpretation,
+    n:int|None, # How many items, as far apart as can be; `None`: all
+    where:Any=None # Among which, as `select` takes it
+) -> list[int]: # Indices into the set
+    "Some of the items that are meant, evenly"
+    idxs = self.select(where).tolist()
+    return [idxs[i] for i in evenly_spaced(len(idxs), n)]
+
+@patch
+def labelled_so(self:CAMInterpretation,
+    c:int, # Class
+    where:Any=None # Among which, as `select` takes it
+) -> Tensor: # Indices into the set, in its order
+    "The items that are labelled so; `ValueError` where there are none"
+    kept = torch.zeros(len(self.losses), dtype=torch.bool)
+    kept[self.select(where)] = True
+    idxs = (self.items_of_class(c, ['actual']) & kept).nonzero()[:,0]
+    if len(idxs): return idxs
+    name = as_text(_said(self.answers.task.class_names(self.vocab), c))
+    if where is None: raise ValueError(f'no item of the set is labelled {name!r}')
+    raise ValueError(f'of the {int(kept.sum())} items that where={where!r} leaves of {len(self.losses)} none is labelled {name!r}')
 
 # %% ../../nbs/65b_interpret.selection.ipynb #5c626b34
 @patch

@@ -14,6 +14,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..core import evenly_spaced
+from ..captions import as_text
 from ..tasks import MultiLabel
 from ..tasks import Segmentation
 from ..tasks import Values

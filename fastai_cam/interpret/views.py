@@ -42,28 +42,41 @@ def _check_one_class(self:CAMInterpretation, what):
                          'a class is')
 
 @patch
-def _pairs(self:CAMInterpretation, a, b, n):
-    "The pairs of an actual and a predicted class that are looked at, most often confused first, each with how often"
-    counts = self.class_counts().clone().fill_diagonal_(0)
+def _confusions(self:CAMInterpretation, where):
+    "How many of the items that are meant are of which class and taken for which other"
+    chosen,found,n = self.select(where),self.answers,len(self.class_counts())
+    actual,predicted = found.actual[chosen],found.predicted[chosen]
+    known = (actual >= 0) & (actual < n)
+    return (actual*n + predicted)[known].bincount(minlength=n*n).reshape(n, n).fill_diagonal_(0)
+
+def _most(counts, n):
+    "The pairs of an actual and a predicted class that are there most often, each with how often"
+    order = counts.flatten().argsort(descending=True, stable=True)[:n]
+    return [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]
+
+@patch
+def _pairs(self:CAMInterpretation, a, b, n, where):
+    "The pairs that are looked at, most often confused first"
+    counts = self._confusions(where)
     rows,cols = ([self.class_indices(one) if one is not None else None for one in (a, b)])
     if rows is not None and rows==cols: raise ValueError(f'{a!r} and {b!r} are the same class: name two, the actual one first')
     kept = torch.zeros_like(counts, dtype=torch.bool)
     every = list(range(len(counts)))
     for row in every if rows is None else rows: kept[row,every if cols is None else cols] = True
-    counts = torch.where(kept, counts, 0)
-    order = counts.flatten().argsort(descending=True, stable=True)[:n]
-    found = [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]
+    found = _most(torch.where(kept, counts, 0), n)
     if found: return found
     names = [f'{as_text(one)!r} ' if one is not None else '' for one in (a, b)]
-    known = ', '.join(f'{as_text(actual)!r} for {as_text(predicted)!r}' for actual,predicted,_ in self.most_confused()[:3])
+    known = ', '.join(f'{as_text(self._name_of(pair[0]))!r} for {as_text(self._name_of(pair[1]))!r}' for pair in _most(counts, 3))
     what = f'no item {"of " if names[0] else ""}{names[0]}is taken for {names[1] or "another class"}'.rstrip()
-    raise ValueError(what + (f': most often taken is {known}' if known else ': nothing is confused in this set'))
+    here = 'in this set' if where is None else f'among the {len(self.select(where))} items that where={where!r} leaves'
+    raise ValueError(what + (f': most often taken is {known}' if known else f': nothing is confused {here}'))
 
+# %% ../../nbs/65e_interpret.views.ipynb #43a49e60
 @patch
-def _of_pair(self:CAMInterpretation, actual, predicted):
+def _of_pair(self:CAMInterpretation, actual, predicted, where):
     "Indices of the items of a pair, the largest loss first"
-    found = self.answers
-    idxs = ((found.actual==actual) & (found.predicted==predicted)).nonzero()[:,0]
+    found,idxs = self.answers,self.select(where)
+    idxs = idxs[(found.actual[idxs]==actual) & (found.predicted[idxs]==predicted)]
     return idxs[self.losses[idxs].as_subclass(Tensor).argsort(descending=True, stable=True)]
 
 # %% ../../nbs/65e_interpret.views.ipynb #ae590458
@@ -73,6 +86,7 @@ def plot_confused_cam(self:CAMInterpretation,
     b:Any=None, # What it is taken for
     k:int|None=None, # How many items of each pair; `None`: 5 of one pair, 2 of each of several
     n_pairs:int=3, # How many pairs, where they are not named
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     method:str|Callable|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
     image:int=0, # Which of the images, where several go into the model for one item
@@ -85,9 +99,9 @@ def plot_confused_cam(self:CAMInterpretation,
     counts = dict(k=1 if k is None else k, n_pairs=n_pairs)
     for name,value in counts.items(): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
     self._check_one_class('items are confused with each other where each has one class')
-    pairs = self._pairs(a, b, n_pairs)
+    pairs = self._pairs(a, b, n_pairs, where)
     k = k or (5 if len(pairs)==1 else 2)
-    chosen = [self._of_pair(actual, predicted)[:k] for actual,predicted,_ in pairs]
+    chosen = [self._of_pair(actual, predicted, where)[:k] for actual,predicted,_ in pairs]
     rows = difference_rows(self.cams_of(torch.cat(chosen), 'diff', method, layer, image))
     names = self.answers.task.class_names(self.vocab)
     def words(actual, predicted, n): return f'{as_text(names[actual])} taken for {as_text(names[predicted])}, {n}×'
@@ -99,13 +113,11 @@ def plot_confused_cam(self:CAMInterpretation,
 
 # %% ../../nbs/65e_interpret.views.ipynb #bad19648
 @patch
-def _certainty(self:CAMInterpretation, c):
+def _certainty(self:CAMInterpretation, c, where):
     "The probability of class `c` for each item that is labelled so, and the items"
-    found = self.answers
+    found,idxs = self.answers,self.labelled_so(c, where)
     if isinstance(found.task, MultiLabel) and not isinstance(found.task, BinaryLabel):
-        idxs = found.actual[:,c].nonzero()[:,0]
         return idxs,found.probability[idxs,c],found.predicted[idxs,c]
-    idxs = (found.actual==c).nonzero()[:,0]
     return idxs,found.label_probability[idxs],found.predicted[idxs]==c
 
 @patch
@@ -155,10 +167,9 @@ def _class_of(self:CAMInterpretation, cls):
     return classes[0]
 
 @patch
-def _class_items(self:CAMInterpretation, c, k, n):
+def _class_items(self:CAMInterpretation, c, k, n, where):
     "Of class `c`: indices of all its items that are looked at, the surest and the least sure of all, and which are predicted right"
-    idxs,probability,is_right = self._certainty(c)
-    if len(idxs)==0: raise ValueError(f'no item of the set is labelled {as_text(self._name_of(c))!r}')
+    idxs,probability,is_right = self._certainty(c, where)
     order = probability.argsort(descending=True, stable=True)
     surest,least = order[:k],order.flip(0)[:k]
     looked = sorted({*evenly_spaced(len(idxs), n), *surest.tolist(), *least.tolist()})
@@ -177,6 +188,7 @@ def plot_class_cam(self:CAMInterpretation,
     cls:Any, # Name or index of a class
     k:int=4, # How many items of each kind
     n:int=64, # A mean is made of so many items of the class at most, evenly spaced
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     method:str|Callable|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
     image:int=0, # Which of the images, where several go into the model for one item
@@ -190,7 +202,7 @@ def plot_class_cam(self:CAMInterpretation,
     check_page(kwargs)
     for name,value in (('k', k), ('n', n)): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
     c = self._class_of(cls)
-    idxs,surest,least,is_right,probability,n_all = self._class_items(c, k, n)
+    idxs,surest,least,is_right,probability,n_all = self._class_items(c, k, n, where)
     cams,features = self.features_of(idxs, c, method, layer, image)
     typical = most_typical(features)[:k].tolist()
     all_of_them = torch.ones(len(cams), dtype=torch.bool)

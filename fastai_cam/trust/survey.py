@@ -48,7 +48,7 @@ class TrustSurvey:
         verdicts:Sequence[CAMTrust], # In any order
         indices:Sequence[int], # Which item of the set each is about
         items:Sequence, # These items: files, …
-        n_set:int # How many items the set has
+        n_set:int # How many items they were taken from
     ):
         placed = [np.nan_to_num(trust.numbers['placement'], nan=-np.inf) for trust in verdicts]
         order = sorted(range(len(verdicts)), key=lambda i: (WORDS.index(verdicts[i].word), -placed[i]))
@@ -143,10 +143,11 @@ def plot(self:TrustSurvey,
 # %% ../../nbs/79b_trust.survey.ipynb #b5450305
 @patch
 def cam_trust(self:CAMInterpretation,
-    n:int|None=32, # How many items, taken evenly from the set; `None`: all
+    n:int|None=32, # How many items, taken evenly from those that are meant; `None`: all
     cls:Any=None, # As `learn.show_cam` takes it; `None`: the predicted class
     method:str|Callable|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     share:float=.3, # As `learn.cam_trust` takes it
     n_random:int=9, # As `learn.cam_trust` takes it
     steps:int=2, # As `learn.cam_trust` takes it
@@ -155,10 +156,10 @@ def cam_trust(self:CAMInterpretation,
 ) -> TrustSurvey: # The most believable first
     "What share of the set's maps may be believed? Costs about 53 forward passes a picture; the learner is left as it was"
     method,layer = self.method if method is None else method,self.layer if layer is None else layer
-    refuse_arguments(kwargs, method, ('cls', 'method', 'layer'), ('n', 'share', 'n_random', 'steps', 'seed'))
+    refuse_arguments(kwargs, method, ('cls', 'method', 'layer'), ('n', 'where', 'share', 'n_random', 'steps', 'seed'))
     check_trust(self.learn, method, share, n_random, steps)
     if n is not None: check_int(n, 'n', 1, 'leaves nothing to examine: give at least 1, or None for all')
-    query,chosen = check_single(query_of(self.learn, cls, method, layer)),evenly_spaced(len(self.losses), n)
+    query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)
     verdicts,found = verdicts_of(self.learn, source, query, share, n_random, steps, seed, 'verdicts on {} pictures')
-    return TrustSurvey(verdicts, chosen, list(found.items), len(self.losses))
+    return TrustSurvey(verdicts, chosen, list(found.items), len(self.select(where)))
