@@ -31,7 +31,7 @@ def test_it_is_what_get_cams_gives(learn, dls, tmp_path, asked):
     assert_same_maps(store, cams)
     frame = store.to_pandas()
     assert frame['item'].tolist()==list(map(str, cams.items)) and frame['index'].tolist()==list(range(12)) and frame['error'].isna().all()
-    assert frame['predicted'].tolist()==[dls.vocab[c] for c in cams.preds.argmax(1)] and frame['label'].tolist()==[dls.vocab[c] for c in cams.targs]
+    assert frame['prediction'].tolist()==[dls.vocab[c] for c in cams.preds.argmax(1)] and frame['label'].tolist()==[dls.vocab[c] for c in cams.targs]
     assert np.allclose(frame['loss'], cams.losses, atol=1e-5) and np.allclose(frame['probability'], cams.preds.max(1).values, atol=1e-6)
     assert np.stack(frame['class_index']).tolist()==cams.classes.tolist()
 
@@ -85,7 +85,7 @@ def test_unreadable_files_are_rows(learn, pictures, tmp_path):
     assert store.errors['index'].tolist()==[0, 4] and store.errors['item'].tolist()==[str(names[0]), str(cut)] and 'No such file' in store.errors['error'][0] and 'truncated' in store.errors['error'][1]
     assert_same_maps(store.where('index >= 0'), learn.get_cams(files, method='gradcam'))
     frame = store.to_pandas()
-    assert frame.loc[[0, 4], 'predicted'].isna().all() and frame['predicted'].notna().sum()==6
+    assert frame.loc[[0, 4], 'prediction'].isna().all() and frame['prediction'].notna().sum()==6
     with pytest.raises(ValueError, match=r'item 0 \(.*no.png.*\) has no map: FileNotFoundError'): store[0]
 
 
@@ -222,7 +222,7 @@ def test_data_of_ones_own(tmp_path):
     learn = learner(DataLoaders(*[TfmdDL(samples, bs=4, num_workers=0) for _ in range(2)]), loss_func=nn.CrossEntropyLoss())
     store = learn.explain(None, tmp_path/'cams', shard=7, method='gradcam')
     assert_same_maps(store, learn.get_cams(learn.dls.valid, method='gradcam'))
-    assert store.to_pandas()['predicted'].tolist()==[f'class {c}' for c in learn.get_cams(learn.dls.valid, method='gradcam').preds.argmax(1)]
+    assert store.to_pandas()['prediction'].tolist()==[f'class {c}' for c in learn.get_cams(learn.dls.valid, method='gradcam').preds.argmax(1)]
 
 
 def test_a_model_without_a_method_of_its_own_name(learn, dls, tmp_path):

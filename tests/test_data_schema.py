@@ -42,7 +42,7 @@ def test_a_row_an_item():
     frame = table.to_pandas()
     assert frame['index'].tolist()==[8, 9, 10, 11] and frame['item'].tolist()==list('abcd')
     assert table.column('error').to_pylist()==[None, None, 'gone', None]
-    assert table.column('predicted').to_pylist()==['dog', 'cat', None, 'cat'] and table.column('label').to_pylist()==['dog', 'dog', None, 'cat']
+    assert table.column('prediction').to_pylist()==['dog', 'cat', None, 'cat'] and table.column('label').to_pylist()==['dog', 'dog', None, 'cat']
     assert table.column('probability').to_pylist()==[.75, 1, None, .5] and table.column('loss').to_pylist()==[0, .5, None, 1.5]
     assert table.column('explains').to_pylist()==['dog', 'cat', None, 'cat'] and table.column('target').to_pylist()==[1, 1, None, 0]
     assert table.column('map').to_pylist()[2] is None and table.column('output').to_pylist()[0]==[.25, .75]

@@ -59,6 +59,9 @@ class CAMStore:
         if manifest['format'] > FORMAT:
             newer = manifest['format']
             raise ValueError(f'{str(path)!r} has format {newer}, and this version of fastai_cam reads up to {FORMAT}: update fastai_cam')
+        if manifest['format'] < FORMAT:
+            raise ValueError(f"{str(path)!r} was made by an earlier version of fastai_cam, which called a column 'predicted' that is "
+                             f"'prediction' now: make it again in another folder")
         return cls(path, manifest, learn=learn)
 
     def __len__(self) -> int: return int(self.starts[-1]) if self.rows is None else len(self.rows)
@@ -124,7 +127,7 @@ def read(self:CAMStore,
 @patch
 def _named_in(self:CAMStore, condition):
     "The columns that a condition is about"
-    if not isinstance(condition, str): raise TypeError("a condition is a text, as 'predicted != label and loss > 1'")
+    if not isinstance(condition, str): raise TypeError("a condition is a text, as 'prediction != label and loss > 1'")
     words = set(re.findall(r'[A-Za-z_]\w*', re.sub(r"'[^']*'|\"[^\"]*\"", '', condition)))
     found = [name for name in self.columns if name in words]
     if found and not {'map', 'output'} & set(found): return found
@@ -133,7 +136,7 @@ def _named_in(self:CAMStore, condition):
 
 @patch
 def where(self:CAMStore,
-    condition:str # As `DataFrame.query` takes it: `'predicted != label and loss > 1'`
+    condition:str # As `DataFrame.query` takes it: `'prediction != label and loss > 1'`
 ) -> 'CAMStore':
     "The rows of which `condition` holds; columns that it does not name are not read"
     named = self._named_in(condition)
@@ -198,7 +201,7 @@ def _only_best(frame, names):
     called = [Row(names=names).name(c) for c in range(len(names))]
     place = {name: c for c,name in enumerate(called)}
     preds = torch.zeros(len(frame), len(names))
-    preds[range(len(frame)), [place[name] for name in frame['predicted']]] = torch.tensor(frame['probability'].to_numpy(dtype=np.float32))
+    preds[range(len(frame)), [place[name] for name in frame['prediction']]] = torch.tensor(frame['probability'].to_numpy(dtype=np.float32))
     targs = torch.tensor([place[name] for name in frame['label']]) if frame['label'].notna().all() else None
     return preds,targs
 
@@ -212,7 +215,7 @@ def _sides(self:CAMStore, table, frame):
     kept = {side: torch.from_numpy(_row_arrays(table, given[side], len(frame))).reshape(-1, *shape)
             for side,shape in sides.items() if shape}
     if sides['targs']==[] and frame['target'].notna().all(): kept['targs'] = torch.tensor(frame['target'].to_numpy(dtype=np.int64))
-    if 'preds' not in kept and found['task']=='single' and names is not None and frame['predicted'].notna().all():
+    if 'preds' not in kept and found['task']=='single' and names is not None and frame['prediction'].notna().all():
         preds,targs = _only_best(frame, names)
         return BestOnly(names),dict(preds=preds, targs=kept.get('targs', targs))
     return task,kept
