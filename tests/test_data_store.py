@@ -78,14 +78,34 @@ def test_conditions(store, cams):
 def test_conditions_that_are_none(store):
     with pytest.raises(ValueError, match='has to be about some of the columns index, item, error, prediction'): store.where('colour == 3')
     with pytest.raises(ValueError, match='has to be about some of the columns'): store.where('map > 0')
-    with pytest.raises(ValueError, match="'loss >' cannot be evaluated"): store.where('loss >')
+    with pytest.raises(ValueError, match=r"'loss >' cannot be read \(invalid syntax\): it is 'wrong', 'right', or a condition such as"): store.where('loss >')
+    for condition, message in (('error', "is a column and no condition: compare it, as in 'error.notna\\(\\)'"), ('loss = 1', 'has a single =, which compares nothing: write =='), ('predicted != label', "names 'predicted', which is no column: .*; did you mean 'prediction'"),
+                               ('label > 3', 'numbers are compared with numbers, and texts in quotes with texts'), ('loss > @x', 'knows no variables'), ('loss.max() > 1', 'does not say yes or no of each row')):
+        with pytest.raises(ValueError, match=message): store.where(condition)
     with pytest.raises(TypeError, match="a condition is a text, as 'prediction != label and loss > 1'"): store.where(lambda frame: frame.loss > 1)
 
 
 def test_nothing_holds_of_what_is_not_known(with_errors):
     store = CAMStore.open(with_errors)
-    for condition, expected in (('prediction != label', []), ("label != 'left'", []), ('label.isna()', [0, 1, 2, 4, 5]), ('error.notna()', [3]), ("error.str.contains('No such file')", [3]), ('index > 1', [2, 4, 5]), ("prediction != 'x'", [0, 1, 2, 4, 5])):
+    for condition, expected in (('label.isna()', [0, 1, 2, 4, 5]), ('error.notna()', [3]), ("error.str.contains('No such file')", [3]), ('index > 1', [2, 4, 5]), ("prediction != 'x'", [0, 1, 2, 4, 5])):
         assert store.where(condition).read(['index']).column('index').to_pylist()==expected, condition
+
+
+def test_words(store, cams):
+    "As `interp.select` has them, alone and in conditions"
+    wrong, most = cams.preds.argmax(1) != cams.targs, float(cams.losses.median())
+    for condition, expected in (('wrong', wrong), ('right', ~wrong), ('is_right', ~wrong), (f'wrong and loss > {most}', wrong & (cams.losses > most)), ('not wrong or index == 0', ~wrong | (torch.arange(12)==0))):
+        assert store.where(condition).read(['index']).column('index').to_pylist()==expected.nonzero().flatten().tolist(), condition
+
+
+def test_what_has_no_labels_says_so(with_errors, tmp_path):
+    "A table of files is neither right nor wrong, and an empty table would say that nothing is wrong"
+    store = CAMStore.open(with_errors)
+    for condition in ('wrong', 'right', 'prediction != label', "label != 'left'", 'loss > 1'):
+        with pytest.raises(ValueError, match='none of the 6 items has one: what has labels is a labelled DataLoader'): store.where(condition)
+    assert len(store.where('error.notna()').where('index < 3'))==0
+    values = CAMs(torch.rand(3, 4, 4), classes=torch.zeros(3), labels=['value'], preds=torch.rand(3, 1), targs=torch.rand(3, 1), task='values').to_table(tmp_path/'values')
+    with pytest.raises(ValueError, match="right or wrong, and this learner's answers are numbers"): values.where('wrong')
 
 
 def test_only_what_is_asked_for_is_read(store, monkeypatch):

@@ -95,7 +95,8 @@ def test_maps_keep_the_places_of_the_set(interp, oracle, tmp_path):
 @pytest.mark.parametrize('where, message', [
     ('los > 1', "names 'los', which is no column: the columns are index, item, prediction, label, probability, label_probability, is_right, loss, and share_outside and disagreement on demand"),
     ('wrng', "names 'wrng'"), ('loss >', 'cannot be read'), ('loss > "a"', 'cannot be read'), ('loss > 1e9', "of the 14 items none is left by where='loss > 1e9'"),
-    (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
+    (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', "where='loss' is a column and no condition: compare it, as in 'loss > "), (lambda df: df.loss, 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
+    ('index', "is a column and no condition"), ('label = "cat"', 'has a single =, which compares nothing: write =='), ('probability > "high"', 'numbers are compared with numbers'), ('label == cat', "names 'cat', which is no column"),
     ([14], 'where chooses among the 14 items'), ([True]*3, 'where chooses among the 14 items'), ('share_outside > .5', 'needs to know where the objects are')])
 def test_what_chooses_nothing(interp, where, message):
     interp.learn.model.requires_grad_(True)

@@ -8,7 +8,6 @@ Docs: https://fastai-cam.example/docs/interpret.selection.html.md"""
 __all__ = ['ON_DEMAND', 'rank_disagreement']
 
 # %% ../../nbs/65b_interpret.selection.ipynb #ad0ed42d
-import re
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -22,12 +21,12 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..core import evenly_spaced
+from ..conditions import listed_columns, missing_name, names_in, no_column, rows_that_hold
 from ..captions import as_text
 from ..tasks import MultiLabel, Segmentation, Values
 from ..targets.kinds import ClassIndex, Predicted
 from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state, with_bar
-from ..source.passes import reason
 from ..source.loaders import dl_source
 from ..learner.task import target_of, task_of
 from .answers import ItemAnswers
@@ -154,37 +153,36 @@ def _disagreement(self:CAMInterpretation, idxs):
     return np.array([rank_disagreement(one) if bool(one.isfinite().all()) else np.nan for one in maps])
 
 # %% ../../nbs/65b_interpret.selection.ipynb #5a135627
-def _missing(error):
-    "The name of a column that an error says is not there"
-    if isinstance(error, KeyError): return error.args[0] if error.args else None
-    if isinstance(error, AttributeError): return error.name
-    named = re.search(r"name '(.+?)' is not defined", str(error)) if isinstance(error, NameError) else None
-    return named and named[1]
-
-def _listed(df):
-    "The columns that there are, in words"
+def _on_demand(df):
+    "The columns that can be made, in words"
     rest = [name for name in ON_DEMAND if name not in df]
-    return f'the columns are {", ".join(df.columns)}' + (f', and {" and ".join(rest)} on demand' if rest else '')
+    return f', and {" and ".join(rest)} on demand' if rest else ''
+
+@patch
+def _that_hold(self:CAMInterpretation, where):
+    "Of which items a condition holds; a column that it names and that needs maps is made first"
+    names = names_in(where)
+    for name in ON_DEMAND:
+        if name in names: self._measure(name)
+    df = self.to_df()
+    listed = listed_columns(list(df), _on_demand(df))
+    if 'is_right' not in df and {'wrong', 'right'} & {*names}:
+        raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {listed}, so "
+                         "write e.g. where='loss > 1'")
+    words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
+    return rows_that_hold(df, where, f'where={where!r}', list(df), words, _on_demand(df), ', or a function of the table')
 
 @patch
 def _evaluated(self:CAMInterpretation, where):
-    "What a condition or a function says about the table; a column that it names and that needs maps is made first"
+    "What a function says about the table; a column that it names and that needs maps is made first"
     while True:
         df = self.to_df()
-        words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
-        try: return df.eval(where, resolvers=[words]) if isinstance(where, str) else where(df)
+        try: return where(df)
         except Exception as error:
-            name = _missing(error)
+            name = missing_name(error)
             if name in ON_DEMAND and name not in df: self._measure(name)
-            elif name in ('wrong', 'right') and isinstance(where, str):
-                raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {_listed(df)}, so "
-                                 "write e.g. where='loss > 1'") from error
-            elif isinstance(name, str) and (isinstance(where, str) or isinstance(error, KeyError)):
-                raise ValueError(f'where={where!r} names {name!r}, which is no column: {_listed(df)}; '
-                                 "the words are 'wrong' and 'right'") from error
-            elif isinstance(where, str):
-                raise ValueError(f"where={where!r} cannot be read ({reason(error)}): it is 'wrong', 'right', a condition such as "
-                                 f'''\'loss > 1 and label == "cat"\', or a function of the table; {_listed(df)}''') from error
+            elif isinstance(name, str) and isinstance(error, KeyError):
+                raise ValueError(no_column(f'where={where!r}', name, list(df), _on_demand(df))) from error
             else: raise
 
 # %% ../../nbs/65b_interpret.selection.ipynb #a8833721
@@ -200,7 +198,8 @@ def _positions(found, n):
 @patch
 def _where(self:CAMInterpretation, where):
     "The indices that `where` means"
-    found = self._evaluated(where) if isinstance(where, str) or callable(where) else where
+    if isinstance(where, str): found = self._that_hold(where)
+    else: found = self._evaluated(where) if callable(where) else where
     return _positions(found, len(self.losses))
 
 # %% ../../nbs/65b_interpret.selection.ipynb #8e782849
