@@ -161,6 +161,7 @@ def _check_known(self:CAMStore, condition, n_known):
     raise ValueError(f'the condition {condition!r} is about the {empty}, and none of the {len(self)} items has one: what has labels is a '
                      'labelled DataLoader, as learn.dls.test_dl(files, with_labels=True), or indices into the validation set')
 
+# %% ../../nbs/87e_data.store.ipynb #4e87cf17
 @patch
 def where(self:CAMStore,
     condition:str # 'wrong', 'right', or as `DataFrame.query` takes it: `'wrong and loss > 1'`, `'label == "cat"'`
