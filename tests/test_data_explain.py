@@ -183,7 +183,7 @@ def test_maps_that_are_no_numbers_are_errors(learn, dls, tmp_path):
 
 def test_boxes(learn, dls, tmp_path):
     store, cams = learn.explain(dls.valid, tmp_path/'cams', boxes=True, method='gradcam'), learn.get_cams(dls.valid, method='gradcam')
-    found = [[(box['left'], box['top'], box['right'], box['bottom']) for box in boxes] for boxes in store.to_pandas()['boxes']]
+    found = [[tuple(box) for box in boxes] for boxes in store.to_pandas()['boxes']]
     assert found==[[tuple(box)[:4] for box in boxes] for boxes in cams.boxes()] and any(found)
 
 

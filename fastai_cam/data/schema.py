@@ -66,7 +66,7 @@ def schema_of(
     columns = dict(index=pa.int64(), item=pa.string(), error=pa.string(), prediction=answer, label=answer, probability=pa.float32(),
                    loss=pa.float32(), explains=_several(pa, pa.string(), n), class_index=_several(pa, pa.int32(), n))
     if manifest['boxes']:
-        box = pa.struct([(side, pa.float32()) for side in ('left', 'top', 'right', 'bottom', 'strength')])
+        box = pa.list_(pa.float32(), 4) # left, top, right, bottom, as in every other table
         columns['boxes'] = pa.list_(box) if n is None else pa.list_(pa.list_(box), n)
     columns.update(scale=_several(pa, pa.float32(), n), map=pa.list_(pa.float16(), int(np.prod(found['map_shape']))*(n or 1)))
     for name,shape in (('output', found['output_shape']), ('target', found['target_shape'])):
@@ -126,8 +126,7 @@ def _boxes_in(maps, found):
     "The boxes of each map, in pixels of the picture that the model saw"
     if len(found['map_shape']) != 2: raise ValueError('boxes lie in a picture, and these maps are volumes: leave out boxes=True')
     of_items = CAMs(torch.from_numpy(maps).reshape(*maps.shape[:2], *found['map_shape'])).boxes(size=tuple(found['image_size']))
-    def named(box): return dict(zip(('left', 'top', 'right', 'bottom', 'strength'), map(float, box)))
-    def of_item(item): return [list(map(named, boxes)) for boxes in item]
+    def of_item(item): return [[list(map(float, box[:4])) for box in boxes] for boxes in item]
     return [of_item(item) if found['is_several'] else of_item(item)[0] for item in of_items]
 
 def _class_words(classes, found, names):

@@ -31,6 +31,15 @@ from .shards import MANIFEST, read_manifest, ShardPlan
 from .schema import FORMAT, import_pyarrow, schema_of
 
 # %% ../../nbs/87e_data.store.ipynb #67f49d6c
+def _check_format(path, found):
+    "`ValueError` for a table of another version"
+    if found > FORMAT:
+        raise ValueError(f'{str(path)!r} has format {found}, and this version of fastai_cam reads up to {FORMAT}: update fastai_cam')
+    if found < FORMAT:
+        raise ValueError(f"{str(path)!r} was made by an earlier version of fastai_cam, which called a column 'predicted' that is "
+                         "'prediction' now: make it again in another folder")
+
+# %% ../../nbs/87e_data.store.ipynb #47ac8335
 class CAMStore:
     "The maps of a data set: a table in a folder, read as far as it is needed"
     def __init__(self,
@@ -57,12 +66,7 @@ class CAMStore:
         if not path.is_dir(): raise FileNotFoundError(f'there is no folder {str(path)!r}: learn.explain(items, {str(path)!r}) makes it')
         manifest = read_manifest(path)
         if manifest is None: raise ValueError(f'{str(path)!r} is no table of maps: it holds no {MANIFEST}')
-        if manifest['format'] > FORMAT:
-            newer = manifest['format']
-            raise ValueError(f'{str(path)!r} has format {newer}, and this version of fastai_cam reads up to {FORMAT}: update fastai_cam')
-        if manifest['format'] < FORMAT:
-            raise ValueError(f"{str(path)!r} was made by an earlier version of fastai_cam, which called a column 'predicted' that is "
-                             f"'prediction' now: make it again in another folder")
+        _check_format(path, manifest['format'])
         return cls(path, manifest, learn=learn)
 
     def __len__(self) -> int: return int(self.starts[-1]) if self.rows is None else len(self.rows)
