@@ -19,7 +19,7 @@ from typing import Annotated, Any, Iterator, Sequence
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .words import DONE, INTERRUPTED, Progress, say, SOME_UNREADABLE, UsageError
-from .photos import find_photos, names_in, Photo
+from .photos import find_photos, names_in, NOT_THERE, Photo
 from .results import Results
 from .models import check_device, check_model, file_hash, open_learner
 
@@ -237,6 +237,10 @@ def photos_named(
     listed = []
     for name in names: listed += names_in(sys.stdin.buffer.read()) if name=='-' else [name]
     photos,problems = find_photos(listed, out)
+    missing = [name for name,why in problems if why==NOT_THERE]
+    if missing and not photos and len(missing)==len(problems): # a slip of the pen, and not one of many files
+        named = ', '.join(map(repr, missing[:3])) + (', …' if len(missing) > 3 else '')
+        raise UsageError(f'there is no file or folder {named}')
     if not photos and not problems:
         raise UsageError('no photos were named: give files, folders or patterns, or - and their names at the standard input')
     return photos,problems
@@ -244,12 +248,12 @@ def photos_named(
 def list_problems(
     problems:Sequence[tuple] # Names of files, and why they were not explained
 ) -> None:
-    "Say on the standard error which files were left out, and why"
+    "Say on the standard error which files and folders were left out, and why"
     if not problems: return
-    several = 's' if len(problems) > 1 else ''
-    say(f'{len(problems)} file{several} could not be explained:')
+    say(f'{len(problems)} could not be explained:')
     for name,why in problems: say(f'  {name!r}: {why}')
 
+# %% ../../nbs/95d_cli.explain.ipynb #7531ef19
 def _into_table(learn, photos, problems, asked, out, bs):
     "A table of the maps, as `learn.explain` writes it"
     try: import fastai_cam.data

@@ -19,6 +19,7 @@ from .words import SOME_UNREADABLE
 from .words import UsageError
 from .photos import find_photos
 from .photos import names_in
+from .photos import NOT_THERE
 from .photos import Photo
 from .results import Results
 from .models import check_device

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 from typing import Sequence
 from .words import UsageError
-__all__ = ['Photo', 'image_endings', 'names_in', 'find_photos', 'result_names']
+__all__ = ['NOT_THERE', 'Photo', 'image_endings', 'names_in', 'find_photos', 'result_names']
 class Photo(NamedTuple):
     path: str
     name: str
 def image_endings() -> set[str]: ...
+NOT_THERE: Any
 def names_in(content: bytes) -> list[str]: ...
 def find_photos(names: Sequence[str], out: str | None=...) -> tuple[list[Photo], list[tuple[str, str]]]: ...
 def result_names(photos: Sequence[Photo], known: dict[str, str]) -> dict[str, str]: ...
