@@ -148,7 +148,7 @@ def test_another_run_is_refused_before_any_work(learn, dls, tmp_path):
     other = learner(dls)
     with torch.no_grad(): other.model[1][-1].bias[0] += 1e-3
     for asked, words in ((dict(method='cam'), r'a method: \["gradcam"\] there, \["cam"\] now'), (dict(cls='left'), 'a question'), (dict(source=list(range(11))), 'a list of items; a number of items: 12 there, 11 now'),
-                         (dict(source=list(range(11, -1, -1))), 'a list of items'), (dict(shard=5), 'a shard size'), (dict(layer='0.2'), 'a layer'), (dict(boxes=True), 'a choice of boxes')):
+                         (dict(source=list(range(11, -1, -1))), r'a list of items: the same ones in another order \(sort them, both times\)\.'), (dict(shard=5), 'a shard size'), (dict(layer='0.2'), 'a layer'), (dict(boxes=True), 'a choice of boxes')):
         with pytest.raises(ValueError, match=f'What differs: {words}'): learn.explain(to=tmp_path/'cams', **(same | asked))
     with pytest.raises(ValueError, match='What differs: a model'): other.explain(to=tmp_path/'cams', **same)
     hook.remove()
@@ -160,6 +160,17 @@ def test_transforms_count(pictures, dls, tmp_path):
     files = sorted(get_image_files(pictures))[:4]
     of(48).explain(files, tmp_path/'cams', cls=0, method='gradcam')
     with pytest.raises(ValueError, match='What differs: transforms'): of(32).explain(files, tmp_path/'cams', cls=0, method='gradcam')
+
+
+def test_a_folder_is_its_pictures_in_order(learn, pictures, tmp_path):
+    "The same table as of the sorted files, whose run can be gone on with by either"
+    (pictures/'left/notes.txt').touch()
+    for given in (pictures, str(pictures), sorted(get_image_files(pictures))): store = learn.explain(given, tmp_path/'cams', method='gradcam', shard=9)
+    assert store.to_pandas()['item'].tolist()==[str(file) for file in sorted(get_image_files(pictures))]
+    with pytest.raises(ValueError, match='a list of items: the same ones in another order'): learn.explain(sorted(get_image_files(pictures))[::-1], tmp_path/'cams', method='gradcam', shard=9)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match="there are no pictures in the folder '.*empty'"): learn.explain(tmp_path/'empty', tmp_path/'none')
+    assert not (tmp_path/'none').exists()
 
 
 def test_what_makes_no_sense_is_said_first(learn, tmp_path):

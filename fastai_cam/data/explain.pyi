@@ -43,7 +43,7 @@ from ..learner.query import Query
 from ..learner.query import query_of
 from ..learner.cams import maps_of_batch
 from .fingerprint import describe
-from .fingerprint import digest_of
+from .fingerprint import digests_of_names
 from .fingerprint import model_digest
 from .fingerprint import without_addresses
 from .shards import check_manifest

@@ -17,6 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from ..files import as_path, image_files_in
 from ..source.passes import is_fastai_data, n_inputs, reason
 from ..source.loaders import as_loader, ChosenItems, dl_source, HeldBatches, own_valid_loader, says_its_items, Source
 from ..source.images import entry_of, FILE_TYPES, first_pipeline, opens_pictures, refuse_item, through_pipeline
@@ -141,6 +142,13 @@ def _of_files(learn, items):
     values = [str(item) for item in items] if isinstance(own, str) else [Path(item).expanduser() for item in items]
     return ItemList(dl_source(learn, learn.dls.test_dl(values, rm_type_tfms=start), items=items), items)
 
+def _in_folder(folder):
+    "The pictures in a folder; `ValueError` where there are none"
+    found,problems = image_files_in(folder)
+    if problems: raise PermissionError('{!r}: {}'.format(*problems[0]))
+    if not found: raise ValueError(f'there are no pictures in the folder {str(folder)!r}')
+    return list(map(Path, found))
+
 def _reads_labels(learn, frame):
     "Do the rows hold what the learner's getters read labels from?"
     if is_fastai_data(learn) and hasattr(learn.dls.valid_ds, 'tls'):
@@ -162,10 +170,10 @@ def _of_frame(learn, frame):
 # %% ../../nbs/87d_data.items.ipynb #fe91b293
 def item_list(
     learn:Learner, # Learner whose loop will run
-    source:Any=None # A `DataLoader`, files, indices into the validation set, a table; `None`: the validation set
+    source:Any=None # A `DataLoader`, a folder, files, indices into the validation set, a table; `None`: the validation set
 ) -> ItemList:
     "Many items; nothing is opened yet"
-    if isinstance(source, FILE_TYPES): source = [source]
+    if isinstance(source, FILE_TYPES): source = _in_folder(as_path(source)) if source != '' and as_path(source).is_dir() else [source]
     if isinstance(source, pd.DataFrame): return _of_frame(learn, source)
     loader = as_loader(learn, own_valid_loader(learn) if source is None else source)
     if loader is not None:

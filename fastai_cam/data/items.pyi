@@ -9,6 +9,8 @@ import pandas as pd
 from fastcore.basics import patch
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from ..files import as_path
+from ..files import image_files_in
 from ..source.passes import is_fastai_data
 from ..source.passes import n_inputs
 from ..source.passes import reason
