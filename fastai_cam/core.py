@@ -49,18 +49,19 @@ def tensors_in(
     values:Any # A tensor, or anything that holds tensors
 ) -> list[Tensor]:
     "The tensors in `values`, in order; a tensor that has a name as well as a place (`out.logits` and `out['logits']`) once"
-    found,seen = [],set()
-    def look(part, is_named):
-        if isinstance(part, Tensor):
-            if not (is_named and id(part) in seen): found.append(part)
-        elif id(part) in seen or (base := _base(part)) is None: return
-        else:
-            seen.add(id(part))
-            for item in _items(base, part): look(item, is_named)
-            for attribute in _attributes(part).values(): look(attribute, True)
-        seen.add(id(part))
-    look(values, False)
+    found = []
+    _gather(values, False, found, set())
     return found
+
+def _gather(part, is_named, found, seen): # by itself: a function inside another that calls itself holds on to what it found
+    if isinstance(part, Tensor):
+        if not (is_named and id(part) in seen): found.append(part)
+    elif id(part) in seen or (base := _base(part)) is None: return
+    else:
+        seen.add(id(part))
+        for item in _items(base, part): _gather(item, is_named, found, seen)
+        for attribute in _attributes(part).values(): _gather(attribute, True, found, seen)
+    seen.add(id(part))
 
 # %% ../nbs/00_core.ipynb #c5192373
 def map_tensors(
