@@ -1,4 +1,5 @@
 "One row an item, and the words that choose among them, beside plain pandas."
+import re
 from inspect import signature
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import MSELossFlat
 from scipy.stats import spearmanr
 
+import fastai_cam.data
 from fastai_cam.all import CAMInterpretation, CAMs, cam_head
 from fastai_cam.interpret.selection import rank_disagreement
 
@@ -199,3 +201,33 @@ def test_some_of_those_that_are_meant(interp, oracle):
     assert interp.labelled_so(1, 'wrong').tolist()==oracle.index[~oracle.is_right & (oracle.label=='dog')].tolist()
     assert interp.labelled_so(2).tolist()==oracle.index[oracle.label=='cow'].tolist()
     with pytest.raises(ValueError, match=r"of the 3 items that where=\[0, 3, 6\] leaves of 14 none is labelled 'dog'"): interp.labelled_so(1, [0, 3, 6])
+
+
+# -- what makes no sense is said in words
+
+RAW = 'object has no attribute|not iterable|not supported between|unexpected keyword|unhashable|subscriptable|multiple values|cannot be interpreted|must be int|NoneType'
+OF_LEARNER = dict(show_cam=(), get_cams=(), cam_layers=(), plot_layers=(), plot_channels=(), sanity_check=(), random_logit_test=(), cam_trust=(), explain=(None, 'nowhere'))
+OF_INTERP = dict(plot_top_losses_cam=(2,), top_losses_cams=(2,), plot_confused_cam=(), plot_class_cam=('cat',), concepts=('cat',), compare_cams=(), cam_trust=(), sanity_check=(), find_shortcuts=(), plot_layers=(), plot_channels=(),
+                 select=(), to_df=())
+
+
+@pytest.mark.parametrize('of, name', [('learn', name) for name in OF_LEARNER] + [('interp', name) for name in OF_INTERP])
+def test_a_wrong_argument_is_answered_in_words(interp, of, name):
+    "Another word, and a first argument of another type: not what Python says of them"
+    ask, given = getattr(interp.learn if of=='learn' else interp, name), (OF_LEARNER if of=='learn' else OF_INTERP)[name]
+    def said(*args, **kwargs):
+        with pytest.raises((TypeError, ValueError)) as caught: ask(*args, **kwargs)
+        assert not re.search(RAW, str(caught.value)), caught.value
+        return str(caught.value)
+    assert "'nonsense'" in said(*given, nonsense=1)
+    for bad in (object(), {'a': 1}, 2.5): said(bad, *given[1:])
+
+
+@pytest.mark.parametrize('ask, words', [
+    (lambda interp: interp.cam_trust(max_n=6), "there is no argument 'max_n' here: it is called 'n'"), (lambda interp: interp.sanity_check(k=6), "it is called 'n'"), (lambda interp: interp.compare_cams(max_n=6), "it is called 'n'"),
+    (lambda interp: interp.cam_trust([0, 1]), r'n is how many items are examined: where=\[...\] says which of them'), (lambda interp: interp.select(label='cat'), "it is called 'cls'"),
+    (lambda interp: interp.find_shortcuts('nope', n=16), 'dl is a labelled DataLoader, not str'), (lambda interp: interp.top_losses('all'), 'k is a number of items, not str'),
+    (lambda interp: CAMInterpretation.from_learner(interp.learn, cls='cat'), r"an interpretation is of all classes: cls='cat' is asked for in its views, as in interp.plot_class_cam\('cat'\)"),
+    (lambda interp: CAMInterpretation.from_learner('export.pkl'), 'learn is a fastai Learner, not str'), (lambda interp: CAMInterpretation.from_learner(interp.learn, nonsense=1), 'it has learn, ds_idx, dl, act, method and layer')])
+def test_what_was_meant_is_said(interp, ask, words):
+    with pytest.raises(TypeError, match=words): ask(interp)

@@ -35,6 +35,7 @@ from ..probe.capture import Capture, Scores
 from ..methods.registry import method_name
 from ..state import preserve_state, with_bar
 from ..learner.task import activation_of, class_names, has_item_losses
+from ..learner.arguments import refuse_arguments
 from ..learner.query import CaptureCallback, check_rows, NO_BATCH, Query, query_of
 from ..learner.cams import maps_of_batch
 from .fingerprint import describe, digests_of_names, model_digest, without_addresses
@@ -301,10 +302,12 @@ def explain(self:Learner,
     shard:int=4096, # How many items a file has, which is also the most work that can be lost
     on_error:str='record', # An item that cannot be read: 'record' makes it a row with an error, 'raise' ends the run
     bs:int|None=None, # Batch size; `None`: that of the loader
-    boxes:bool=False # Also where each map says that something is, in pixels of the picture that the model saw?
+    boxes:bool=False, # Also where each map says that something is, in pixels of the picture that the model saw?
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMStore:
     """The maps of a whole data set, with predictions and losses, as a table in a folder. Started again, or in several processes
     (`torchrun`, `accelerate launch`), it makes what is missing"""
+    refuse_arguments(kwargs, method, ('cls', 'method', 'layer'), ('source', 'to', 'shard', 'on_error', 'bs', 'boxes'))
     import_pyarrow()
     _check_arguments(shard, on_error, bs)
     query = query_of(self, cls, method, layer)

@@ -36,6 +36,7 @@ from ..state import with_bar
 from ..learner.task import activation_of
 from ..learner.task import class_names
 from ..learner.task import has_item_losses
+from ..learner.arguments import refuse_arguments
 from ..learner.query import CaptureCallback
 from ..learner.query import check_rows
 from ..learner.query import NO_BATCH

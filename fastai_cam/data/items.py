@@ -10,7 +10,7 @@ __all__ = ['SteadyLoader', 'ItemList', 'unread', 'item_list']
 # %% ../../nbs/87d_data.items.ipynb #94f2c9ec
 import tempfile
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import pandas as pd
 from fastcore.basics import patch
@@ -168,6 +168,9 @@ def item_list(
             raise ValueError('a table is made in parts, and this DataLoader does not say which items are in its batches: pass a list of '
                              'items, or make the maps with learn.get_cams and write them with to_table')
         return ItemList(dl_source(learn, loader))
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+        kind = type(source).__name__
+        raise TypeError(f'a table is made of a DataLoader, a folder, files, indices or a frame with a column item, not {kind}')
     items = list(source) if not hasattr(source, 'ndim') else source.tolist()
     if not items: raise ValueError('the list of items is empty: pass at least one path or index')
     if all(isinstance(item, FILE_TYPES) for item in items): return _of_files(learn, items)

@@ -3,6 +3,8 @@ from typing import Any
 import tempfile
 from pathlib import Path
 from typing import Any
+from typing import Iterable
+from typing import Mapping
 from typing import Sequence
 import pandas as pd
 from fastcore.basics import patch

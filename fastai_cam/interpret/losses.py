@@ -37,7 +37,7 @@ def refuse_words(
 ) -> None:
     "`TypeError` for arguments that a function does not have, with what was meant"
     check_words(kwargs, method, has)
-    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
+    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}: write interp.{name}? to see those that it has')
 
 def _refuse_class(kwargs):
     "`TypeError` for a class that is named in another word than `cls`: does it choose items, or maps?"

@@ -29,6 +29,7 @@ from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state, with_bar
 from ..source.loaders import dl_source
 from ..learner.task import target_of, task_of
+from ..learner.arguments import refuse_arguments
 from .answers import ItemAnswers
 from .base import CAMInterpretation
 
@@ -83,11 +84,14 @@ ON_DEMAND = dict(
 @patch
 def to_df(self:CAMInterpretation,
     *columns:str, # Columns that need a map of each item, and are made once: 'share_outside', 'disagreement'
-    masks:Any=None # Where the objects are, for 'share_outside': bool `[n, H, W]`, or a list with the boxes of each item (`None`: not known)
+    # Where the objects are, for 'share_outside': bool `[n, H, W]`, or a list with the boxes of each item (`None`: not known)
+    masks:Any=None,
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> pd.DataFrame: # `index`, `item`, `prediction`, `label`, `probability`, `label_probability`, `loss`, `is_right`, …, as far as there are
     "One row an item of the set, in its order: what is known, and what `where` can ask for"
+    if kwargs: raise TypeError(f'to_df has no argument {next(iter(kwargs))!r}: it has names of columns, and masks')
     for name in columns:
-        if name not in ON_DEMAND:
+        if not isinstance(name, str) or name not in ON_DEMAND:
             raise ValueError(f'there is no column {name!r} to be made: {" and ".join(map(repr, ON_DEMAND))} are, others are there anyway')
     if masks is not None: self._take_masks(masks)
     for name in columns: self._measure(name)
@@ -229,9 +233,11 @@ def items_of_class(self:CAMInterpretation,
 @patch
 def select(self:CAMInterpretation,
     where:str|Callable|Sequence|None=None, # 'wrong', 'right', a condition on columns of `to_df()`, a function of it, a mask, indices
-    cls:Any=None # Name or index of a class, or a list of these: items that are labelled or predicted so
+    cls:Any=None, # Name or index of a class, or a list of these: items that are labelled or predicted so
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Tensor: # Indices into the set, in its order (or in that of a list of indices)
     "Which items are meant; `ValueError` where there are none"
+    refuse_arguments(kwargs, None, ('cls',), ('where',))
     idxs = range(len(self.losses)) if where is None else self._where(where)
     if cls is not None:
         kept = torch.stack([self.items_of_class(c) for c in self.class_indices(cls)]).any(0).tolist()

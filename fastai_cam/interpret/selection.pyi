@@ -31,6 +31,7 @@ from ..state import with_bar
 from ..source.loaders import dl_source
 from ..learner.task import target_of
 from ..learner.task import task_of
+from ..learner.arguments import refuse_arguments
 from .answers import ItemAnswers
 from .base import CAMInterpretation
 __all__ = ['ON_DEMAND', 'rank_disagreement']

@@ -38,7 +38,7 @@ from ..source.loaders import dl_source
 from ..learner.task import class_names, task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import query_of, run_query
-from ..interpret.base import CAMInterpretation
+from ..interpret.base import CAMInterpretation, check_loader
 from ..trust.rescore import slices_of
 from ..trust.cost import announce, PassBar
 from .evidence import appearance_features, collect_evidence, Evidence, FEWEST, surroundings_log_odds
@@ -368,7 +368,7 @@ def find_shortcuts(self:CAMInterpretation,
     or one thing found again and again. Every suspect is put into pictures of other classes, and only what moves the model is reported.
     For learners that classify pictures, with one or several labels. Costs about a thousand forward passes for each class that has
     a suspect, which is said before it starts, where the learner shows progress bars; the learner is left as it was"""
-    refuse_arguments(kwargs, method, ('method', 'layer'), ('dl', 'n', 'min_items', 'seed', 'where'))
+    refuse_arguments(kwargs, method, ('method', 'layer', 'n'), ('dl', 'min_items', 'seed', 'where'))
     learn = self.learn
     check_learner(learn)
     _check_counts(n, min_items)
@@ -376,6 +376,7 @@ def find_shortcuts(self:CAMInterpretation,
     own = self.method if isinstance(self.method, (str, Callable)) else 'gradcam'
     method,layer = as_method(own if method is None else method),self.layer if layer is None else layer
     check_layers(learn.model, layer)
+    if dl is not None: check_loader(dl)
     if dl is not None and where is not None: raise ValueError("where chooses among the interpretation's own items: leave dl, or where")
     source = _labelled_source(learn, self.dl, self.spread(n, where)) if dl is None else _labelled_source(learn, dl, evenly_spaced(dl.n, n))
     announce(learn, f'shortcuts in {len(source.items)} pictures: a pass of each, then about {PASSES:,} for each class that has a suspect')

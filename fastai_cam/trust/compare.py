@@ -394,7 +394,7 @@ def compare_cams(self:CAMInterpretation,
 ) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
     """Measure methods on the same items, in one pass for each layer; the learner is left as it was.
     Says how many passes it takes before it starts, where the learner shows progress bars; the table ends in what follows from it"""
-    refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype', 'where'))
+    refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls', 'n'), ('metrics', 'masks', 'baselines', 'dtype', 'where'))
     check_learner(self.learn)
     _check_comparison(n, masks, dtype)
     methods = as_methods(USUAL_METHODS if methods is None else methods)

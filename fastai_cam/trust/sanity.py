@@ -295,7 +295,7 @@ def sanity_check(self:Learner,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SanityCheck:
     "Do the maps of `item` change when the model's weights are replaced by random ones? The learner is left as it was"
-    refuse_arguments(kwargs, method, ('item', 'method', 'layer'), ('n', 'how', 'n_steps', 'seed'))
+    refuse_arguments(kwargs, method, ('item', 'method', 'layer', 'n'), ('how', 'n_steps', 'seed'))
     methods = _check_asked(self, method, layer, n, how, n_steps)
     with preserve_state(self): source = as_source(self, item, n)
     return _check(self, source, methods, layer, how, n_steps, seed)
@@ -312,7 +312,7 @@ def sanity_check(self:CAMInterpretation,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SanityCheck:
     "Do the maps change when the model's weights are replaced by random ones? The learner is left as it was"
-    refuse_arguments(kwargs, method, ('method', 'layer'), ('n', 'how', 'n_steps', 'seed', 'where'))
+    refuse_arguments(kwargs, method, ('method', 'layer', 'n'), ('how', 'n_steps', 'seed', 'where'))
     layer = self.layer if layer is None else layer
     methods = _check_asked(self.learn, self.method if method is None else method, layer, n, how, n_steps)
     with preserve_state(self.learn): source = dl_source(self.learn, self.dl, self.spread(n, where))
@@ -353,9 +353,11 @@ def random_logit_test(self:Learner,
     method:str|Callable|Sequence|None=None, # As `learn.show_cam` takes it
     layer:Any=None, # As `learn.show_cam` takes it
     n:int=16, # At most this many items
-    seed:int=0 # Of the classes that are drawn
+    seed:int=0, # Of the classes that are drawn
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> pd.DataFrame: # One row a method; columns as in `SanityCheck.table`
     "How alike are the maps of the predicted class and of another, drawn by chance?"
+    refuse_arguments(kwargs, method, ('item', 'method', 'layer', 'n'), ('seed',))
     if isinstance(task_of(self), Values):
         raise ValueError('this learner predicts values, and a random class can only be asked of a classifier')
     methods = _check_asked(self, method, layer, n)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from ..core import evenly_spaced
 from ..checks import check_int
 from ..maps.words import plain_html, plain_text
@@ -156,8 +157,9 @@ def cam_trust(self:CAMInterpretation,
 ) -> TrustSurvey: # The most believable first
     "What share of the set's maps may be believed? Costs about 53 forward passes a picture; the learner is left as it was"
     method,layer = self.method if method is None else method,self.layer if layer is None else layer
-    refuse_arguments(kwargs, method, ('cls', 'method', 'layer'), ('n', 'where', 'share', 'n_random', 'steps', 'seed'))
+    refuse_arguments(kwargs, method, ('cls', 'method', 'layer', 'n'), ('where', 'share', 'n_random', 'steps', 'seed'))
     check_trust(self.learn, method, share, n_random, steps)
+    if is_listy(n) or hasattr(n, 'shape'): raise TypeError('n is how many items are examined: where=[...] says which of them')
     if n is not None: check_int(n, 'n', 1, 'leaves nothing to examine: give at least 1, or None for all')
     query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from ..core import evenly_spaced
 from ..checks import check_int
 from ..maps.words import plain_html
