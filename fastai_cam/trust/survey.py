@@ -22,6 +22,7 @@ from ..core import evenly_spaced
 from ..checks import check_int
 from ..maps.words import plain_html, plain_text
 from ..maps.style import check_style, save_figure
+from ..methods.registry import method_name
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, query_of
@@ -49,12 +50,13 @@ class TrustSurvey:
         verdicts:Sequence[CAMTrust], # In any order
         indices:Sequence[int], # Which item of the set each is about
         items:Sequence, # These items: files, …
-        n_set:int # How many items they were taken from
+        n_set:int, # How many items they were taken from
+        method:str='' # What made the maps
     ):
         placed = [np.nan_to_num(trust.numbers['placement'], nan=-np.inf) for trust in verdicts]
         order = sorted(range(len(verdicts)), key=lambda i: (WORDS.index(verdicts[i].word), -placed[i]))
         self.verdicts,self.indices,self.items = ([some[i] for i in order] for some in (verdicts, indices, items))
-        self.n_set = n_set
+        self.n_set,self.method = n_set,method
 
 @patch
 def __len__(self:TrustSurvey): return len(self.verdicts)
@@ -138,6 +140,7 @@ def plot(self:TrustSurvey,
         self[i].cam_map.show(ax=ax, title=f'{self[i].label}: {self[i].word}')
         ax.title.set(color=_COLOURS[self[i].word], fontsize=8)
     plain_text(fig.suptitle(self.verdict.split('. ')[0] + '.', fontsize=10))
+    if self.method: plain_text(fig.supxlabel(f'map: {self.method}', size=9))
     save_figure(fig, save)
     return fig
 
@@ -164,4 +167,4 @@ def cam_trust(self:CAMInterpretation,
     query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)
     verdicts,found = verdicts_of(self.learn, source, query, share, n_random, steps, seed, 'verdicts on {} pictures')
-    return TrustSurvey(verdicts, chosen, list(found.items), len(self.select(where)))
+    return TrustSurvey(verdicts, chosen, list(found.items), len(self.select(where)), method_name(query.methods[0]))
