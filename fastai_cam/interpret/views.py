@@ -29,7 +29,7 @@ from ..learner.arguments import check_words
 from ..learner.cams import join_maps, maps_of_batch
 from ..learner.query import query_of, run_query
 from .base import CAMInterpretation
-from .page import check_page, draw_page, Panel, Row
+from .page import check_page, draw_page, made_by, Panel, Row
 from .losses import DIFFERENCE_LEGEND, difference_rows
 
 # %% ../../nbs/65e_interpret.views.ipynb #3d403e24
@@ -102,14 +102,15 @@ def plot_confused_cam(self:CAMInterpretation,
     pairs = self._pairs(a, b, n_pairs, where)
     k = k or (5 if len(pairs)==1 else 2)
     chosen = [self._of_pair(actual, predicted, where)[:k] for actual,predicted,_ in pairs]
-    rows = difference_rows(self.cams_of(torch.cat(chosen), 'diff', method, layer, image))
+    cams = self.cams_of(torch.cat(chosen), 'diff', method, layer, image)
+    rows = difference_rows(cams)
     names = self.answers.task.class_names(self.vocab)
     def words(actual, predicted, n): return f'{as_text(names[actual])} taken for {as_text(names[predicted])}, {n}×'
     first = 0
     for pair,idxs in zip(pairs, chosen):
-        if len(pairs) > 1: rows[first].title = f'{words(*pair)}:  {rows[first].title}'
+        if len(pairs) > 1: rows[first].title = f'{words(*pair)}:\n{rows[first].title}'
         first += len(idxs)
-    return draw_page(rows, kwargs, DIFFERENCE_LEGEND, words(*pairs[0]) if len(pairs)==1 else '')
+    return draw_page(rows, kwargs, made_by(cams.method) + DIFFERENCE_LEGEND, words(*pairs[0]) if len(pairs)==1 else '')
 
 # %% ../../nbs/65e_interpret.views.ipynb #bad19648
 @patch
@@ -171,7 +172,8 @@ def _class_items(self:CAMInterpretation, c, k, n, where):
     "Of class `c`: indices of all its items that are looked at, the surest and the least sure of all, and which are predicted right"
     idxs,probability,is_right = self._certainty(c, where)
     order = probability.argsort(descending=True, stable=True)
-    surest,least = order[:k],order.flip(0)[:k]
+    n_surest = min(k, -(-len(order)//2)) # no picture twice, however few they are
+    surest,least = order[:n_surest],order.flip(0)[:min(k, len(order) - n_surest)]
     looked = sorted({*evenly_spaced(len(idxs), n), *surest.tolist(), *least.tolist()})
     place = {position: at for at,position in enumerate(looked)}
     rows = [[place[int(one)] for one in some] for some in (surest, least)]
@@ -194,8 +196,8 @@ def plot_class_cam(self:CAMInterpretation,
     image:int=0, # Which of the images, where several go into the model for one item
     **kwargs # Of the page: `figsize`, `ax`, `save`, `title`, `style`, `cmap`, …
 ) -> list: # Axes, one a panel
-    """Maps for a class, of items that are labelled so: typical ones, and those that the model is most and least sure of;
-    before each row a mean map"""
+    """Maps for a class, of items that are labelled so: those that the model is most and least sure of, and of the others the most
+    typical ones; no item twice, and before each row a mean map"""
     method = self.method if method is None else method
     check_words(kwargs, method, ('layer', 'method', 'k', 'cls'))
     if is_listy(method): raise TypeError('plot_class_cam takes one method: ask for each by itself')
@@ -204,7 +206,7 @@ def plot_class_cam(self:CAMInterpretation,
     c = self._class_of(cls)
     idxs,surest,least,is_right,probability,n_all = self._class_items(c, k, n, where)
     cams,features = self.features_of(idxs, c, method, layer, image)
-    typical = most_typical(features)[:k].tolist()
+    typical = [i for i in most_typical(features).tolist() if i not in (*surest, *least)][:k]
     all_of_them = torch.ones(len(cams), dtype=torch.bool)
     kinds = [('typical', typical, 'mean map', all_of_them), ('most sure', surest, 'mean where predicted right', is_right),
              ('least sure', least, 'mean where predicted wrong', ~is_right)]
@@ -212,7 +214,8 @@ def plot_class_cam(self:CAMInterpretation,
         return Row([_mean_panel(cams, *mean), *[_item_panel(cams, i, probability, is_right, kind) for i in shown]])
     rows = [row(*kind) for kind in kinds]
     some = f'{len(cams)} of {n_all}' if len(cams) < n_all else f'{n_all}'
-    return draw_page(rows, kwargs, title=f'{as_text(self._name_of(c))}: {some} item{"s"*(n_all != 1)}')
+    legend = f'{made_by(cams.method)}each on its own scale'
+    return draw_page(rows, kwargs, legend, f'{as_text(self._name_of(c))}: {some} item{"s"*(n_all != 1)}')
 
 # %% ../../nbs/65e_interpret.views.ipynb #dbaba537
 def _mean_panel(cams, words, which):
