@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, Im
 from fastai_cam.all import CAMInterpretation, CAMs, cam_head
 from fastai_cam.cli import explain as room
 from fastai_cam.cli.ask import one_row_an_item
+from fastai_cam.cli.models import model_options
 from fastai_cam.cli.results import Results
 from fastai_cam.cli.shell import COMMANDS, main
 
@@ -465,3 +467,11 @@ def test_a_real_program_with_workers_and_names_from_find(exported, pictures, tmp
     learn = load_learner(exported)
     preds, _ = learn.get_preds(dl=learn.dls.test_dl([Path(row['file']) for row in rows]))
     assert len(rows)==24 and [row['probability'] for row in rows]==pytest.approx(preds.max(1).values.tolist(), abs=1e-6)
+
+
+def test_what_is_told_about_a_model_is_the_same_for_every_command():
+    "Written once, and read off the signature of each command"
+    told = list(signature(model_options).parameters.values())
+    for name, own in (('explain', told), ('top-losses', told), ('compare', told), ('layers', told[3:])):
+        found = list(signature(COMMANDS[name]).parameters.values())[-len(own):]
+        assert [(one.name, one.default) for one in found]==[(one.name, one.default) for one in own]

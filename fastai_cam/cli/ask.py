@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Iterator
 
+from fastcore.meta import delegates
 from fastcore.script import call_parse
 from ..files import write_file
 from .words import DONE, say, SOME_UNREADABLE, UsageError
 from .photos import find_photos
-from .models import check_device, check_model, open_learner
+from .models import check_device, check_model, model_options, open_learner
 from .explain import check_methods, list_problems, one_or_list, reason_without, why_unreadable
 
 # %% ../../nbs/95e_cli.ask.ipynb #34b9bff0
@@ -53,20 +54,22 @@ def _labelled(learn, data):
     return learn.dls.test_dl(kept, with_labels=True),problems
 
 # %% ../../nbs/95e_cli.ask.ipynb #4d87a4f5
-def _interpretation(model, weights, builder, data, device, bs, workers, **asked):
+def _interpretation(model, data, told, **asked):
     "The learner's losses on a folder of photos, and what was left out"
     from fastai_cam.interpret import CAMInterpretation
     if not Path(data).is_dir(): raise UsageError(f'--data is a folder of photos, and there is no folder {data!r}')
-    learn = open_learner(model, weights, builder, device, bs, workers)
+    learn = open_learner(model, **told._asdict())
     with _own_words(), learn.no_bar(), learn.no_logging():
         dl,problems = _labelled(learn, data)
         return CAMInterpretation.from_learner(learn, dl=dl, **asked),problems
 
-def _checked(model, weights, builder, methods, device):
-    "What can be refused before anything is opened"
-    check_model(model, weights, builder)
+def _checked(model, methods, kwargs):
+    "What was told about the model; what can be refused is refused before anything is opened"
+    told = model_options(**kwargs)
+    check_model(model, told.weights, told.builder)
     check_methods(methods)
-    check_device(device)
+    check_device(told.device)
+    return told
 
 # %% ../../nbs/95e_cli.ask.ipynb #f1e0aa1a
 _OF_ITEMS = 'item index prediction label probability loss'.split()
@@ -87,6 +90,7 @@ def one_row_an_item(
 
 # %% ../../nbs/95e_cli.ask.ipynb #93230d2e
 @call_parse
+@delegates(model_options)
 def top_losses(
     model:str=None, # export.pkl, as learn.export() writes it
     data:Annotated[str, dict(required=True)]=None, # folder of photos, labelled as the learner labels them (e.g. by their folders)
@@ -95,17 +99,12 @@ def top_losses(
     show:Annotated[str, dict(choices=('pred', 'actual', 'both'))]='both', # maps of the class that was predicted, of the label, or of both
     method:Annotated[str, dict(action='append')]=None, # name of a method; several times for several
     layer:Annotated[str, dict(action='append')]=None, # name of a layer, or 'stages'
-    device:str=None, # cpu, cuda, cuda:1 or mps; a graphics card if there is one
-    bs:int=None, # photos in a batch; the learner's own number
-    workers:int=0, # processes that read photos
-    weights:str=None, # instead of export.pkl: weights (.safetensors, or a state_dict), which hold no code
-    builder:str=None # with --weights: module:function that returns the Learner they belong to
+    **kwargs # as `model_options` has them
 ) -> int: # Exit status
     "Show the photos that the model gets most wrong, with what misled it, and a table of them"
-    _checked(model, weights, builder, method, device)
+    told = _checked(model, method, kwargs)
     if k < 1: raise UsageError(f'--k {k} leaves nothing to show: give at least 1')
-    interp,problems = _interpretation(
-        model, weights, builder, data, device, bs, workers, method=one_or_list(method), layer=one_or_list(layer))
+    interp,problems = _interpretation(model, data, told, method=one_or_list(method), layer=one_or_list(layer))
     folder = _folder(out)
     with _own_words(), interp.learn.no_bar(), interp.learn.no_logging():
         cams = interp.top_losses_cams(k, show=show)
@@ -118,22 +117,19 @@ def top_losses(
 
 # %% ../../nbs/95e_cli.ask.ipynb #517bf568
 @call_parse
+@delegates(model_options)
 def compare(
     model:str=None, # export.pkl, as learn.export() writes it
     data:Annotated[str, dict(required=True)]=None, # folder of photos, labelled as the learner labels them (e.g. by their folders)
     method:Annotated[str, dict(action='append')]=None, # name of a method, several times; the usual ones if none is named
     n:int=32, # how many photos, taken evenly from the folder
     out:str='compare', # folder of the results
-    device:str=None, # cpu, cuda, cuda:1 or mps; a graphics card if there is one
-    bs:int=None, # photos in a batch; the learner's own number
-    workers:int=0, # processes that read photos
-    weights:str=None, # instead of export.pkl: weights (.safetensors, or a state_dict), which hold no code
-    builder:str=None # with --weights: module:function that returns the Learner they belong to
+    **kwargs # as `model_options` has them
 ) -> int: # Exit status
     "Measure methods on the photos of a folder: how faithful are they? Beside maps that know nothing of the model"
-    _checked(model, weights, builder, method, device)
+    told = _checked(model, method, kwargs)
     if n < 1: raise UsageError(f'--n {n} leaves nothing to measure: give at least 1')
-    interp,problems = _interpretation(model, weights, builder, data, device, bs, workers)
+    interp,problems = _interpretation(model, data, told)
     folder = _folder(out)
     with _own_words(), interp.learn.no_bar(), interp.learn.no_logging():
         table = interp.compare_cams(method, n=n)
@@ -161,18 +157,19 @@ def methods() -> int: # Exit status
     return DONE
 
 @call_parse
+@delegates(model_options, but=['device', 'bs', 'workers'])
 def layers(
     model:str=None, # export.pkl, as learn.export() writes it
     photo:str=None, # a photo to run; none: a grey one
     all:bool=False, # every layer, rather than those that are taken and the last of each grid
-    weights:str=None, # instead of export.pkl: weights (.safetensors, or a state_dict), which hold no code
-    builder:str=None # with --weights: module:function that returns the Learner they belong to
+    **kwargs # as `model_options` has them
 ) -> int: # Exit status
     "List the layers that maps can be made at, and which of them are taken"
-    if weights: model,photo = None,model or photo
-    check_model(model, weights, builder)
+    told = model_options(**kwargs)
+    if told.weights: model,photo = None,model or photo
+    check_model(model, told.weights, told.builder)
     import numpy as np
-    learn = open_learner(model, weights, builder, 'cpu')
+    learn = open_learner(model, told.weights, told.builder, 'cpu')
     with _own_words(), learn.no_bar():
         table = learn.cam_layers(np.full((256, 256, 3), 128, np.uint8) if photo is None else photo)
     say(table.to_string(index=False) if all else table, sys.stdout)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 from typing import Any
 from typing import Iterator
+from fastcore.meta import delegates
 from fastcore.script import call_parse
 from ..files import write_file
 from .words import DONE
@@ -16,6 +17,7 @@ from .words import UsageError
 from .photos import find_photos
 from .models import check_device
 from .models import check_model
+from .models import model_options
 from .models import open_learner
 from .explain import check_methods
 from .explain import list_problems
