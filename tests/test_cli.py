@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from fastai.learner import Learner, load_learner
 from fastai.torch_core import set_seed
 from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, MultiCategoryBlock, RandomSplitter, Resize, get_image_files, parent_label
 
-from fastai_cam.all import CAMInterpretation, cam_head
+from fastai_cam.all import CAMInterpretation, CAMs, cam_head
 from fastai_cam.cli import explain as room
+from fastai_cam.cli.ask import one_row_an_item
+from fastai_cam.cli.models import model_options
 from fastai_cam.cli.results import Results
 from fastai_cam.cli.shell import COMMANDS, main
 
@@ -147,10 +150,10 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(exported, some, tmp_
     assert len([row for row in rows if not row['error']])==6 and len(list(out.rglob('*.png')))==6
     why = {Path(row['file']).name: row['error'] for row in rows if row['error']}
     assert set(why)=={'zero.jpg', 'text.png', 'cut.png', 'none.jpg', 'loop.png', 'empty', '*.gif'}
-    assert why['none.jpg']=='there is no such file' and why['loop.png']=='the link leads nowhere' and why['empty']=='there are no photos in this folder'
+    assert why['none.jpg']=='there is no such file or folder' and why['loop.png']=='the link leads nowhere' and why['empty']=='there are no photos in this folder'
     assert all('is not an image that can be read' in why[name] for name in ('zero.jpg', 'text.png', 'cut.png'))
     said = capsys.readouterr().err
-    assert '7 files could not be explained:' in said and f"{str(some/'zero.jpg')!r}: is not an image that can be read" in said
+    assert '7 could not be explained:' in said and f"{str(some/'zero.jpg')!r}: is not an image that can be read" in said
     (some/'zero.jpg').write_bytes(good.read_bytes()) # mended: the same command does it
     assert explain(exported, some, '--out', out)==1
     assert '6 of 9 photos are finished already' in capsys.readouterr().err and (out/'zero.png').exists()
@@ -186,6 +189,8 @@ WRONG = [
     (['explain', 'EXPORT', 'SOME', '--out', 'OUT', '--weights', 'EXPORT'], '--weights and --builder go together'),
     (['explain', 'EXPORT', 'SOME'], 'the following arguments are required: --out'),
     (['explain', 'EXPORT', '--out', 'OUT'], 'no photos were named'),
+    (['explain', 'EXPORT', 'photos/', '--out', 'OUT'], "there is no file or folder 'photos/'"),
+    (['explain', 'EXPORT', 'a.jpg', 'b.jpg', 'more/*.jpg', 'c', '--out', 'OUT', '--format', 'parquet'], "there is no file or folder 'a.jpg', 'b.jpg', 'more/*.jpg', …"),
     (['explain', 'none.pkl', 'SOME', '--out', 'OUT'], "there is no file 'none.pkl': name the model first, then the photos"),
     (['explain', 'EXPORT', 'SOME', '--out', 'SOME'], '--out is the folder of the photos'),
     (['explain', 'EXPORT', 'SOME', '--out', 'HOME'], 'other files are in --out'),
@@ -330,8 +335,17 @@ def test_the_worst_mistakes(exported, pictures, tmp_path, capsys):
     interp = CAMInterpretation.from_learner(learn, dl=learn.dls.test_dl(sorted(get_image_files(pictures)), with_labels=True))
     rows = list(csv.DictReader((tmp_path/'top/top_losses.csv').open()))
     assert [float(row['loss']) for row in rows]==pytest.approx(interp.top_losses(3)[0].tolist(), abs=1e-6)
+    assert [json.loads(row['boxes']) for row in rows]==interp.top_losses_cams(3, method='gradcam').to_df().boxes.tolist()
     assert pixels(tmp_path/'top/top_losses.png').shape[0] > 200
     assert '3 of 24 photos' in capsys.readouterr().out
+
+
+def test_a_row_an_item():
+    "What is predicted right has one map; what is not has a second, with numbers behind its names"
+    cams = CAMs(torch.rand(2, 2, 4, 4), classes=torch.tensor([[0, 1], [1, 1]]), labels=['predicted', 'actual'], preds=torch.tensor([[.9, .1], [.2, .8]]), targs=torch.tensor([1, 1]), vocab=['cat', 'dog'], task='single')
+    rows, maps = one_row_an_item(cams.to_df()), cams.to_df()
+    assert rows[['index', 'prediction', 'label', 'explains', 'explains_2']].fillna('').values.tolist()==[[0, 'cat', 'dog', 'cat', 'dog'], [1, 'dog', 'dog', 'dog', '']]
+    assert json.loads(rows['boxes'][0])==maps['boxes'][0] and json.loads(rows['boxes_2'][0])==maps['boxes'][1] and rows['peak'].tolist()==maps['peak'][[0, 2]].tolist()
 
 
 @pytest.mark.slow
@@ -453,3 +467,11 @@ def test_a_real_program_with_workers_and_names_from_find(exported, pictures, tmp
     learn = load_learner(exported)
     preds, _ = learn.get_preds(dl=learn.dls.test_dl([Path(row['file']) for row in rows]))
     assert len(rows)==24 and [row['probability'] for row in rows]==pytest.approx(preds.max(1).values.tolist(), abs=1e-6)
+
+
+def test_what_is_told_about_a_model_is_the_same_for_every_command():
+    "Written once, and read off the signature of each command"
+    told = list(signature(model_options).parameters.values())
+    for name, own in (('explain', told), ('top-losses', told), ('compare', told), ('layers', told[3:])):
+        found = list(signature(COMMANDS[name]).parameters.values())[-len(own):]
+        assert [(one.name, one.default) for one in found]==[(one.name, one.default) for one in own]

@@ -31,7 +31,7 @@ def test_it_is_what_get_cams_gives(learn, dls, tmp_path, asked):
     assert_same_maps(store, cams)
     frame = store.to_pandas()
     assert frame['item'].tolist()==list(map(str, cams.items)) and frame['index'].tolist()==list(range(12)) and frame['error'].isna().all()
-    assert frame['predicted'].tolist()==[dls.vocab[c] for c in cams.preds.argmax(1)] and frame['label'].tolist()==[dls.vocab[c] for c in cams.targs]
+    assert frame['prediction'].tolist()==[dls.vocab[c] for c in cams.preds.argmax(1)] and frame['label'].tolist()==[dls.vocab[c] for c in cams.targs]
     assert np.allclose(frame['loss'], cams.losses, atol=1e-5) and np.allclose(frame['probability'], cams.preds.max(1).values, atol=1e-6)
     assert np.stack(frame['class_index']).tolist()==cams.classes.tolist()
 
@@ -85,7 +85,7 @@ def test_unreadable_files_are_rows(learn, pictures, tmp_path):
     assert store.errors['index'].tolist()==[0, 4] and store.errors['item'].tolist()==[str(names[0]), str(cut)] and 'No such file' in store.errors['error'][0] and 'truncated' in store.errors['error'][1]
     assert_same_maps(store.where('index >= 0'), learn.get_cams(files, method='gradcam'))
     frame = store.to_pandas()
-    assert frame.loc[[0, 4], 'predicted'].isna().all() and frame['predicted'].notna().sum()==6
+    assert frame.loc[[0, 4], 'prediction'].isna().all() and frame['prediction'].notna().sum()==6
     with pytest.raises(ValueError, match=r'item 0 \(.*no.png.*\) has no map: FileNotFoundError'): store[0]
 
 
@@ -148,7 +148,7 @@ def test_another_run_is_refused_before_any_work(learn, dls, tmp_path):
     other = learner(dls)
     with torch.no_grad(): other.model[1][-1].bias[0] += 1e-3
     for asked, words in ((dict(method='cam'), r'a method: \["gradcam"\] there, \["cam"\] now'), (dict(cls='left'), 'a question'), (dict(source=list(range(11))), 'a list of items; a number of items: 12 there, 11 now'),
-                         (dict(source=list(range(11, -1, -1))), 'a list of items'), (dict(shard=5), 'a shard size'), (dict(layer='0.2'), 'a layer'), (dict(boxes=True), 'a choice of boxes')):
+                         (dict(source=list(range(11, -1, -1))), r'a list of items: the same ones in another order \(sort them, both times\)\.'), (dict(shard=5), 'a shard size'), (dict(layer='0.2'), 'a layer'), (dict(boxes=True), 'a choice of boxes')):
         with pytest.raises(ValueError, match=f'What differs: {words}'): learn.explain(to=tmp_path/'cams', **(same | asked))
     with pytest.raises(ValueError, match='What differs: a model'): other.explain(to=tmp_path/'cams', **same)
     hook.remove()
@@ -160,6 +160,17 @@ def test_transforms_count(pictures, dls, tmp_path):
     files = sorted(get_image_files(pictures))[:4]
     of(48).explain(files, tmp_path/'cams', cls=0, method='gradcam')
     with pytest.raises(ValueError, match='What differs: transforms'): of(32).explain(files, tmp_path/'cams', cls=0, method='gradcam')
+
+
+def test_a_folder_is_its_pictures_in_order(learn, pictures, tmp_path):
+    "The same table as of the sorted files, whose run can be gone on with by either"
+    (pictures/'left/notes.txt').touch()
+    for given in (pictures, str(pictures), sorted(get_image_files(pictures))): store = learn.explain(given, tmp_path/'cams', method='gradcam', shard=9)
+    assert store.to_pandas()['item'].tolist()==[str(file) for file in sorted(get_image_files(pictures))]
+    with pytest.raises(ValueError, match='a list of items: the same ones in another order'): learn.explain(sorted(get_image_files(pictures))[::-1], tmp_path/'cams', method='gradcam', shard=9)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match="there are no pictures in the folder '.*empty'"): learn.explain(tmp_path/'empty', tmp_path/'none')
+    assert not (tmp_path/'none').exists()
 
 
 def test_what_makes_no_sense_is_said_first(learn, tmp_path):
@@ -183,7 +194,7 @@ def test_maps_that_are_no_numbers_are_errors(learn, dls, tmp_path):
 
 def test_boxes(learn, dls, tmp_path):
     store, cams = learn.explain(dls.valid, tmp_path/'cams', boxes=True, method='gradcam'), learn.get_cams(dls.valid, method='gradcam')
-    found = [[(box['left'], box['top'], box['right'], box['bottom']) for box in boxes] for boxes in store.to_pandas()['boxes']]
+    found = [[tuple(box) for box in boxes] for boxes in store.to_pandas()['boxes']]
     assert found==[[tuple(box)[:4] for box in boxes] for boxes in cams.boxes()] and any(found)
 
 
@@ -222,7 +233,7 @@ def test_data_of_ones_own(tmp_path):
     learn = learner(DataLoaders(*[TfmdDL(samples, bs=4, num_workers=0) for _ in range(2)]), loss_func=nn.CrossEntropyLoss())
     store = learn.explain(None, tmp_path/'cams', shard=7, method='gradcam')
     assert_same_maps(store, learn.get_cams(learn.dls.valid, method='gradcam'))
-    assert store.to_pandas()['predicted'].tolist()==[f'class {c}' for c in learn.get_cams(learn.dls.valid, method='gradcam').preds.argmax(1)]
+    assert store.to_pandas()['prediction'].tolist()==[f'class {c}' for c in learn.get_cams(learn.dls.valid, method='gradcam').preds.argmax(1)]
 
 
 def test_a_model_without_a_method_of_its_own_name(learn, dls, tmp_path):

@@ -24,22 +24,22 @@ def test_it_is_what_get_cams_gives(learn, files, asked):
     frame = explain(pd.DataFrame(dict(key=range(7), item=list(map(str, files)))))
     assert_left_as_it_was(learn, before)
     cams = learn.get_cams(files, **asked)
-    assert list(frame.columns)==['key', 'item', 'error', 'predicted', 'probability', 'explains', 'map', 'shape']
+    assert list(frame.columns)==['key', 'item', 'error', 'prediction', 'probability', 'explains', 'map', 'shape']
     for i in range(7): assert np.allclose(np.reshape(frame['map'][i], frame['shape'][i]), cams.maps[i], atol=1e-5*cams.maps.abs().max().item())
-    assert frame['predicted'].tolist()==[cams.vocab[c] for c in cams.preds.argmax(1)] and np.allclose(frame['probability'].astype(float), cams.preds.max(1).values)
+    assert frame['prediction'].tolist()==[cams.vocab[c] for c in cams.preds.argmax(1)] and np.allclose(frame['probability'].astype(float), cams.preds.max(1).values)
     assert frame['error'].isna().all() and frame['key'].tolist()==list(range(7))
 
 
 def test_bytes_of_files_are_files(learn, files):
     by_name, by_bytes = (explain_batch(learn, method='gradcam', column='photo')(pd.DataFrame(dict(photo=values))) for values in (files, [file.read_bytes() for file in files]))
-    assert by_name['map'].tolist()==by_bytes['map'].tolist() and by_name['predicted'].tolist()==by_bytes['predicted'].tolist()
+    assert by_name['map'].tolist()==by_bytes['map'].tolist() and by_name['prediction'].tolist()==by_bytes['prediction'].tolist()
 
 
 def test_what_cannot_be_read_is_a_row(learn, files):
     explain = explain_batch(learn, method='gradcam', boxes=True)
     frame = explain(pd.DataFrame(dict(item=['no.png', *map(str, files[:3]), 'nor.png']), index=[5, 6, 7, 8, 9]))
     assert frame['error'].notna().tolist()==[True, False, False, False, True] and 'No such file' in frame['error'][0] and frame['map'].isna().tolist()==[True, False, False, False, True]
-    assert frame['boxes'][1] and set(frame['boxes'][1][0])=={'left', 'top', 'right', 'bottom', 'strength'}
+    assert frame['boxes'][1]==[list(box[:4]) for box in learn.get_cams(files[0], method='gradcam').boxes()[0]]
     mixed = explain(pd.DataFrame(dict(item=[b'no picture', files[0].read_bytes()])))
     assert mixed['error'].notna().tolist()==[True, False] and 'not an image that can be read' in mixed['error'][0]
     none = explain(pd.DataFrame(dict(item=['no.png'])))

@@ -113,4 +113,4 @@ def test_ray_maps_frames(pictures, tmp_path):
     assert len(rows)==25 and 'No such file' in rows['no.png']['error']
     for file, cam, pred in zip(files, cams.maps, cams.preds):
         row = rows[str(file)]
-        assert row['error'] is None and row['predicted']==data.vocab[pred.argmax()] and np.allclose(np.reshape(row['map'], row['shape']), cam, atol=1e-5*cams.maps.abs().max().item())
+        assert row['error'] is None and row['prediction']==data.vocab[pred.argmax()] and np.allclose(np.reshape(row['map'], row['shape']), cam, atol=1e-5*cams.maps.abs().max().item())

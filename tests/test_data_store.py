@@ -44,7 +44,7 @@ def with_errors(learn, pictures, tmp_path_factory):
 def test_what_it_is(store):
     assert len(store)==12 and store.is_complete and [file.name for file in store.files]==[f'maps-0000{k}-of-00003.parquet' for k in range(3)]
     assert repr(store)=='CAMStore: 12 items in 3 shards; maps 16×16, by gradcam, of predicted'
-    assert store.columns==['index', 'item', 'error', 'predicted', 'label', 'probability', 'loss', 'explains', 'class_index', 'scale', 'map', 'output', 'target']
+    assert store.columns==['index', 'item', 'error', 'prediction', 'label', 'probability', 'loss', 'explains', 'class_index', 'scale', 'map', 'output', 'target']
 
 
 @pytest.mark.parametrize('idxs', [slice(2, 9), slice(None, None, -1), [11, 0, 5, 5], np.arange(12)%3==1, torch.tensor([7, 2]), []], ids=str)
@@ -68,24 +68,44 @@ def test_one_row_is_a_map_over_its_picture(store, cams, learn, folder):
 def test_conditions(store, cams):
     wrong = (cams.preds.argmax(1) != cams.targs)
     assert 0 < wrong.sum() < 12
-    for condition, expected in (('predicted != label', wrong), (f'predicted != label and loss > {cams.losses[wrong].median()}', wrong & (cams.losses > cams.losses[wrong].median())), ('index in [3, 4]', torch.isin(torch.arange(12), torch.tensor([3, 4]))),
+    for condition, expected in (('prediction != label', wrong), (f'prediction != label and loss > {cams.losses[wrong].median()}', wrong & (cams.losses > cams.losses[wrong].median())), ('index in [3, 4]', torch.isin(torch.arange(12), torch.tensor([3, 4]))),
                                 ("label == 'left'", cams.targs==0), ("label != 'left'", cams.targs==1), ('loss < 0', torch.zeros(12, dtype=bool)), ("item.str.endswith('4.png')", torch.tensor([str(file).endswith('4.png') for file in cams.items]))):
         assert store.where(condition).read(['index']).column('index').to_pylist()==expected.nonzero().flatten().tolist(), condition
-    twice = store.where('predicted != label').where('loss > 0')[:1]
+    twice = store.where('prediction != label').where('loss > 0')[:1]
     assert len(twice)==1 and repr(twice).startswith('CAMStore: 1 of 12 items')
 
 
 def test_conditions_that_are_none(store):
-    with pytest.raises(ValueError, match='has to be about some of the columns index, item, error, predicted'): store.where('colour == 3')
+    with pytest.raises(ValueError, match='has to be about some of the columns index, item, error, prediction'): store.where('colour == 3')
     with pytest.raises(ValueError, match='has to be about some of the columns'): store.where('map > 0')
-    with pytest.raises(ValueError, match="'loss >' cannot be evaluated"): store.where('loss >')
-    with pytest.raises(TypeError, match="a condition is a text, as 'predicted != label and loss > 1'"): store.where(lambda frame: frame.loss > 1)
+    with pytest.raises(ValueError, match=r"'loss >' cannot be read \(invalid syntax\): it is 'wrong', 'right', or a condition such as"): store.where('loss >')
+    for condition, message in (('error', "is a column and no condition: compare it, as in 'error.notna\\(\\)'"), ('loss = 1', 'has a single =, which compares nothing: write =='), ('predicted != label', "names 'predicted', which is no column: .*; did you mean 'prediction'"),
+                               ('label > 3', 'numbers are compared with numbers, and texts in quotes with texts'), ('loss > @x', 'knows no variables'), ('loss.max() > 1', 'does not say yes or no of each row')):
+        with pytest.raises(ValueError, match=message): store.where(condition)
+    with pytest.raises(TypeError, match="a condition is a text, as 'prediction != label and loss > 1'"): store.where(lambda frame: frame.loss > 1)
 
 
 def test_nothing_holds_of_what_is_not_known(with_errors):
     store = CAMStore.open(with_errors)
-    for condition, expected in (('predicted != label', []), ("label != 'left'", []), ('label.isna()', [0, 1, 2, 4, 5]), ('error.notna()', [3]), ("error.str.contains('No such file')", [3]), ('index > 1', [2, 4, 5]), ("predicted != 'x'", [0, 1, 2, 4, 5])):
+    for condition, expected in (('label.isna()', [0, 1, 2, 4, 5]), ('error.notna()', [3]), ("error.str.contains('No such file')", [3]), ('index > 1', [2, 4, 5]), ("prediction != 'x'", [0, 1, 2, 4, 5])):
         assert store.where(condition).read(['index']).column('index').to_pylist()==expected, condition
+
+
+def test_words(store, cams):
+    "As `interp.select` has them, alone and in conditions"
+    wrong, most = cams.preds.argmax(1) != cams.targs, float(cams.losses.median())
+    for condition, expected in (('wrong', wrong), ('right', ~wrong), ('is_right', ~wrong), (f'wrong and loss > {most}', wrong & (cams.losses > most)), ('not wrong or index == 0', ~wrong | (torch.arange(12)==0))):
+        assert store.where(condition).read(['index']).column('index').to_pylist()==expected.nonzero().flatten().tolist(), condition
+
+
+def test_what_has_no_labels_says_so(with_errors, tmp_path):
+    "A table of files is neither right nor wrong, and an empty table would say that nothing is wrong"
+    store = CAMStore.open(with_errors)
+    for condition in ('wrong', 'right', 'prediction != label', "label != 'left'", 'loss > 1'):
+        with pytest.raises(ValueError, match='none of the 6 items has one: what has labels is a labelled DataLoader'): store.where(condition)
+    assert len(store.where('error.notna()').where('index < 3'))==0
+    values = CAMs(torch.rand(3, 4, 4), classes=torch.zeros(3), labels=['value'], preds=torch.rand(3, 1), targs=torch.rand(3, 1), task='values').to_table(tmp_path/'values')
+    with pytest.raises(ValueError, match="right or wrong, and this learner's answers are numbers"): values.where('wrong')
 
 
 def test_only_what_is_asked_for_is_read(store, monkeypatch):
@@ -122,7 +142,7 @@ def test_cams_have_all_that_titles_say(store, cams):
 def test_frames(store, cams):
     frame = store.to_pandas(maps=True)
     assert len(frame)==12 and frame['map'][4].shape==(16, 16) and np.allclose(frame['map'][4], cams.maps[4], atol=6e-4*cams.maps[4].abs().max().item())
-    assert 'map' not in store.to_pandas().columns and (frame['predicted'] != frame['label']).sum()==(cams.preds.argmax(1) != cams.targs).sum()
+    assert 'map' not in store.to_pandas().columns and (frame['prediction'] != frame['label']).sum()==(cams.preds.argmax(1) != cams.targs).sum()
 
 
 def test_items_with_an_error_have_no_map(with_errors):
@@ -178,7 +198,9 @@ def test_what_is_no_table(folder, tmp_path):
     with pytest.raises(ValueError, match="maps-00000-of-00003.parquet' is damaged .*: delete it, and make it again with the same call"): CAMStore.open(tmp_path)[0]
     manifest = json.loads((tmp_path/'manifest.json').read_text())
     (tmp_path/'manifest.json').write_text(json.dumps(manifest | dict(format=99)))
-    with pytest.raises(ValueError, match='has format 99, and this version of fastai_cam reads up to 1: update'): CAMStore.open(tmp_path)
+    with pytest.raises(ValueError, match='has format 99, and this version of fastai_cam reads up to 2: update'): CAMStore.open(tmp_path)
+    (tmp_path/'manifest.json').write_text(json.dumps(manifest | dict(format=1)))
+    with pytest.raises(ValueError, match="called a column 'predicted' that is 'prediction' now: make it again"): CAMStore.open(tmp_path)
 
 
 # -- maps in memory
@@ -220,7 +242,7 @@ def test_pandas_and_pyarrow_read_it(folder, cams):
 
 def test_duckdb_reads_it(folder, cams):
     duckdb = pytest.importorskip('duckdb')
-    rows = duckdb.sql(f"select index, predicted, label, scale*list_max(map) as peak from '{folder}/*.parquet' where predicted <> label order by loss desc").fetchall()
+    rows = duckdb.sql(f"select index, prediction, label, scale*list_max(map) as peak from '{folder}/*.parquet' where prediction <> label order by loss desc").fetchall()
     order = [i for i in cams.losses.argsort(descending=True).tolist() if cams.preds[i].argmax() != cams.targs[i]]
     assert [row[0] for row in rows]==order and [row[1:3] for row in rows]==[(cams.vocab[cams.preds[i].argmax()], cams.vocab[cams.targs[i]]) for i in order]
     assert np.allclose([row[3] for row in rows], [cams.maps[i].max() for i in order], rtol=1e-3)
@@ -230,6 +252,6 @@ def test_duckdb_reads_it(folder, cams):
 def test_datasets_reads_it(folder, cams, tmp_path):
     datasets = pytest.importorskip('datasets')
     found = datasets.load_dataset('parquet', data_files=str(folder/'*.parquet'), split='train', cache_dir=str(tmp_path))
-    assert len(found)==12 and found.filter(lambda row: row['predicted'] != row['label']).num_rows==(cams.preds.argmax(1) != cams.targs).sum()
+    assert len(found)==12 and found.filter(lambda row: row['prediction'] != row['label']).num_rows==(cams.preds.argmax(1) != cams.targs).sum()
     row = found.with_format('numpy')[3]
     assert np.allclose(row['map'].astype(np.float32)*row['scale'], cams.maps[3].flatten(), atol=6e-4*cams.maps[3].abs().max().item())

@@ -1,4 +1,6 @@
 "The parts of a class: what was put together is taken apart again, and shares add up to the logit."
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -109,3 +111,24 @@ def test_on_fastais_own_learner(dls):
         found = CAMInterpretation.from_learner(learn).concepts('left', k=2)
         assert found.maps.shape==(6, 2, 2, 2) and np.isclose(found.shares.sum().item() + found.rest_share, 1, atol=1e-4)
         assert len(found.plot(3))==6
+
+
+def test_of_some_pictures(interp):
+    "Those of the class among the items that are meant"
+    assert interp.concepts('dog', k=2, where='index > 4').index==[5, 7, 9]
+    with pytest.raises(ValueError, match="none is labelled 'dog'"): interp.concepts('dog', where=[0, 2])
+
+
+def test_too_few_pictures_are_warned_of(interp):
+    with pytest.warns(UserWarning, match="there is one picture of 'dog', and parts cannot be told from one"): interp.concepts('dog', k=2, where=[1])
+    with pytest.warns(UserWarning, match="there are 2 pictures of 'dog' for 2 concepts: each can be one of the pictures"): interp.concepts('dog', k=2, where=[1, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        interp.concepts('dog', k=2, where=[1, 3, 5])
+
+
+def test_shares_below_nothing_are_explained():
+    maps, directions = torch.rand(3, 2, 4, 4), torch.eye(2)
+    for weights, words in (([1., -.5], 'less than 0% speaks against the class, so that others can have more than 100%'), ([1., .5], '')):
+        found = CAMConcepts(maps, directions, maps.clone(), torch.tensor([weights]*3), name='dog')
+        assert found.plot(1)[0].figure._supxlabel.get_text()=='where the concept is   the rest carries ' + '   '.join(['0%', words] if words else ['0%'])

@@ -54,7 +54,7 @@ def test_a_row_is_one_item_on_one_scale(interp):
         for drawn, own in ((pred, cams.maps[i, 0].clamp(min=0)), (actual, cams.maps[i, 1].clamp(min=0)), (difference, cams.maps[i, 2])):
             if own.max() > 0: assert np.allclose(drawn, own/full, atol=1e-5)
     figure = axs[0].figure
-    assert figure._supxlabel.get_text()=='predicted − actual, evidence against counted: red prediction, blue label   one scale a row'
+    assert figure._supxlabel.get_text()=='map: gradcam   predicted − actual, evidence against counted: red prediction, blue label   one scale a row'
     assert [ax.get_ylabel() for ax in figure.axes if ax not in axs]==['red: prediction, blue: label']*2
 
 

@@ -1,4 +1,7 @@
 "One row an item, and the words that choose among them, beside plain pandas."
+import re
+from inspect import signature
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +14,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import MSELossFlat
 from scipy.stats import spearmanr
 
+import fastai_cam.data
 from fastai_cam.all import CAMInterpretation, CAMs, cam_head
 from fastai_cam.interpret.selection import rank_disagreement
 
@@ -93,7 +97,8 @@ def test_maps_keep_the_places_of_the_set(interp, oracle, tmp_path):
 @pytest.mark.parametrize('where, message', [
     ('los > 1', "names 'los', which is no column: the columns are index, item, prediction, label, probability, label_probability, is_right, loss, and share_outside and disagreement on demand"),
     ('wrng', "names 'wrng'"), ('loss >', 'cannot be read'), ('loss > "a"', 'cannot be read'), ('loss > 1e9', "of the 14 items none is left by where='loss > 1e9'"),
-    (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
+    (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', "where='loss' is a column and no condition: compare it, as in 'loss > "), (lambda df: df.loss, 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
+    ('index', "is a column and no condition"), ('label = "cat"', 'has a single =, which compares nothing: write =='), ('probability > "high"', 'numbers are compared with numbers'), ('label == cat', "names 'cat', which is no column"),
     ([14], 'where chooses among the 14 items'), ([True]*3, 'where chooses among the 14 items'), ('share_outside > .5', 'needs to know where the objects are')])
 def test_what_chooses_nothing(interp, where, message):
     interp.learn.model.requires_grad_(True)
@@ -177,3 +182,52 @@ def test_columns_are_made_once_and_when_they_are_asked_for():
         assert passes and len(first)==6
         interp.select(lambda df: df.disagreement >= 0); interp.ranked(2, by='disagreement')
     assert len(n)==passes and 'disagreement' in interp.to_df()
+
+
+def test_every_view_takes_where(interp):
+    "One vocabulary, whatever is done with the items; views of one item take its index"
+    several = ['plot_top_losses_cam', 'top_losses_cams', 'plot_confused_cam', 'plot_class_cam', 'concepts', 'compare_cams', 'cam_trust', 'sanity_check', 'find_shortcuts', 'select']
+    assert [name for name in several if 'where' not in signature(getattr(interp, name)).parameters]==[]
+    for name in several[2:-1]:
+        given = dict(cls='cat') if name in ('plot_class_cam', 'concepts') else dict(n=16) if name=='find_shortcuts' else {}
+        with pytest.raises(ValueError, match="of the 14 items none is left by where='loss > 99'"): getattr(interp, name)(**given, where='loss > 99')
+        with pytest.raises(ValueError, match="where='los > 1' names 'los', which is no column"): getattr(interp, name)(**given, where='los > 1')
+    with pytest.raises(ValueError, match='leave dl, or where'): interp.find_shortcuts(interp.dl, n=16, where='wrong')
+
+
+def test_some_of_those_that_are_meant(interp, oracle):
+    wrong = oracle.index[~oracle.is_right].tolist()
+    assert interp.spread(2, 'wrong')==[wrong[0], wrong[-1]] and interp.spread(None, 'wrong')==wrong and interp.spread(3)==[0, 6, 13]
+    assert interp.labelled_so(1, 'wrong').tolist()==oracle.index[~oracle.is_right & (oracle.label=='dog')].tolist()
+    assert interp.labelled_so(2).tolist()==oracle.index[oracle.label=='cow'].tolist()
+    with pytest.raises(ValueError, match=r"of the 3 items that where=\[0, 3, 6\] leaves of 14 none is labelled 'dog'"): interp.labelled_so(1, [0, 3, 6])
+
+
+# -- what makes no sense is said in words
+
+RAW = 'object has no attribute|not iterable|not supported between|unexpected keyword|unhashable|subscriptable|multiple values|cannot be interpreted|must be int|NoneType'
+OF_LEARNER = dict(show_cam=(), get_cams=(), cam_layers=(), plot_layers=(), plot_channels=(), sanity_check=(), random_logit_test=(), cam_trust=(), explain=(None, 'nowhere'))
+OF_INTERP = dict(plot_top_losses_cam=(2,), top_losses_cams=(2,), plot_confused_cam=(), plot_class_cam=('cat',), concepts=('cat',), compare_cams=(), cam_trust=(), sanity_check=(), find_shortcuts=(), plot_layers=(), plot_channels=(),
+                 select=(), to_df=())
+
+
+@pytest.mark.parametrize('of, name', [('learn', name) for name in OF_LEARNER] + [('interp', name) for name in OF_INTERP])
+def test_a_wrong_argument_is_answered_in_words(interp, of, name):
+    "Another word, and a first argument of another type: not what Python says of them"
+    ask, given = getattr(interp.learn if of=='learn' else interp, name), (OF_LEARNER if of=='learn' else OF_INTERP)[name]
+    def said(*args, **kwargs):
+        with pytest.raises((TypeError, ValueError)) as caught: ask(*args, **kwargs)
+        assert not re.search(RAW, str(caught.value)), caught.value
+        return str(caught.value)
+    assert "'nonsense'" in said(*given, nonsense=1)
+    for bad in (object(), {'a': 1}, 2.5): said(bad, *given[1:])
+
+
+@pytest.mark.parametrize('ask, words', [
+    (lambda interp: interp.cam_trust(max_n=6), "there is no argument 'max_n' here: it is called 'n'"), (lambda interp: interp.sanity_check(k=6), "it is called 'n'"), (lambda interp: interp.compare_cams(max_n=6), "it is called 'n'"),
+    (lambda interp: interp.cam_trust([0, 1]), r'n is how many items are examined: where=\[...\] says which of them'), (lambda interp: interp.select(label='cat'), "it is called 'cls'"),
+    (lambda interp: interp.find_shortcuts('nope', n=16), 'dl is a labelled DataLoader, not str'), (lambda interp: interp.top_losses('all'), 'k is a number of items, not str'),
+    (lambda interp: CAMInterpretation.from_learner(interp.learn, cls='cat'), r"an interpretation is of all classes: cls='cat' is asked for in its views, as in interp.plot_class_cam\('cat'\)"),
+    (lambda interp: CAMInterpretation.from_learner('export.pkl'), 'learn is a fastai Learner, not str'), (lambda interp: CAMInterpretation.from_learner(interp.learn, nonsense=1), 'it has learn, ds_idx, dl, act, method and layer')])
+def test_what_was_meant_is_said(interp, ask, words):
+    with pytest.raises(TypeError, match=words): ask(interp)

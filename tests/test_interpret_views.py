@@ -79,6 +79,18 @@ def test_tasks_without_pairs():
         with pytest.raises(ValueError, match=message): one.plot_class_cam(0)
 
 
+def test_a_pair_among_some(interp):
+    "Only the items that are meant are counted, shown, and named in what is refused"
+    df = interp.to_df()
+    wrong = df[~df.is_right]
+    a, b = wrong.iloc[0][['label', 'prediction']]
+    of_pair = wrong[(wrong.label==a) & (wrong.prediction==b)]
+    axs = interp.plot_confused_cam(a, b, where=of_pair.index[:1].tolist())
+    assert len(axs)==4 and axs[0].figure._suptitle.get_text()==f'{a} taken for {b}, 1×' and f'loss {of_pair.loss.iloc[0]:.2f}' in heads(axs)[0]
+    with pytest.raises(ValueError, match=f"nothing is confused among the {int(df.is_right.sum())} items that where='right' leaves"): interp.plot_confused_cam(where='right')
+    with pytest.raises(ValueError, match=f"most often taken is '{a}' for '{b}'$"): interp.plot_confused_cam(b, a, where=[of_pair.index[0]])
+
+
 def test_nothing_is_confused():
     right = interpreted(lambda i: 0, 3, model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Always()))
     with pytest.raises(ValueError, match='no item is taken for another class: nothing is confused in this set'): right.plot_confused_cam()
@@ -96,15 +108,43 @@ def test_a_class(interp):
     "Which items, in which order, and what is said of them"
     df = interp.to_df()
     dogs = df[df.label=='dog']
-    axs = interp.plot_class_cam('dog', k=3)
-    assert len(axs)==12 and axs[0].figure._suptitle.get_text()=='dog: 6 items'
+    axs = interp.plot_class_cam('dog', k=2)
+    assert len(axs)==9 and axs[0].figure._suptitle.get_text()=='dog: 6 items' and axs[0].figure._supxlabel.get_text()=='map: gradcam   each on its own scale'
     said = lambda kind, rows: [f'{kind}: {row.label_probability:.2f}' + ', wrong'*(not row.is_right) for row in rows.itertuples()]
-    assert heads(axs[5:8])==said('most sure', dogs.nlargest(3, 'label_probability')) and heads(axs[9:12])==said('least sure', dogs.nsmallest(3, 'label_probability'))
+    assert heads(axs[4:6])==said('most sure', dogs.nlargest(2, 'label_probability')) and heads(axs[7:9])==said('least sure', dogs.nsmallest(2, 'label_probability'))
     features = interp.learn.model[:2](torch.stack([interp.dl.dataset[i][0] for i in dogs.index])).detach().mean((2, 3))
-    likeness = F.cosine_similarity(features, features.mean(0, keepdim=True)).argsort(descending=True)[:3]
-    assert heads(axs[1:4])==said('typical', dogs.iloc[likeness.tolist()])
+    likeness = F.cosine_similarity(features, features.mean(0, keepdim=True)).argsort(descending=True)
+    others = dogs.iloc[likeness.tolist()]
+    others = others[others.label_probability.rank().between(3, 4)[others.index].reindex(others.index)]
+    assert heads(axs[1:3])==said('typical', others)
     n_right = int(dogs.is_right.sum())
-    assert [ax.get_title(loc='left').split('\n')[-1] for ax in axs[::4]]==[f'{n} item' + 's'*(n != 1) for n in (6, n_right, 6 - n_right)]
+    assert [ax.get_title(loc='left').split('\n')[-1] for ax in axs[::3]]==[f'{n} item' + 's'*(n != 1) for n in (6, n_right, 6 - n_right)]
+
+
+@pytest.mark.parametrize('n, k, shape', [(1, 4, (0, 1, 0)), (2, 4, (0, 1, 1)), (3, 2, (0, 2, 1)), (5, 2, (1, 2, 2))])
+def test_no_picture_is_shown_twice(interp, n, k, shape):
+    "However few a class has: the surest first, and what is left over is typical"
+    df = interp.to_df()
+    chosen = df.index[df.label=='dog'][:n].tolist()
+    said = [head.split(':')[0] for head in heads(interp.plot_class_cam('dog', k=k, where=chosen)) if not head.startswith('mean')]
+    assert said==['typical']*shape[0] + ['most sure']*shape[1] + ['least sure']*shape[2]
+
+
+def test_rows_do_not_push_panels_apart():
+    "The sentence over a row is as wide as it may be: two panels"
+    fig = interpreted(vocab=['white stork on a wire', 'spoonbill in the mud', 'crane over the house']).plot_confused_cam(k=1, n_pairs=2)[0].figure
+    fig.canvas.draw()
+    places = [ax.get_position() for ax in fig.axes[:4]]
+    gaps = [right.x0 - left.x1 for left, right in zip(places, places[1:])]
+    assert max(gaps) < 1.5*min(gaps) and fig._supxlabel.get_text().startswith('map: gradcam   predicted − actual')
+
+
+def test_a_class_among_some(interp):
+    df = interp.to_df()
+    chosen = df[df.label=='dog'].nsmallest(3, 'loss').sort_index()
+    axs = interp.plot_class_cam('dog', k=1, where=chosen.index.tolist())
+    assert axs[0].figure._suptitle.get_text()=='dog: 3 items' and heads(axs)[3].startswith(f'most sure: {chosen.label_probability.max():.2f}')
+    with pytest.raises(ValueError, match="of the 1 items that where='index == 0' leaves of 18 none is labelled 'dog'"): interp.plot_class_cam('dog', where='index == 0')
 
 
 def test_the_mean_map_is_the_mean_of_the_maps(interp):

@@ -37,6 +37,15 @@ def test_the_maps_of_an_item_share_a_scale():
     assert [drawn(ax).max() for ax in several.show()]==[1, 1] and [drawn(ax).max() for ax in several.show(scale='all')]==[1, .125]
 
 
+def test_a_map_that_can_hardly_be_seen_says_so():
+    "On a scale that it shares; not by itself, not where both sides are drawn, and not where there is nothing at all"
+    def said(axs): return [[text.get_text() for text in ax.texts] for ax in axs]
+    def maps(faint): return CAMs(torch.stack([STRONG, faint])[None], PICTURES[:1], torch.tensor([[0, 1]]), ['cat', 'dog'])
+    assert said(maps(STRONG*.09).show())==[[], ['hardly any evidence']] and said(maps(STRONG*.11).show())==[[], []]
+    assert said(maps(STRONG*.09).show(scale='own'))==[[], []] and said(maps(STRONG*.09).show(signed=True))==[[], []]
+    assert said(maps(-STRONG).show())==[[], ['no positive evidence']] and said(maps(STRONG*.09)[0].show())==[[], ['hardly any evidence']]
+
+
 def test_methods_have_scales_of_their_own():
     cams = two(['gradcam: cat', 'layercam: cat'], ((0, 0),))
     assert [drawn(ax).max() for ax in cams.show()]==[1, 1] and [len(bars(cams.show(scale=scale))) for scale in ('item', 'all')]==[2, 2]

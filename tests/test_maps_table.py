@@ -32,7 +32,7 @@ def test_a_row_a_map():
     table = cams.to_df()
     assert table[['item', 'index', 'prediction', 'label', 'explains', 'peak']].values.tolist()==[['x/a.png', 0, 'dog', 'dog', 'dog', 3.], ['Tensor', 1, 'cat', 'car', 'cat', 3.]]
     assert np.allclose(table[['probability', 'loss']], [[.9, .1], [.5, 1.5]]) and [peak for peak in zip(table.peak_x, table.peak_y)]==[(peak.x, peak.y) for peak, in cams.peaks(max_n=1)]
-    assert table.boxes.tolist()==[[tuple(box[:4]) for box in boxes] for boxes in cams.boxes()] and cams.to_df(threshold=.9).boxes[0] != table.boxes[0]
+    assert table.boxes.tolist()==[[list(box[:4]) for box in boxes] for boxes in cams.boxes()] and cams.to_df(threshold=.9).boxes[0] != table.boxes[0]
     assert not {'share_outside', 'carried', 'method'} & set(table)
     masks = torch.stack([cells((1, 1)), cells((0, 0))])
     assert cams.to_df(masks).share_outside.tolist()==[.25, 1]
@@ -41,7 +41,7 @@ def test_a_row_a_map():
 
 def test_what_is_not_known_has_no_column():
     table = CAMs(WHERE[None]).to_df()
-    assert list(table)==['index', 'peak', 'peak_x', 'peak_y', 'boxes'] and table.boxes[0]==[(1, 1, 2, 2)]
+    assert list(table)==['index', 'peak', 'peak_x', 'peak_y', 'boxes'] and table.boxes[0]==[[1, 1, 2, 2]]
     with pytest.warns(UserWarning, match='not finite'): none = CAMs(torch.stack([WHERE, WHERE*float('nan')])).to_df()
     assert none.boxes[1]==[] and np.isnan(none.peak[1]) and np.isnan(none.peak_x[1])
 

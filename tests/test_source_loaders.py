@@ -1,5 +1,7 @@
 "Loaders that choose their items, of fastai and of PyTorch: items are those that the loader chose, or none is named."
+import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from fastai.vision.all import CategoryBlock, DataBlock, DataLoader, DataLoaders,
 
 import fastai_cam.source.passes as source_passes_room
 from fastai_cam.all import CAMInterpretation
+from fastai_cam.core import tensors_in
 from fastai_cam.source.items import as_source
 from fastai_cam.source.loaders import dl_source
 
@@ -274,3 +277,33 @@ def test_items_that_make_no_batch(tmp_path):
         with pytest.raises(ValueError, match='the items make no batch .*images of different sizes need Resize among the item_tfms, or a call each') as caught: call()
         assert '\n' not in str(caught.value)
     assert learn.get_cams(5).images[0].shape==(3, 32, 40)
+
+
+# ---- what is let go is gone
+
+@pytest.mark.parametrize('make', [lambda learn: dl_source(learn, learn.dls.valid), lambda learn: dl_source(learn, learn.dls.train, [0, 2]), lambda learn: as_source(learn, [torch.rand(3, 32, 32)]),
+                                  lambda learn: as_source(learn, list(learn.dls.valid.items[:2]))], ids=['loader', 'some', 'batches', 'files'])
+def test_a_source_that_is_let_go_is_freed_at_once(learn, make):
+    "And with it the pictures that went through, without a visit of the garbage collector"
+    learn.get_cams(0)
+    gc.collect()
+    gc.disable()
+    try:
+        source = make(learn)
+        assert len(list(source.dl)) and source.images[0] is not None and len(source.items)
+        held = [weakref.ref(part) for part in (source, source.dl, source.dl.seen, source.dl.seen.batches[0][0][0])]
+        del source
+        assert [one() is None for one in held]==[True]*4
+    finally: gc.enable()
+
+
+def test_tensors_that_were_looked_for_are_not_held():
+    gc.collect()
+    gc.disable()
+    try:
+        x = torch.rand(3)
+        held = weakref.ref(x)
+        assert tensors_in([x, dict(y=x)])[1] is x
+        del x
+        assert held() is None
+    finally: gc.enable()

@@ -76,3 +76,8 @@ def test_the_method_of_the_interpretation_is_asked():
         return torch.rand(*scores.shape, 4, 4)
     CAMInterpretation.from_learner(learn, method=mine).cam_trust(n=1, n_random=2, steps=1)
     assert asked==[1]*(1 + 2*3) # the map, and for each of three copies its own once more
+
+
+def test_of_the_items_that_are_meant(interp):
+    survey = interp.cam_trust(2, where=[1, 4, 6], n_random=2, steps=1)
+    assert sorted(survey.indices)==[1, 6] and 'of 2 pictures, taken from 3,' in survey.verdict

@@ -17,11 +17,12 @@ from copy import copy
 from typing import Annotated, Any, Iterator, Sequence
 
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from fastcore.script import call_parse
 from .words import DONE, INTERRUPTED, Progress, say, SOME_UNREADABLE, UsageError
-from .photos import find_photos, names_in, Photo
+from .photos import find_photos, names_in, NOT_THERE, Photo
 from .results import Results
-from .models import check_device, check_model, file_hash, open_learner
+from .models import check_device, check_model, file_hash, model_options, open_learner
 
 # %% ../../nbs/95d_cli.explain.ipynb #53fb99f3
 def one_or_list(
@@ -237,6 +238,10 @@ def photos_named(
     listed = []
     for name in names: listed += names_in(sys.stdin.buffer.read()) if name=='-' else [name]
     photos,problems = find_photos(listed, out)
+    missing = [name for name,why in problems if why==NOT_THERE]
+    if missing and not photos and len(missing)==len(problems): # a slip of the pen, and not one of many files
+        named = ', '.join(map(repr, missing[:3])) + (', …' if len(missing) > 3 else '')
+        raise UsageError(f'there is no file or folder {named}')
     if not photos and not problems:
         raise UsageError('no photos were named: give files, folders or patterns, or - and their names at the standard input')
     return photos,problems
@@ -244,12 +249,12 @@ def photos_named(
 def list_problems(
     problems:Sequence[tuple] # Names of files, and why they were not explained
 ) -> None:
-    "Say on the standard error which files were left out, and why"
+    "Say on the standard error which files and folders were left out, and why"
     if not problems: return
-    several = 's' if len(problems) > 1 else ''
-    say(f'{len(problems)} file{several} could not be explained:')
+    say(f'{len(problems)} could not be explained:')
     for name,why in problems: say(f'  {name!r}: {why}')
 
+# %% ../../nbs/95d_cli.explain.ipynb #7531ef19
 def _into_table(learn, photos, problems, asked, out, bs):
     "A table of the maps, as `learn.explain` writes it"
     try: import fastai_cam.data
@@ -305,6 +310,7 @@ FORMATS = 'png', 'html', 'json', 'parquet'
 
 # %% ../../nbs/95d_cli.explain.ipynb #73d8ee1e
 @call_parse
+@delegates(model_options)
 def explain(
     photos:Annotated[str, dict(nargs='+')], # export.pkl, then photos: files, folders, 'patterns*', or - for names on the standard input
     out:Annotated[str, dict(opt=True, required=True)], # folder of the results: a new one, or one to go on with
@@ -315,30 +321,27 @@ def explain(
     style:Annotated[str, dict(choices=('overlay', 'heat', 'masked', 'contour', 'side'))]='overlay', # how a map is laid over its photo
     full_size:bool=False, # over the photo as it is in its file, rather than as the model saw it
     overwrite:bool=False, # make anew what is finished in --out
-    device:str=None, # cpu, cuda, cuda:1 or mps; a graphics card if there is one
-    bs:int=None, # photos in a batch; the learner's own number
-    workers:int=0, # processes that read photos
-    weights:str=None, # instead of export.pkl: weights (.safetensors, or a state_dict), which hold no code
-    builder:str=None # with --weights: module:function that returns the Learner they belong to
+    **kwargs # as `model_options` has them
 ) -> int: # Exit status
     "Write the map of each photo over it, and a table of predictions and boxes"
-    file,names = (None, photos) if weights else (photos[0], photos[1:])
-    model = check_model(file, weights, builder)
-    _check_options(bs, workers, format, full_size or overwrite)
+    told = model_options(**kwargs)
+    file,names = (None, photos) if told.weights else (photos[0], photos[1:])
+    model = check_model(file, told.weights, told.builder)
+    _check_options(told.bs, told.workers, format, full_size or overwrite)
     check_methods(method)
-    check_device(device)
+    check_device(told.device)
     found,problems = photos_named(names, out)
-    asked = dict(model=file_hash(model), builder=builder, cls=cls, method=method, layer=layer, full_size=full_size, format=format)
+    asked = dict(model=file_hash(model), builder=told.builder, cls=cls, method=method, layer=layer, full_size=full_size, format=format)
     if format != 'json': asked['style'] = style
     results = None if format=='parquet' else Results(out, asked, overwrite)
     todo = [photo for photo in found if results is None or not results.is_done(photo)]
     if len(todo) < len(found): say(f'{len(found) - len(todo)} of {len(found)} photos are finished already (--overwrite makes them anew)')
     if not todo: return _nothing_to_do(results, found, problems, format)
-    learn = open_learner(file, weights, builder, device, bs, workers)
+    learn = open_learner(file, **told._asdict())
     words = question(learn, cls, method, layer)
-    size = learn.dls.valid.bs*(8 if workers else 1)
-    if results is None and sys.stderr.isatty(): return _into_table(learn, found, problems, words, out, bs) # with fastai's own bar
+    size = learn.dls.valid.bs*(8 if told.workers else 1)
+    if results is None and sys.stderr.isatty(): return _into_table(learn, found, problems, words, out, told.bs) # with fastai's own bar
     with learn.no_bar(), learn.no_logging():
-        if results is None: return _into_table(learn, found, problems, words, out, bs)
+        if results is None: return _into_table(learn, found, problems, words, out, told.bs)
         work = Explaining(learn, words, results, None if format=='json' else style, full_size)
         return _explain_all(work, found, todo, problems, size, format)

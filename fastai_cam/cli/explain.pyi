@@ -10,6 +10,7 @@ from typing import Any
 from typing import Iterator
 from typing import Sequence
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from fastcore.script import call_parse
 from .words import DONE
 from .words import INTERRUPTED
@@ -19,11 +20,13 @@ from .words import SOME_UNREADABLE
 from .words import UsageError
 from .photos import find_photos
 from .photos import names_in
+from .photos import NOT_THERE
 from .photos import Photo
 from .results import Results
 from .models import check_device
 from .models import check_model
 from .models import file_hash
+from .models import model_options
 from .models import open_learner
 __all__ = ['FORMATS', 'one_or_list', 'check_methods', 'question', 'Unreadable', 'reason_without', 'why_unreadable', 'batches_of_maps', 'maps_of_photo', 'Explaining', 'photos_named', 'list_problems', 'explain']
 def one_or_list(values: Sequence[str] | None) -> Any: ...

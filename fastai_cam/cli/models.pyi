@@ -7,9 +7,17 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 from .words import say
 from .words import UsageError
-__all__ = ['PICKLE_WARNING', 'check_model', 'file_hash', 'check_device', 'open_learner']
+__all__ = ['PICKLE_WARNING', 'ModelOptions', 'model_options', 'check_model', 'file_hash', 'check_device', 'open_learner']
+class ModelOptions(NamedTuple):
+    device: str | None
+    bs: int | None
+    workers: int
+    weights: str | None
+    builder: str | None
+def model_options(device: str=..., bs: int=..., workers: int=..., weights: str=..., builder: str=...) -> ModelOptions: ...
 PICKLE_WARNING: Any
 def check_model(file: str | None, weights: str | None, builder: str | None) -> str: ...
 def file_hash(file: str) -> str: ...

@@ -2,18 +2,18 @@
 from typing import Any
 import glob
 import hashlib
-import mimetypes
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 from typing import Sequence
+from ..files import image_files_in
 from .words import UsageError
-__all__ = ['Photo', 'image_endings', 'names_in', 'find_photos', 'result_names']
+__all__ = ['NOT_THERE', 'Photo', 'names_in', 'find_photos', 'result_names']
 class Photo(NamedTuple):
     path: str
     name: str
-def image_endings() -> set[str]: ...
+NOT_THERE: Any
 def names_in(content: bytes) -> list[str]: ...
 def find_photos(names: Sequence[str], out: str | None=...) -> tuple[list[Photo], list[tuple[str, str]]]: ...
 def result_names(photos: Sequence[Photo], known: dict[str, str]) -> dict[str, str]: ...

@@ -35,9 +35,10 @@ from ..probe.capture import Capture, Scores
 from ..methods.registry import method_name
 from ..state import preserve_state, with_bar
 from ..learner.task import activation_of, class_names, has_item_losses
+from ..learner.arguments import refuse_arguments
 from ..learner.query import CaptureCallback, check_rows, NO_BATCH, Query, query_of
 from ..learner.cams import maps_of_batch
-from .fingerprint import describe, digest_of, model_digest, without_addresses
+from .fingerprint import describe, digests_of_names, model_digest, without_addresses
 from .shards import check_manifest, claim_folder, make_folder, rank_and_world, ShardPlan, write_whole
 from .schema import FORMAT, import_pyarrow, kept_shape, parquet_bytes, shard_table
 from .items import item_list, ItemList, unread
@@ -173,10 +174,10 @@ def manifest_of(
     boxes:bool # Are there boxes?
 ) -> dict: # As JSON can have it; without what is found out by a pass
     "What a table would be of"
-    model = unwrap_model(learn.model)
+    model,(names,in_any_order) = unwrap_model(learn.model),digests_of_names(map(items.name, range(len(items))))
     return dict(
         format=FORMAT, model=model_digest(model), method=[_method_words(method) for method in query.methods], layer=describe(layer, model),
-        question=describe(cls, model), items=digest_of(map(items.name, range(len(items)))), n_items=len(items), shard=shard,
+        question=describe(cls, model), items=names, items_in_any_order=in_any_order, n_items=len(items), shard=shard,
         labelled=items.labelled, boxes=boxes, names=words_of_classes(learn),
         transforms=_transform_words(items.dl), versions=dict(fastai_cam=fastai_cam.__version__, torch=torch.__version__))
 
@@ -291,7 +292,9 @@ def _check_arguments(shard, on_error, bs):
 # %% ../../nbs/87f_data.explain.ipynb #f53c0888
 @patch
 def explain(self:Learner,
-    source:Any, # What: a `DataLoader`, files, indices into the validation set, a table with a column `item`; `None`: the validation set
+    # What: a `DataLoader`, a folder of pictures, files, indices into the validation set, a table with a column `item`;
+    # `None`: the validation set
+    source:Any,
     to:str|Path, # Where to: a folder, which can have finished shards of the same already
     cls:Any=None, # What to explain, as `learn.show_cam` takes it
     method:str|Callable|Sequence|None=None, # How, as `learn.show_cam` takes it
@@ -299,10 +302,12 @@ def explain(self:Learner,
     shard:int=4096, # How many items a file has, which is also the most work that can be lost
     on_error:str='record', # An item that cannot be read: 'record' makes it a row with an error, 'raise' ends the run
     bs:int|None=None, # Batch size; `None`: that of the loader
-    boxes:bool=False # Also where each map says that something is, in pixels of the picture that the model saw?
+    boxes:bool=False, # Also where each map says that something is, in pixels of the picture that the model saw?
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMStore:
     """The maps of a whole data set, with predictions and losses, as a table in a folder. Started again, or in several processes
     (`torchrun`, `accelerate launch`), it makes what is missing"""
+    refuse_arguments(kwargs, method, ('cls', 'method', 'layer'), ('source', 'to', 'shard', 'on_error', 'bs', 'boxes'))
     import_pyarrow()
     _check_arguments(shard, on_error, bs)
     query = query_of(self, cls, method, layer)

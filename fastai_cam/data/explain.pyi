@@ -36,6 +36,7 @@ from ..state import with_bar
 from ..learner.task import activation_of
 from ..learner.task import class_names
 from ..learner.task import has_item_losses
+from ..learner.arguments import refuse_arguments
 from ..learner.query import CaptureCallback
 from ..learner.query import check_rows
 from ..learner.query import NO_BATCH
@@ -43,7 +44,7 @@ from ..learner.query import Query
 from ..learner.query import query_of
 from ..learner.cams import maps_of_batch
 from .fingerprint import describe
-from .fingerprint import digest_of
+from .fingerprint import digests_of_names
 from .fingerprint import model_digest
 from .fingerprint import without_addresses
 from .shards import check_manifest

@@ -58,7 +58,7 @@ class FrameExplainer:
         return frame
 
     @property
-    def names(self) -> list[str]: return ['error', 'predicted', 'probability', 'explains', *['boxes']*self.boxes, 'map', 'shape']
+    def names(self) -> list[str]: return ['error', 'prediction', 'probability', 'explains', *['boxes']*self.boxes, 'map', 'shape']
 
     def _explained(self, values):
         "Columns of the rows, by name"

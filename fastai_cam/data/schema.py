@@ -42,7 +42,7 @@ def to_half(
     return (maps.astype(np.float64)/scale[:,None]).astype(np.float16),scale
 
 # %% ../../nbs/87c_data.schema.ipynb #b409ee79
-FORMAT = 1 # raised when a table can no longer be read by an earlier version
+FORMAT = 2 # raised when a table can no longer be read by an earlier version
 MOST_OUTPUTS = 32 # numbers an item that are kept as they are
 
 def kept_shape(
@@ -63,10 +63,10 @@ def schema_of(
     pa,found = import_pyarrow(),manifest['found']
     n = len(found['questions']) if found['is_several'] else None
     answer = pa.list_(pa.float32()) if found['is_numbers'] else pa.string()
-    columns = dict(index=pa.int64(), item=pa.string(), error=pa.string(), predicted=answer, label=answer, probability=pa.float32(),
+    columns = dict(index=pa.int64(), item=pa.string(), error=pa.string(), prediction=answer, label=answer, probability=pa.float32(),
                    loss=pa.float32(), explains=_several(pa, pa.string(), n), class_index=_several(pa, pa.int32(), n))
     if manifest['boxes']:
-        box = pa.struct([(side, pa.float32()) for side in ('left', 'top', 'right', 'bottom', 'strength')])
+        box = pa.list_(pa.float32(), 4) # left, top, right, bottom, as in every other table
         columns['boxes'] = pa.list_(box) if n is None else pa.list_(pa.list_(box), n)
     columns.update(scale=_several(pa, pa.float32(), n), map=pa.list_(pa.float16(), int(np.prod(found['map_shape']))*(n or 1)))
     for name,shape in (('output', found['output_shape']), ('target', found['target_shape'])):
@@ -126,8 +126,7 @@ def _boxes_in(maps, found):
     "The boxes of each map, in pixels of the picture that the model saw"
     if len(found['map_shape']) != 2: raise ValueError('boxes lie in a picture, and these maps are volumes: leave out boxes=True')
     of_items = CAMs(torch.from_numpy(maps).reshape(*maps.shape[:2], *found['map_shape'])).boxes(size=tuple(found['image_size']))
-    def named(box): return dict(zip(('left', 'top', 'right', 'bottom', 'strength'), map(float, box)))
-    def of_item(item): return [list(map(named, boxes)) for boxes in item]
+    def of_item(item): return [[list(map(float, box[:4])) for box in boxes] for boxes in item]
     return [of_item(item) if found['is_several'] else of_item(item)[0] for item in of_items]
 
 def _class_words(classes, found, names):
@@ -176,7 +175,7 @@ def shard_table(
     predicted,label,probability = answers_of(task, n, preds, targs, names)
     words,scale = _class_words(classes, found, task.class_names(names)),scale.reshape(n, -1)
     if not found['is_several']: words,scale,classes = [row[0] for row in words],scale[:,0],classes[:,0]
-    columns = dict(index=list(indices), item=list(items), error=[errors.get(i) for i in range(n)], predicted=predicted, label=label,
+    columns = dict(index=list(indices), item=list(items), error=[errors.get(i) for i in range(n)], prediction=predicted, label=label,
                    probability=probability, loss=[None]*n if losses is None else losses.float().reshape(n, -1).mean(1), explains=words,
                    class_index=classes.astype(np.int32), scale=scale, map=half.reshape(n, -1), **_outputs(found, preds, targs))
     if manifest['boxes']: columns['boxes'] = _boxes_in(maps, found)

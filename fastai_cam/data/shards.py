@@ -101,6 +101,8 @@ _called = dict( # what is compared, and what it is called in a sentence
     items='a list of items', n_items='a number of items', shard='a shard size', labelled='items with or without labels',
     boxes='a choice of boxes', names='names of classes', transforms='transforms', maps='maps')
 
+_ANY_ORDER = 'items_in_any_order' # the same for the same items, however they are sorted
+
 def _shown(value):
     "A value of a manifest in a sentence; long ones are not worth reading"
     text = json.dumps(value, ensure_ascii=False)
@@ -114,6 +116,9 @@ def differences(
     found = []
     for name,called in _called.items():
         if there.get(name)==wanted.get(name): continue
+        if name=='items' and there.get(_ANY_ORDER) and there.get(_ANY_ORDER)==wanted.get(_ANY_ORDER):
+            found.append(f'{called}: the same ones in another order (sort them, both times)')
+            continue
         values = [_shown(part.get(name)) for part in (there, wanted)]
         is_short = all(values) and name not in ('model', 'items', 'transforms', 'maps')
         found.append(called + (f': {values[0]} there, {values[1]} now' if is_short else ''))

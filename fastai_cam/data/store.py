@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage
 from ..files import as_path
+from ..conditions import names_in, rows_that_hold
 from ..captions import Row
 from ..tasks import as_task, SingleLabel, task_named
 from ..maps.cams import CAMs, Images
@@ -30,6 +31,15 @@ from .shards import MANIFEST, read_manifest, ShardPlan
 from .schema import FORMAT, import_pyarrow, schema_of
 
 # %% ../../nbs/87e_data.store.ipynb #67f49d6c
+def _check_format(path, found):
+    "`ValueError` for a table of another version"
+    if found > FORMAT:
+        raise ValueError(f'{str(path)!r} has format {found}, and this version of fastai_cam reads up to {FORMAT}: update fastai_cam')
+    if found < FORMAT:
+        raise ValueError(f"{str(path)!r} was made by an earlier version of fastai_cam, which called a column 'predicted' that is "
+                         "'prediction' now: make it again in another folder")
+
+# %% ../../nbs/87e_data.store.ipynb #47ac8335
 class CAMStore:
     "The maps of a data set: a table in a folder, read as far as it is needed"
     def __init__(self,
@@ -56,9 +66,7 @@ class CAMStore:
         if not path.is_dir(): raise FileNotFoundError(f'there is no folder {str(path)!r}: learn.explain(items, {str(path)!r}) makes it')
         manifest = read_manifest(path)
         if manifest is None: raise ValueError(f'{str(path)!r} is no table of maps: it holds no {MANIFEST}')
-        if manifest['format'] > FORMAT:
-            newer = manifest['format']
-            raise ValueError(f'{str(path)!r} has format {newer}, and this version of fastai_cam reads up to {FORMAT}: update fastai_cam')
+        _check_format(path, manifest['format'])
         return cls(path, manifest, learn=learn)
 
     def __len__(self) -> int: return int(self.starts[-1]) if self.rows is None else len(self.rows)
@@ -121,31 +129,60 @@ def read(self:CAMStore,
     return table.take(np.argsort(np.concatenate(order)))
 
 # %% ../../nbs/87e_data.store.ipynb #445e6d84
+_VERDICTS = 'wrong', 'right', 'is_right' # what was predicted, beside the label
+_of_the_unknown = r'\b(isna|isnull|notna|notnull)\(' # conditions that hold of what is not known, too
+
+@patch
+def _readable(self:CAMStore): return [name for name in self.columns if name not in ('map', 'output')]
+
 @patch
 def _named_in(self:CAMStore, condition):
     "The columns that a condition is about"
-    if not isinstance(condition, str): raise TypeError("a condition is a text, as 'predicted != label and loss > 1'")
-    words = set(re.findall(r'[A-Za-z_]\w*', re.sub(r"'[^']*'|\"[^\"]*\"", '', condition)))
+    if not isinstance(condition, str): raise TypeError("a condition is a text, as 'prediction != label and loss > 1'")
+    words = set(names_in(condition))
+    verdicts = [word for word in _VERDICTS if word in words]
+    if verdicts and self.manifest['found']['is_numbers']:
+        raise ValueError(f"the condition {condition!r} is about answers that are right or wrong, and this learner's answers are numbers: "
+                         "write e.g. 'loss > 1'")
+    words |= {'prediction', 'label'} if verdicts else set()
     found = [name for name in self.columns if name in words]
     if found and not {'map', 'output'} & set(found): return found
-    known = ', '.join(name for name in self.columns if name not in ('map', 'output'))
-    raise ValueError(f'the condition {condition!r} has to be about some of the columns {known}')
+    raise ValueError(f"the condition {condition!r} has to be about some of the columns {', '.join(self._readable())}; "
+                     "the words are 'wrong' and 'right'")
+
+def _verdicts(frame):
+    "What the words mean, where both sides are there"
+    if not {'prediction', 'label'} <= {*frame}: return {}
+    is_right = frame['prediction']==frame['label']
+    return dict(wrong=~is_right, right=is_right, is_right=is_right)
 
 @patch
+def _check_known(self:CAMStore, condition, n_known):
+    "`ValueError` where a condition is about labels or losses, and no row has any"
+    if re.search(_of_the_unknown, condition): return
+    empty = next((name for name in ('label', 'loss', 'target') if n_known.get(name)==0), None)
+    if empty is None or not n_known['rows']: return
+    raise ValueError(f'the condition {condition!r} is about the {empty}, and none of the {len(self)} items has one: what has labels is a '
+                     'labelled DataLoader, as learn.dls.test_dl(files, with_labels=True), or indices into the validation set')
+
+# %% ../../nbs/87e_data.store.ipynb #4e87cf17
+@patch
 def where(self:CAMStore,
-    condition:str # As `DataFrame.query` takes it: `'predicted != label and loss > 1'`
+    condition:str # 'wrong', 'right', or as `DataFrame.query` takes it: `'wrong and loss > 1'`, `'label == "cat"'`
 ) -> 'CAMStore':
     "The rows of which `condition` holds; columns that it does not name are not read"
-    named = self._named_in(condition)
-    kept,rows = [],self._rows()
+    named,kept,rows = self._named_in(condition),[],self._rows()
+    n_known = dict(rows=0, **dict.fromkeys(named, 0))
     for place,within,at in self._pieces(rows):
         table = self._shard(place, list(dict.fromkeys([*named, 'error']))).take(within)
         frame = table.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
-        try: chosen = frame.query(condition)
-        except Exception as e: raise ValueError(f'the condition {condition!r} cannot be evaluated: {" ".join(str(e).split())}') from None
-        if not re.search(r'\b(isna|isnull|notna|notnull)\(', condition): chosen = chosen[chosen[named].notna().all(axis=1)]
-        if 'error' not in named: chosen = chosen[chosen['error'].isna()]
-        kept.append(at[chosen.index.to_numpy()])
+        chosen = rows_that_hold(frame, condition, f'the condition {condition!r}', self._readable(), _verdicts(frame))
+        if not re.search(_of_the_unknown, condition): chosen = chosen & frame[named].notna().all(axis=1).to_numpy()
+        if 'error' not in named: chosen = chosen & frame['error'].isna().to_numpy()
+        kept.append(at[chosen])
+        n_known['rows'] += int(frame['error'].isna().sum())
+        for name in named: n_known[name] += int(frame[name].notna().sum())
+    self._check_known(condition, n_known)
     return self._of(rows[np.sort(np.concatenate(kept))] if kept else rows[:0])
 
 # %% ../../nbs/87e_data.store.ipynb #b77638f8
@@ -198,7 +235,7 @@ def _only_best(frame, names):
     called = [Row(names=names).name(c) for c in range(len(names))]
     place = {name: c for c,name in enumerate(called)}
     preds = torch.zeros(len(frame), len(names))
-    preds[range(len(frame)), [place[name] for name in frame['predicted']]] = torch.tensor(frame['probability'].to_numpy(dtype=np.float32))
+    preds[range(len(frame)), [place[name] for name in frame['prediction']]] = torch.tensor(frame['probability'].to_numpy(dtype=np.float32))
     targs = torch.tensor([place[name] for name in frame['label']]) if frame['label'].notna().all() else None
     return preds,targs
 
@@ -212,7 +249,7 @@ def _sides(self:CAMStore, table, frame):
     kept = {side: torch.from_numpy(_row_arrays(table, given[side], len(frame))).reshape(-1, *shape)
             for side,shape in sides.items() if shape}
     if sides['targs']==[] and frame['target'].notna().all(): kept['targs'] = torch.tensor(frame['target'].to_numpy(dtype=np.int64))
-    if 'preds' not in kept and found['task']=='single' and names is not None and frame['predicted'].notna().all():
+    if 'preds' not in kept and found['task']=='single' and names is not None and frame['prediction'].notna().all():
         preds,targs = _only_best(frame, names)
         return BestOnly(names),dict(preds=preds, targs=kept.get('targs', targs))
     return task,kept

@@ -15,6 +15,8 @@ from fastai.learner import Learner
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage
 from ..files import as_path
+from ..conditions import names_in
+from ..conditions import rows_that_hold
 from ..captions import Row
 from ..tasks import as_task
 from ..tasks import SingleLabel

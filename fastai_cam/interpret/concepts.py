@@ -82,7 +82,8 @@ def __repr__(self:CAMConcepts) -> str:
 
 @patch(as_prop=True)
 def shares(self:CAMConcepts) -> Tensor: # `[k]`
-    "What each concept carries of the evidence for the class in all the pictures; with `rest_share` they add up to 1"
+    """What each concept carries of the evidence for the class in all the pictures; with `rest_share` they add up to 1:
+    what speaks against the class is less than nothing, and what speaks for it can then be more than all"""
     return self.contributions.sum(0)/self.evidence.sum()
 
 @patch(as_prop=True)
@@ -104,13 +105,14 @@ def concepts(self:CAMInterpretation,
     cls:Any, # Name or index of a class
     k:int=4, # How many concepts
     n:int=64, # Of so many pictures of the class, at most
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     layer:Any=None, # One layer; `None`: the interpretation's own, or the last that still has space
     image:int=0, # Which of the images, where several go into the model for one item
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMConcepts:
     "The parts that a class is made of: activations of its pictures factorised, each concept with its share of the score"
     check_words(kwargs, None, ('cls', 'layer', 'k'))
-    if kwargs: raise TypeError(f'concepts has no argument {next(iter(kwargs))!r}: it has cls, k, n, layer and image')
+    if kwargs: raise TypeError(f'concepts has no argument {next(iter(kwargs))!r}: it has cls, k, n, where, layer and image')
     for name,value in (('k', k), ('n', n)): check_int(value, name, 1, 'leaves nothing to find: give at least 1')
     layer = self.layer if layer is None else layer
     if is_listy(layer) or is_found_by_pass(layer): raise ValueError('concepts are those of one layer: name one, or leave layer')
@@ -118,11 +120,19 @@ def concepts(self:CAMInterpretation,
     if len(classes) != 1: raise ValueError(f'concepts are those of one class, not of {len(classes)}: ask for each by itself')
     names = self.answers.task.class_names(self.vocab)
     name = as_text(names[classes[0]]) if names is not None and classes[0] < len(names) else f'class {classes[0]}'
-    idxs = self.items_of_class(classes[0], ['actual']).nonzero()[:,0]
-    if len(idxs)==0: raise ValueError(f'no item of the set is labelled {name!r}')
+    idxs = self.labelled_so(classes[0], where)
     idxs = idxs[evenly_spaced(len(idxs), n)].tolist()
+    _warn_of_few(len(idxs), k, name)
     source,acts,weights = self._activations(idxs, classes[0], layer, image)
     return CAMConcepts(*factorise(acts, k), acts, weights, source.images, source.items, idxs, name)
+
+# %% ../../nbs/65g_interpret.concepts.ipynb #d3c3c2d7
+def _warn_of_few(n, k, name):
+    "Pictures that are too few to have parts in common"
+    if n > k: return
+    words = f'there is one picture of {name!r}, and parts cannot be told from one'
+    if n > 1: words = f'there are {n} pictures of {name!r} for {k} concepts: each can be one of the pictures, and no part that they share'
+    warnings.warn(f'{words}; take more pictures, or a smaller k' if n > 1 else words, stacklevel=3)
 
 @patch
 def _activations(self:CAMInterpretation, idxs, c, layer, image):
@@ -153,5 +163,7 @@ def plot(self:CAMConcepts,
         full = full_of(*[one.map for one in panels])
         for one in panels: one.map.peak = full
         rows.append(Row(panels, f'concept {concept + 1}: {percent(share)} of the score'))
-    rest = f'the rest carries {percent(self.rest_share)}'
+    shares = [*self.shares.tolist(), self.rest_share]
+    against = '   less than 0% speaks against the class, so that others can have more than 100%' if min(shares) < -.005 else ''
+    rest = f'the rest carries {percent(self.rest_share)}{against}'
     return draw_page(rows, kwargs, f'where the concept is   {rest}', f'{self.name}: {len(self)} concepts in {len(self.maps)} pictures')

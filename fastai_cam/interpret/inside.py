@@ -29,7 +29,7 @@ from ..learner.arguments import check_words
 from ..learner.query import check_single, Query, query_of, run_query
 from ..learner.task import activation_of, class_names
 from .base import CAMInterpretation
-from .page import check_page, draw_page, full_of, Panel, percent, Row
+from .page import check_page, draw_page, full_of, made_by, Panel, percent, Row
 
 # %% ../../nbs/65f_interpret.inside.ipynb #0f688cd3
 def look_into(
@@ -90,7 +90,7 @@ def plot_layers(self:Learner,
     picture = None if cams.images is None else cams.images[0]
     def panel(name, one, n): return Panel(CAMMap(one, picture), title=f'{name or "model"}\n{"×".join(map(str, one.shape))}, {n} channels')
     panels = [panel(*named, n) for named,n in zip(maps.items(), n_channels)]
-    legend = f'map: {method_name(query.methods[0])}   each on its own scale'
+    legend = made_by([method_name(query.methods[0])]) + 'each on its own scale'
     return draw_page(_in_rows(_photo(cams) + panels, cams.title(0)), kwargs, legend)
 
 def _one_method(method, name):

@@ -31,6 +31,7 @@ from .base import CAMInterpretation
 from .page import check_page
 from .page import draw_page
 from .page import full_of
+from .page import made_by
 from .page import Panel
 from .page import percent
 from .page import Row

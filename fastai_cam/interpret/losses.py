@@ -24,7 +24,7 @@ from ..source.loaders import dl_source
 from ..learner.task import task_of
 from ..learner.arguments import ARGUMENT_WORDS, check_words
 from .base import CAMInterpretation
-from .page import check_page, Drawn, draw_page, full_of, Panel, Row
+from .page import check_page, Drawn, draw_page, full_of, made_by, Panel, Row
 
 # %% ../../nbs/65d_interpret.losses.ipynb #24376823
 _own = ('layer', 'method', 'k')
@@ -37,7 +37,7 @@ def refuse_words(
 ) -> None:
     "`TypeError` for arguments that a function does not have, with what was meant"
     check_words(kwargs, method, has)
-    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}')
+    if kwargs: raise TypeError(f'{name} has no argument {next(iter(kwargs))!r}: write interp.{name}? to see those that it has')
 
 def _refuse_class(kwargs):
     "`TypeError` for a class that is named in another word than `cls`: does it choose items, or maps?"
@@ -177,5 +177,5 @@ def plot_top_losses_cam(self:CAMInterpretation,
         kwargs.update({name: value for name,value in given.items() if value is not None})
         check_page(kwargs)
     cams = self.top_losses_cams(k, largest, show, method, layer, image, where, cls, by, fuse)
-    if is_diff: return draw_page(difference_rows(cams), kwargs, DIFFERENCE_LEGEND)
+    if is_diff: return draw_page(difference_rows(cams), kwargs, made_by(cams.method) + DIFFERENCE_LEGEND)
     return Drawn(cams.show(max_n=len(cams), nrows=nrows, ncols=ncols, figsize=figsize, loss=True, **kwargs))

@@ -25,6 +25,7 @@ from .page import check_page
 from .page import Drawn
 from .page import draw_page
 from .page import full_of
+from .page import made_by
 from .page import Panel
 from .page import Row
 __all__ = ['DIFFERENCE_LEGEND', 'refuse_words', 'with_difference', 'difference_rows']

@@ -8,7 +8,6 @@ Docs: https://fastai-cam.example/docs/interpret.selection.html.md"""
 __all__ = ['ON_DEMAND', 'rank_disagreement']
 
 # %% ../../nbs/65b_interpret.selection.ipynb #ad0ed42d
-import re
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -21,13 +20,16 @@ from scipy.stats import rankdata
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
+from ..core import evenly_spaced
+from ..conditions import listed_columns, missing_name, names_in, no_column, rows_that_hold
+from ..captions import as_text
 from ..tasks import MultiLabel, Segmentation, Values
 from ..targets.kinds import ClassIndex, Predicted
 from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state, with_bar
-from ..source.passes import reason
 from ..source.loaders import dl_source
 from ..learner.task import target_of, task_of
+from ..learner.arguments import refuse_arguments
 from .answers import ItemAnswers
 from .base import CAMInterpretation
 
@@ -82,11 +84,14 @@ ON_DEMAND = dict(
 @patch
 def to_df(self:CAMInterpretation,
     *columns:str, # Columns that need a map of each item, and are made once: 'share_outside', 'disagreement'
-    masks:Any=None # Where the objects are, for 'share_outside': bool `[n, H, W]`, or a list with the boxes of each item (`None`: not known)
+    # Where the objects are, for 'share_outside': bool `[n, H, W]`, or a list with the boxes of each item (`None`: not known)
+    masks:Any=None,
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> pd.DataFrame: # `index`, `item`, `prediction`, `label`, `probability`, `label_probability`, `loss`, `is_right`, …, as far as there are
     "One row an item of the set, in its order: what is known, and what `where` can ask for"
+    if kwargs: raise TypeError(f'to_df has no argument {next(iter(kwargs))!r}: it has names of columns, and masks')
     for name in columns:
-        if name not in ON_DEMAND:
+        if not isinstance(name, str) or name not in ON_DEMAND:
             raise ValueError(f'there is no column {name!r} to be made: {" and ".join(map(repr, ON_DEMAND))} are, others are there anyway')
     if masks is not None: self._take_masks(masks)
     for name in columns: self._measure(name)
@@ -152,37 +157,36 @@ def _disagreement(self:CAMInterpretation, idxs):
     return np.array([rank_disagreement(one) if bool(one.isfinite().all()) else np.nan for one in maps])
 
 # %% ../../nbs/65b_interpret.selection.ipynb #5a135627
-def _missing(error):
-    "The name of a column that an error says is not there"
-    if isinstance(error, KeyError): return error.args[0] if error.args else None
-    if isinstance(error, AttributeError): return error.name
-    named = re.search(r"name '(.+?)' is not defined", str(error)) if isinstance(error, NameError) else None
-    return named and named[1]
-
-def _listed(df):
-    "The columns that there are, in words"
+def _on_demand(df):
+    "The columns that can be made, in words"
     rest = [name for name in ON_DEMAND if name not in df]
-    return f'the columns are {", ".join(df.columns)}' + (f', and {" and ".join(rest)} on demand' if rest else '')
+    return f', and {" and ".join(rest)} on demand' if rest else ''
+
+@patch
+def _that_hold(self:CAMInterpretation, where):
+    "Of which items a condition holds; a column that it names and that needs maps is made first"
+    names = names_in(where)
+    for name in ON_DEMAND:
+        if name in names: self._measure(name)
+    df = self.to_df()
+    listed = listed_columns(list(df), _on_demand(df))
+    if 'is_right' not in df and {'wrong', 'right'} & {*names}:
+        raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {listed}, so "
+                         "write e.g. where='loss > 1'")
+    words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
+    return rows_that_hold(df, where, f'where={where!r}', list(df), words, _on_demand(df), ', or a function of the table')
 
 @patch
 def _evaluated(self:CAMInterpretation, where):
-    "What a condition or a function says about the table; a column that it names and that needs maps is made first"
+    "What a function says about the table; a column that it names and that needs maps is made first"
     while True:
         df = self.to_df()
-        words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
-        try: return df.eval(where, resolvers=[words]) if isinstance(where, str) else where(df)
+        try: return where(df)
         except Exception as error:
-            name = _missing(error)
+            name = missing_name(error)
             if name in ON_DEMAND and name not in df: self._measure(name)
-            elif name in ('wrong', 'right') and isinstance(where, str):
-                raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {_listed(df)}, so "
-                                 "write e.g. where='loss > 1'") from error
-            elif isinstance(name, str) and (isinstance(where, str) or isinstance(error, KeyError)):
-                raise ValueError(f'where={where!r} names {name!r}, which is no column: {_listed(df)}; '
-                                 "the words are 'wrong' and 'right'") from error
-            elif isinstance(where, str):
-                raise ValueError(f"where={where!r} cannot be read ({reason(error)}): it is 'wrong', 'right', a condition such as "
-                                 f'''\'loss > 1 and label == "cat"\', or a function of the table; {_listed(df)}''') from error
+            elif isinstance(name, str) and isinstance(error, KeyError):
+                raise ValueError(no_column(f'where={where!r}', name, list(df), _on_demand(df))) from error
             else: raise
 
 # %% ../../nbs/65b_interpret.selection.ipynb #a8833721
@@ -198,7 +202,8 @@ def _positions(found, n):
 @patch
 def _where(self:CAMInterpretation, where):
     "The indices that `where` means"
-    found = self._evaluated(where) if isinstance(where, str) or callable(where) else where
+    if isinstance(where, str): found = self._that_hold(where)
+    else: found = self._evaluated(where) if callable(where) else where
     return _positions(found, len(self.losses))
 
 # %% ../../nbs/65b_interpret.selection.ipynb #8e782849
@@ -228,9 +233,11 @@ def items_of_class(self:CAMInterpretation,
 @patch
 def select(self:CAMInterpretation,
     where:str|Callable|Sequence|None=None, # 'wrong', 'right', a condition on columns of `to_df()`, a function of it, a mask, indices
-    cls:Any=None # Name or index of a class, or a list of these: items that are labelled or predicted so
+    cls:Any=None, # Name or index of a class, or a list of these: items that are labelled or predicted so
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Tensor: # Indices into the set, in its order (or in that of a list of indices)
     "Which items are meant; `ValueError` where there are none"
+    refuse_arguments(kwargs, None, ('cls',), ('where',))
     idxs = range(len(self.losses)) if where is None else self._where(where)
     if cls is not None:
         kept = torch.stack([self.items_of_class(c) for c in self.class_indices(cls)]).any(0).tolist()
@@ -239,6 +246,30 @@ def select(self:CAMInterpretation,
         words = ' and '.join(f'{name}={value!r}' for name,value in (('where', where), ('cls', cls)) if value is not None)
         raise ValueError(f'of the {len(self.losses)} items none is left by {words}')
     return torch.tensor(list(idxs))
+
+# %% ../../nbs/65b_interpret.selection.ipynb #a6bcf395
+@patch
+def spread(self:CAMInterpretation,
+    n:int|None, # How many items, as far apart as can be; `None`: all
+    where:Any=None # Among which, as `select` takes it
+) -> list[int]: # Indices into the set
+    "Some of the items that are meant, evenly"
+    idxs = self.select(where).tolist()
+    return [idxs[i] for i in evenly_spaced(len(idxs), n)]
+
+@patch
+def labelled_so(self:CAMInterpretation,
+    c:int, # Class
+    where:Any=None # Among which, as `select` takes it
+) -> Tensor: # Indices into the set, in its order
+    "The items that are labelled so; `ValueError` where there are none"
+    kept = torch.zeros(len(self.losses), dtype=torch.bool)
+    kept[self.select(where)] = True
+    idxs = (self.items_of_class(c, ['actual']) & kept).nonzero()[:,0]
+    if len(idxs): return idxs
+    name = as_text(_said(self.answers.task.class_names(self.vocab), c))
+    if where is None: raise ValueError(f'no item of the set is labelled {name!r}')
+    raise ValueError(f'of the {int(kept.sum())} items that where={where!r} leaves of {len(self.losses)} none is labelled {name!r}')
 
 # %% ../../nbs/65b_interpret.selection.ipynb #5c626b34
 @patch

@@ -29,7 +29,7 @@ from ..learner.arguments import check_words
 from ..learner.cams import join_maps, maps_of_batch
 from ..learner.query import query_of, run_query
 from .base import CAMInterpretation
-from .page import check_page, draw_page, Panel, Row
+from .page import check_page, draw_page, made_by, Panel, Row
 from .losses import DIFFERENCE_LEGEND, difference_rows
 
 # %% ../../nbs/65e_interpret.views.ipynb #3d403e24
@@ -42,28 +42,41 @@ def _check_one_class(self:CAMInterpretation, what):
                          'a class is')
 
 @patch
-def _pairs(self:CAMInterpretation, a, b, n):
-    "The pairs of an actual and a predicted class that are looked at, most often confused first, each with how often"
-    counts = self.class_counts().clone().fill_diagonal_(0)
+def _confusions(self:CAMInterpretation, where):
+    "How many of the items that are meant are of which class and taken for which other"
+    chosen,found,n = self.select(where),self.answers,len(self.class_counts())
+    actual,predicted = found.actual[chosen],found.predicted[chosen]
+    known = (actual >= 0) & (actual < n)
+    return (actual*n + predicted)[known].bincount(minlength=n*n).reshape(n, n).fill_diagonal_(0)
+
+def _most(counts, n):
+    "The pairs of an actual and a predicted class that are there most often, each with how often"
+    order = counts.flatten().argsort(descending=True, stable=True)[:n]
+    return [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]
+
+@patch
+def _pairs(self:CAMInterpretation, a, b, n, where):
+    "The pairs that are looked at, most often confused first"
+    counts = self._confusions(where)
     rows,cols = ([self.class_indices(one) if one is not None else None for one in (a, b)])
     if rows is not None and rows==cols: raise ValueError(f'{a!r} and {b!r} are the same class: name two, the actual one first')
     kept = torch.zeros_like(counts, dtype=torch.bool)
     every = list(range(len(counts)))
     for row in every if rows is None else rows: kept[row,every if cols is None else cols] = True
-    counts = torch.where(kept, counts, 0)
-    order = counts.flatten().argsort(descending=True, stable=True)[:n]
-    found = [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]
+    found = _most(torch.where(kept, counts, 0), n)
     if found: return found
     names = [f'{as_text(one)!r} ' if one is not None else '' for one in (a, b)]
-    known = ', '.join(f'{as_text(actual)!r} for {as_text(predicted)!r}' for actual,predicted,_ in self.most_confused()[:3])
+    known = ', '.join(f'{as_text(self._name_of(pair[0]))!r} for {as_text(self._name_of(pair[1]))!r}' for pair in _most(counts, 3))
     what = f'no item {"of " if names[0] else ""}{names[0]}is taken for {names[1] or "another class"}'.rstrip()
-    raise ValueError(what + (f': most often taken is {known}' if known else ': nothing is confused in this set'))
+    here = 'in this set' if where is None else f'among the {len(self.select(where))} items that where={where!r} leaves'
+    raise ValueError(what + (f': most often taken is {known}' if known else f': nothing is confused {here}'))
 
+# %% ../../nbs/65e_interpret.views.ipynb #43a49e60
 @patch
-def _of_pair(self:CAMInterpretation, actual, predicted):
+def _of_pair(self:CAMInterpretation, actual, predicted, where):
     "Indices of the items of a pair, the largest loss first"
-    found = self.answers
-    idxs = ((found.actual==actual) & (found.predicted==predicted)).nonzero()[:,0]
+    found,idxs = self.answers,self.select(where)
+    idxs = idxs[(found.actual[idxs]==actual) & (found.predicted[idxs]==predicted)]
     return idxs[self.losses[idxs].as_subclass(Tensor).argsort(descending=True, stable=True)]
 
 # %% ../../nbs/65e_interpret.views.ipynb #ae590458
@@ -73,6 +86,7 @@ def plot_confused_cam(self:CAMInterpretation,
     b:Any=None, # What it is taken for
     k:int|None=None, # How many items of each pair; `None`: 5 of one pair, 2 of each of several
     n_pairs:int=3, # How many pairs, where they are not named
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     method:str|Callable|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
     image:int=0, # Which of the images, where several go into the model for one item
@@ -85,27 +99,26 @@ def plot_confused_cam(self:CAMInterpretation,
     counts = dict(k=1 if k is None else k, n_pairs=n_pairs)
     for name,value in counts.items(): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
     self._check_one_class('items are confused with each other where each has one class')
-    pairs = self._pairs(a, b, n_pairs)
+    pairs = self._pairs(a, b, n_pairs, where)
     k = k or (5 if len(pairs)==1 else 2)
-    chosen = [self._of_pair(actual, predicted)[:k] for actual,predicted,_ in pairs]
-    rows = difference_rows(self.cams_of(torch.cat(chosen), 'diff', method, layer, image))
+    chosen = [self._of_pair(actual, predicted, where)[:k] for actual,predicted,_ in pairs]
+    cams = self.cams_of(torch.cat(chosen), 'diff', method, layer, image)
+    rows = difference_rows(cams)
     names = self.answers.task.class_names(self.vocab)
     def words(actual, predicted, n): return f'{as_text(names[actual])} taken for {as_text(names[predicted])}, {n}×'
     first = 0
     for pair,idxs in zip(pairs, chosen):
-        if len(pairs) > 1: rows[first].title = f'{words(*pair)}:  {rows[first].title}'
+        if len(pairs) > 1: rows[first].title = f'{words(*pair)}:\n{rows[first].title}'
         first += len(idxs)
-    return draw_page(rows, kwargs, DIFFERENCE_LEGEND, words(*pairs[0]) if len(pairs)==1 else '')
+    return draw_page(rows, kwargs, made_by(cams.method) + DIFFERENCE_LEGEND, words(*pairs[0]) if len(pairs)==1 else '')
 
 # %% ../../nbs/65e_interpret.views.ipynb #bad19648
 @patch
-def _certainty(self:CAMInterpretation, c):
+def _certainty(self:CAMInterpretation, c, where):
     "The probability of class `c` for each item that is labelled so, and the items"
-    found = self.answers
+    found,idxs = self.answers,self.labelled_so(c, where)
     if isinstance(found.task, MultiLabel) and not isinstance(found.task, BinaryLabel):
-        idxs = found.actual[:,c].nonzero()[:,0]
         return idxs,found.probability[idxs,c],found.predicted[idxs,c]
-    idxs = (found.actual==c).nonzero()[:,0]
     return idxs,found.label_probability[idxs],found.predicted[idxs]==c
 
 @patch
@@ -155,12 +168,12 @@ def _class_of(self:CAMInterpretation, cls):
     return classes[0]
 
 @patch
-def _class_items(self:CAMInterpretation, c, k, n):
+def _class_items(self:CAMInterpretation, c, k, n, where):
     "Of class `c`: indices of all its items that are looked at, the surest and the least sure of all, and which are predicted right"
-    idxs,probability,is_right = self._certainty(c)
-    if len(idxs)==0: raise ValueError(f'no item of the set is labelled {as_text(self._name_of(c))!r}')
+    idxs,probability,is_right = self._certainty(c, where)
     order = probability.argsort(descending=True, stable=True)
-    surest,least = order[:k],order.flip(0)[:k]
+    n_surest = min(k, -(-len(order)//2)) # no picture twice, however few they are
+    surest,least = order[:n_surest],order.flip(0)[:min(k, len(order) - n_surest)]
     looked = sorted({*evenly_spaced(len(idxs), n), *surest.tolist(), *least.tolist()})
     place = {position: at for at,position in enumerate(looked)}
     rows = [[place[int(one)] for one in some] for some in (surest, least)]
@@ -177,22 +190,23 @@ def plot_class_cam(self:CAMInterpretation,
     cls:Any, # Name or index of a class
     k:int=4, # How many items of each kind
     n:int=64, # A mean is made of so many items of the class at most, evenly spaced
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     method:str|Callable|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
     image:int=0, # Which of the images, where several go into the model for one item
     **kwargs # Of the page: `figsize`, `ax`, `save`, `title`, `style`, `cmap`, …
 ) -> list: # Axes, one a panel
-    """Maps for a class, of items that are labelled so: typical ones, and those that the model is most and least sure of;
-    before each row a mean map"""
+    """Maps for a class, of items that are labelled so: those that the model is most and least sure of, and of the others the most
+    typical ones; no item twice, and before each row a mean map"""
     method = self.method if method is None else method
     check_words(kwargs, method, ('layer', 'method', 'k', 'cls'))
     if is_listy(method): raise TypeError('plot_class_cam takes one method: ask for each by itself')
     check_page(kwargs)
     for name,value in (('k', k), ('n', n)): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
     c = self._class_of(cls)
-    idxs,surest,least,is_right,probability,n_all = self._class_items(c, k, n)
+    idxs,surest,least,is_right,probability,n_all = self._class_items(c, k, n, where)
     cams,features = self.features_of(idxs, c, method, layer, image)
-    typical = most_typical(features)[:k].tolist()
+    typical = [i for i in most_typical(features).tolist() if i not in (*surest, *least)][:k]
     all_of_them = torch.ones(len(cams), dtype=torch.bool)
     kinds = [('typical', typical, 'mean map', all_of_them), ('most sure', surest, 'mean where predicted right', is_right),
              ('least sure', least, 'mean where predicted wrong', ~is_right)]
@@ -200,7 +214,8 @@ def plot_class_cam(self:CAMInterpretation,
         return Row([_mean_panel(cams, *mean), *[_item_panel(cams, i, probability, is_right, kind) for i in shown]])
     rows = [row(*kind) for kind in kinds]
     some = f'{len(cams)} of {n_all}' if len(cams) < n_all else f'{n_all}'
-    return draw_page(rows, kwargs, title=f'{as_text(self._name_of(c))}: {some} item{"s"*(n_all != 1)}')
+    legend = f'{made_by(cams.method)}each on its own scale'
+    return draw_page(rows, kwargs, legend, f'{as_text(self._name_of(c))}: {some} item{"s"*(n_all != 1)}')
 
 # %% ../../nbs/65e_interpret.views.ipynb #dbaba537
 def _mean_panel(cams, words, which):

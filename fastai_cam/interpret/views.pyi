@@ -28,6 +28,7 @@ from ..learner.query import run_query
 from .base import CAMInterpretation
 from .page import check_page
 from .page import draw_page
+from .page import made_by
 from .page import Panel
 from .page import Row
 from .losses import DIFFERENCE_LEGEND

@@ -24,7 +24,7 @@ ARGUMENT_WORDS = dict(
     method='methods algorithm cam_method cam attribution'.split(),
     item='items img imgs images input inputs x file files fn path dl idx idxs'.split(),
     max_n='n n_items max_items k'.split(),
-    k='max_n n n_items max_items'.split())
+    k='max_n n n_items max_items'.split(), n='max_n n_items max_items k'.split())
 
 # where several are compared
 ARGUMENT_WORDS.update(methods=['method', *ARGUMENT_WORDS['method'][1:]], layers=['layer', *ARGUMENT_WORDS['layer'][1:]])

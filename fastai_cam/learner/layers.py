@@ -17,6 +17,7 @@ from ..probe.scan import LayerScan
 from ..maps.words import plain_html
 from ..state import preserve_state
 from ..source.items import as_source
+from .arguments import refuse_arguments
 from .query import query_of, run_query
 
 # %% ../../nbs/63a_learner.layers.ipynb #e7cf525d
@@ -56,9 +57,11 @@ class LayerTable(pd.DataFrame):
 @patch
 def cam_layers(self:Learner,
     item:Any=None, # What to run, as `learn.show_cam` takes it: layers can have other sizes for other pictures; `None`: a validation item
-    image:int=0 # Which of the images, where several go into the model for one item
+    image:int=0, # Which of the images, where several go into the model for one item
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> LayerTable: # Columns `layer`, `kind`, `grid` (places), `channels` and `used_by` (who looks there if no layer is named)
     "The layers that maps can be made at, in the order in which they run, and which of them are taken"
+    refuse_arguments(kwargs, None, ('item',), ('image',))
     query = query_of(self, method='gradcam', image=image)
     with preserve_state(self) as quiet:
         found,_ = run_query(quiet, as_source(self, item, 1, image), query, _rows_of)

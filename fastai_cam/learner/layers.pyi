@@ -8,6 +8,7 @@ from ..probe.scan import LayerScan
 from ..maps.words import plain_html
 from ..state import preserve_state
 from ..source.items import as_source
+from .arguments import refuse_arguments
 from .query import query_of
 from .query import run_query
 __all__ = ['LayerTable']

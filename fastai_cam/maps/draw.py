@@ -308,9 +308,10 @@ def _draw(self:CAMMap, ax, pixels, values, index, look):
     is_over = pixels is not None and look.style not in ('heat', 'side')
     if is_over: draw_picture(ax, pixels, index)
     silent = self._silence(look.signed)
-    if silent:
+    words = silent or self._faintness(look)
+    if words:
         ground = dict(facecolor='white', alpha=.85, linewidth=0, pad=2)
-        plain_text(ax.text(.5, .03, silent, transform=ax.transAxes, ha='center', va='bottom', fontsize=8, bbox=ground))
+        plain_text(ax.text(.5, .03, words, transform=ax.transAxes, ha='center', va='bottom', fontsize=8, bbox=ground))
     if not is_over or not silent and look.style != 'contour': _draw_values(ax, values, (h,w), look, pixels if is_over else None)
     outlines = self.outlines or (dict(region=self.region) if self.region is not None else {})
     if not silent: _draw_contours(ax, values, (h,w), look, look.levels(bool(outlines)))
@@ -329,12 +330,21 @@ def draw_picture(
     ax.imshow(pixels if index is None else pixels[index], cmap='gray', vmin=pixels.min(), vmax=pixels.max())
     ax.axis('off')
 
+# %% ../../nbs/42_maps.draw.ipynb #7c546638
 @patch
 def _silence(self:CAMMap, signed):
     "What is written over a picture without a map; empty where there is something to draw"
     if not self.is_finite: return 'map is not finite (NaN or inf)'
     if signed: return '' if bool((self.map != 0).any()) else 'no evidence'
     return 'no positive evidence' if self.is_empty else ''
+
+_FAINT = .1 # of full strength: less can hardly be seen
+
+@patch
+def _faintness(self:CAMMap, look):
+    "What is written over a map that is too faint, on a scale that it shares, to be seen"
+    if look.signed or not self.peak: return ''
+    return 'hardly any evidence' if full_strength(as_drawn(self.map), look.saturate) < _FAINT*self.peak else ''
 
 # %% ../../nbs/42_maps.draw.ipynb #8b2460cb
 def _strongest_slice(values):

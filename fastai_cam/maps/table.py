@@ -91,7 +91,7 @@ def _map_columns(self:CAMs, i, k, boxes, peaks):
     return dict(
         explains=name or None, method=self.method_of(k) or None,
         peak=as_drawn(values).max().item() if bool(torch.isfinite(values).all()) else None, peak_x=place[0], peak_y=place[1],
-        boxes=[tuple(box[:4]) for box in boxes], carried=carried_share(self, i, k))
+        boxes=[list(box[:4]) for box in boxes], carried=carried_share(self, i, k))
 
 # %% ../../nbs/46b_maps.table.ipynb #bb5ba476
 @patch

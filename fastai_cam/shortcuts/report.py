@@ -38,7 +38,7 @@ from ..source.loaders import dl_source
 from ..learner.task import class_names, task_of
 from ..learner.arguments import refuse_arguments
 from ..learner.query import query_of, run_query
-from ..interpret.base import CAMInterpretation
+from ..interpret.base import CAMInterpretation, check_loader
 from ..trust.rescore import slices_of
 from ..trust.cost import announce, PassBar
 from .evidence import appearance_features, collect_evidence, Evidence, FEWEST, surroundings_log_odds
@@ -309,8 +309,8 @@ def _checked_task(learn):
         raise ValueError('this learner predicts values, and shortcuts are looked for in what pictures of a class have in common')
     return task
 
-def _labelled_source(learn, dl, n):
-    with preserve_state(learn): source = dl_source(learn, dl, evenly_spaced(dl.n, n))
+def _labelled_source(learn, dl, idxs):
+    with preserve_state(learn): source = dl_source(learn, dl, idxs)
     if not source.labelled:
         raise ValueError('shortcuts are looked for with labels, and this DataLoader has none: '
                          'make it with learn.dls.test_dl(items, with_labels=True)')
@@ -356,18 +356,19 @@ def _search(learn, layer, task, source, evidence, positives, seed, names, bar):
 @patch
 def find_shortcuts(self:CAMInterpretation,
     dl:DataLoader|None=None, # Labelled `DataLoader` to look over instead of the interpretation's own
-    n:int|None=400, # How many items, taken evenly; `None`: all (they are kept in memory)
+    n:int|None=400, # How many items, taken evenly from those that are meant; `None`: all (they are kept in memory)
     method:str|Callable|None=None, # How maps are made; `None`: the interpretation's own, if it is one
     layer:Any=None, # Where; `None`: the interpretation's own
     min_items:int=8, # Classes that fewer pictures are taken for, or all but fewer, are left out; at least 6
     seed:int=0, # Of what is drawn by chance; no global random state is touched
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Shortcuts: # The strongest first; empty where nothing was found
     """Look for evidence that pictures of a class share and that is not its object: something at a place at the edge, in the surroundings,
     or one thing found again and again. Every suspect is put into pictures of other classes, and only what moves the model is reported.
     For learners that classify pictures, with one or several labels. Costs about a thousand forward passes for each class that has
     a suspect, which is said before it starts, where the learner shows progress bars; the learner is left as it was"""
-    refuse_arguments(kwargs, method, ('method', 'layer'), ('dl', 'n', 'min_items', 'seed'))
+    refuse_arguments(kwargs, method, ('method', 'layer', 'n'), ('dl', 'min_items', 'seed', 'where'))
     learn = self.learn
     check_learner(learn)
     _check_counts(n, min_items)
@@ -375,7 +376,9 @@ def find_shortcuts(self:CAMInterpretation,
     own = self.method if isinstance(self.method, (str, Callable)) else 'gradcam'
     method,layer = as_method(own if method is None else method),self.layer if layer is None else layer
     check_layers(learn.model, layer)
-    source = _labelled_source(learn, self.dl if dl is None else dl, n)
+    if dl is not None: check_loader(dl)
+    if dl is not None and where is not None: raise ValueError("where chooses among the interpretation's own items: leave dl, or where")
+    source = _labelled_source(learn, self.dl, self.spread(n, where)) if dl is None else _labelled_source(learn, dl, evenly_spaced(dl.n, n))
     announce(learn, f'shortcuts in {len(source.items)} pictures: a pass of each, then about {PASSES:,} for each class that has a suspect')
     evidence = _finite_evidence(learn, source, method, layer)
     names,positives = _names(learn, evidence.predicted.shape[1]),predicted_items(evidence, min_items)

@@ -42,6 +42,7 @@ from ..learner.arguments import refuse_arguments
 from ..learner.query import query_of
 from ..learner.query import run_query
 from ..interpret.base import CAMInterpretation
+from ..interpret.base import check_loader
 from ..trust.rescore import slices_of
 from ..trust.cost import announce
 from ..trust.cost import PassBar

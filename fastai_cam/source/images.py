@@ -177,8 +177,8 @@ def refuse_item(
     item:Any # One item, as a user gives it
 ) -> TypeError: # To be raised
     "What to say of an item that this learner cannot read"
-    kind,own = type(item).__name__,first_pipeline(learn).types
-    if opens_pictures(first_pipeline(learn)) is None and own:
+    kind,own = type(item).__name__,getattr(first_pipeline(learn), 'types', None) # data that is not fastai's has none
+    if own and opens_pictures(first_pipeline(learn)) is None:
         reads = getattr(own[0], '__name__', own[0])
         return TypeError(f'this learner reads its items itself, each a {reads}, and cannot read a {kind}: pass one of these, an index into '
                          'the validation set, or a float tensor that is a model input')

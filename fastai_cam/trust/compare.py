@@ -27,7 +27,7 @@ from fastcore.xtras import is_listy
 from fastai.data.core import Datasets, TfmdDL
 from fastai.torch_core import TensorMask
 from fastai.vision.core import PILMask, TensorBBox
-from ..core import evenly_spaced, map_tensors, mean_interval
+from ..core import map_tensors, mean_interval
 from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers, resolve_layer
@@ -380,7 +380,7 @@ def compare_cams(self:CAMInterpretation,
     # Measures, names of `METRICS` or functions;
     # `None`: insertion and deletion, and where there are masks pointing game, energy and IoU
     metrics:str|Callable|Sequence|None=None,
-    n:int|None=32, # How many items, taken evenly from the set; `None`: all
+    n:int|None=32, # How many items, taken evenly from those that are meant; `None`: all
     # A function of an item that gives its mask (array, image or file) or boxes `[[left, top, right, bottom], …]`
     # in pixels of its image; `None`: what the labels hold
     masks:Callable|None=None,
@@ -389,16 +389,17 @@ def compare_cams(self:CAMInterpretation,
     # Precision of the passes that measures run: `torch.bfloat16` is several times faster where the processor has it,
     # and areas change by less than .01; `None`: the learner's own
     dtype:torch.dtype|None=None,
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> CAMTable: # One row a method and layer, with mean, 95% bootstrap interval, number of items measured, and seconds per image
     """Measure methods on the same items, in one pass for each layer; the learner is left as it was.
     Says how many passes it takes before it starts, where the learner shows progress bars; the table ends in what follows from it"""
-    refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls'), ('metrics', 'n', 'masks', 'baselines', 'dtype'))
+    refuse_arguments(kwargs, methods, ('methods', 'layers', 'cls', 'n'), ('metrics', 'masks', 'baselines', 'dtype', 'where'))
     check_learner(self.learn)
     _check_comparison(n, masks, dtype)
     methods = as_methods(USUAL_METHODS if methods is None else methods)
     layers = _checked_layers(self.learn.model, layers, self.layer)
-    target,chosen = check_single(query_of(self.learn, cls)).target,evenly_spaced(len(self.losses), n)
+    target,chosen = check_single(query_of(self.learn, cls)).target,self.spread(n, where)
     with preserve_state(self.learn): source = dl_source(self.learn, self.dl, chosen)
     metrics = as_metrics(_usual_metrics(masks is not None or _has_masks(source.dl)) if metrics is None else metrics)
     if masks is not None:

@@ -22,7 +22,6 @@ from fastai.data.core import TfmdDL
 from fastai.torch_core import TensorMask
 from fastai.vision.core import PILMask
 from fastai.vision.core import TensorBBox
-from ..core import evenly_spaced
 from ..core import map_tensors
 from ..core import mean_interval
 from ..checks import check_int

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastai.learner import Learner
-from ..core import evenly_spaced, map_tensors
+from ..core import map_tensors
 from ..checks import check_int, check_share
 from ..probe.guard import unwrap_model
 from ..probe.layers import check_layers
@@ -295,7 +295,7 @@ def sanity_check(self:Learner,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SanityCheck:
     "Do the maps of `item` change when the model's weights are replaced by random ones? The learner is left as it was"
-    refuse_arguments(kwargs, method, ('item', 'method', 'layer'), ('n', 'how', 'n_steps', 'seed'))
+    refuse_arguments(kwargs, method, ('item', 'method', 'layer', 'n'), ('how', 'n_steps', 'seed'))
     methods = _check_asked(self, method, layer, n, how, n_steps)
     with preserve_state(self): source = as_source(self, item, n)
     return _check(self, source, methods, layer, how, n_steps, seed)
@@ -304,17 +304,18 @@ def sanity_check(self:Learner,
 def sanity_check(self:CAMInterpretation,
     method:str|Callable|Sequence|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
-    n:int=16, # How many images, taken evenly from the set
+    n:int=16, # How many images, taken evenly from those that are meant
     how:str='cascading', # Randomise from the output back ('cascading'), or one group of layers at a time ('independent')?
     n_steps:int=8, # Into how many groups of layers, as `randomization_steps` takes it
     seed:int=0, # Of the random weights
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SanityCheck:
     "Do the maps change when the model's weights are replaced by random ones? The learner is left as it was"
-    refuse_arguments(kwargs, method, ('method', 'layer'), ('n', 'how', 'n_steps', 'seed'))
+    refuse_arguments(kwargs, method, ('method', 'layer', 'n'), ('how', 'n_steps', 'seed', 'where'))
     layer = self.layer if layer is None else layer
     methods = _check_asked(self.learn, self.method if method is None else method, layer, n, how, n_steps)
-    with preserve_state(self.learn): source = dl_source(self.learn, self.dl, evenly_spaced(len(self.losses), n))
+    with preserve_state(self.learn): source = dl_source(self.learn, self.dl, self.spread(n, where))
     return _check(self.learn, source, methods, layer, how, n_steps, seed)
 
 # %% ../../nbs/77_trust.sanity.ipynb #b8fd3af1
@@ -352,9 +353,11 @@ def random_logit_test(self:Learner,
     method:str|Callable|Sequence|None=None, # As `learn.show_cam` takes it
     layer:Any=None, # As `learn.show_cam` takes it
     n:int=16, # At most this many items
-    seed:int=0 # Of the classes that are drawn
+    seed:int=0, # Of the classes that are drawn
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> pd.DataFrame: # One row a method; columns as in `SanityCheck.table`
     "How alike are the maps of the predicted class and of another, drawn by chance?"
+    refuse_arguments(kwargs, method, ('item', 'method', 'layer', 'n'), ('seed',))
     if isinstance(task_of(self), Values):
         raise ValueError('this learner predicts values, and a random class can only be asked of a classifier')
     methods = _check_asked(self, method, layer, n)

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.basics import store_attr
 from fastai.learner import Learner
-from ..core import evenly_spaced
 from ..core import map_tensors
 from ..checks import check_int
 from ..checks import check_share

@@ -17,10 +17,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from ..core import evenly_spaced
 from ..checks import check_int
 from ..maps.words import plain_html, plain_text
 from ..maps.style import check_style, save_figure
+from ..methods.registry import method_name
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, query_of
@@ -48,12 +50,13 @@ class TrustSurvey:
         verdicts:Sequence[CAMTrust], # In any order
         indices:Sequence[int], # Which item of the set each is about
         items:Sequence, # These items: files, …
-        n_set:int # How many items the set has
+        n_set:int, # How many items they were taken from
+        method:str='' # What made the maps
     ):
         placed = [np.nan_to_num(trust.numbers['placement'], nan=-np.inf) for trust in verdicts]
         order = sorted(range(len(verdicts)), key=lambda i: (WORDS.index(verdicts[i].word), -placed[i]))
         self.verdicts,self.indices,self.items = ([some[i] for i in order] for some in (verdicts, indices, items))
-        self.n_set = n_set
+        self.n_set,self.method = n_set,method
 
 @patch
 def __len__(self:TrustSurvey): return len(self.verdicts)
@@ -137,16 +140,18 @@ def plot(self:TrustSurvey,
         self[i].cam_map.show(ax=ax, title=f'{self[i].label}: {self[i].word}')
         ax.title.set(color=_COLOURS[self[i].word], fontsize=8)
     plain_text(fig.suptitle(self.verdict.split('. ')[0] + '.', fontsize=10))
+    if self.method: plain_text(fig.supxlabel(f'map: {self.method}', size=9))
     save_figure(fig, save)
     return fig
 
 # %% ../../nbs/79b_trust.survey.ipynb #b5450305
 @patch
 def cam_trust(self:CAMInterpretation,
-    n:int|None=32, # How many items, taken evenly from the set; `None`: all
+    n:int|None=32, # How many items, taken evenly from those that are meant; `None`: all
     cls:Any=None, # As `learn.show_cam` takes it; `None`: the predicted class
     method:str|Callable|None=None, # Instead of the interpretation's own
     layer:Any=None, # Instead of the interpretation's own
+    where:Any=None, # Which items: 'wrong', 'right', a condition on columns of `interp.to_df()`, …, as `interp.select` takes it
     share:float=.3, # As `learn.cam_trust` takes it
     n_random:int=9, # As `learn.cam_trust` takes it
     steps:int=2, # As `learn.cam_trust` takes it
@@ -155,10 +160,11 @@ def cam_trust(self:CAMInterpretation,
 ) -> TrustSurvey: # The most believable first
     "What share of the set's maps may be believed? Costs about 53 forward passes a picture; the learner is left as it was"
     method,layer = self.method if method is None else method,self.layer if layer is None else layer
-    refuse_arguments(kwargs, method, ('cls', 'method', 'layer'), ('n', 'share', 'n_random', 'steps', 'seed'))
+    refuse_arguments(kwargs, method, ('cls', 'method', 'layer', 'n'), ('where', 'share', 'n_random', 'steps', 'seed'))
     check_trust(self.learn, method, share, n_random, steps)
+    if is_listy(n) or hasattr(n, 'shape'): raise TypeError('n is how many items are examined: where=[...] says which of them')
     if n is not None: check_int(n, 'n', 1, 'leaves nothing to examine: give at least 1, or None for all')
-    query,chosen = check_single(query_of(self.learn, cls, method, layer)),evenly_spaced(len(self.losses), n)
+    query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)
     verdicts,found = verdicts_of(self.learn, source, query, share, n_random, steps, seed, 'verdicts on {} pictures')
-    return TrustSurvey(verdicts, chosen, list(found.items), len(self.losses))
+    return TrustSurvey(verdicts, chosen, list(found.items), len(self.select(where)), method_name(query.methods[0]))

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from ..core import evenly_spaced
 from ..checks import check_int
 from ..maps.words import plain_html
 from ..maps.words import plain_text
 from ..maps.style import check_style
 from ..maps.style import save_figure
+from ..methods.registry import method_name
 from ..source.loaders import dl_source
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single
@@ -28,7 +30,7 @@ __all__ = ['WORDS', 'share_interval', 'TrustSurvey']
 def share_interval(n_found: int, n: int) -> tuple[float, float, float]: ...
 WORDS: Any
 class TrustSurvey():
-    def __init__(self, verdicts: Sequence[CAMTrust], indices: Sequence[int], items: Sequence, n_set: int) -> None: ...
+    def __init__(self, verdicts: Sequence[CAMTrust], indices: Sequence[int], items: Sequence, n_set: int, method: str=...) -> None: ...
     def __len__(self) -> Any: ...
     def __iter__(self) -> Any: ...
     def __getitem__(self, i: Any) -> Any: ...
@@ -44,5 +46,6 @@ class TrustSurvey():
     def plot(self, n: int=..., figsize: tuple | None=..., save: str | Path | None=...) -> Figure: ...
     indices: Any
     items: Any
+    method: Any
     n_set: Any
     verdicts: Any

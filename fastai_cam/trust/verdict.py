@@ -180,7 +180,7 @@ def _draw_places(self:CAMTrust, ax):
     n,ends = self.numbers,(-1.5, 3)
     # what is far out is drawn at the edge
     own,low,high = np.clip(np.nan_to_num([n[f'placement{end}'] for end in ('', '_low', '_high')]), *ends)
-    ax.axvspan(self.limit, ends[1] + .2, color='C2', alpha=.1, lw=0, label='beyond the limit')
+    ax.axvspan(self.limit, ends[1] + .2, color='C2', alpha=.1, lw=0, label='beyond the limit: may be believed')
     ax.axvline(0, color='grey', lw=1, ls=':')
     places = np.clip(np.nan_to_num(n['places']), *ends)
     ax.plot(places, np.zeros(len(places)), 'o', color='grey', alpha=.6, label=f'{n["n_random"]} places that know nothing')
