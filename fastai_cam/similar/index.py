@@ -180,7 +180,7 @@ def evidence_of_batch(
     out = target.read(cap.out)
     task = check_classes(target.parts[0].task.of(out, y))
     maps,acts = callback.query.methods[0](cap, scores).detach(),cap.acts[-1]
-    features = evidence_features(acts, maps)
+    features = evidence_features(acts, at_least_float(maps).clamp(min=0).square())
     features = torch.where(features.isfinite().all(-1, keepdim=True), features, 0) # a map that is none speaks for nothing
     classes = target.item_classes(cap.out, y, len(cap)).detach()
     every = at_least_float(task.probabilities(out).detach().as_subclass(Tensor))

@@ -120,14 +120,14 @@ def _name_of(item, i): return str(item) if isinstance(item, (*FILE_TYPES, int)) 
 
 def _file_of(item): return Path(item).expanduser().absolute() if isinstance(item, FILE_TYPES) else None
 
-def _alike_of(learn, query, layer, item, k, index, max_n, cells=False):
+def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
     "The neighbours of items, what was captured of these, and their pictures"
     with preserve_state(learn) as quiet:
         source = as_source(learn, item, max_n, query.image)
         if query.target.needs_labels and not source.labelled:
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
-    index,words = index_for(learn, query.methods[0], layer, query.image, index),_words_of(learn, found['task'])
+    index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
     positions = {_file_of(name): position for position,name in enumerate(index.names)}
     def row(i, j):
         c,one,feature = int(found['classes'][i,j]),source.items[i],found['features'][i,j]
@@ -160,7 +160,7 @@ def get_like(self:Learner,
     "The training pictures that the decisions about `item` are most like, by what speaks for a class among those that are labelled so"
     _check_words(kwargs, method, k, max_n)
     if kwargs: raise TypeError(f'get_like has no argument {next(iter(kwargs))!r}: it has item, k, cls, method, layer, image, index and max_n')
-    return _alike_of(self, _asked(self, cls, method, layer, image), layer, item, k, index, max_n)[0]
+    return _alike_of(self, _asked(self, cls, method, layer, image), method, layer, item, k, index, max_n)[0]
 
 # %% ../../nbs/88c_similar.show.ipynb #e7a14993
 @dataclass
@@ -170,15 +170,15 @@ class Shown:
     acts:Tensor # `[C, h, w]`
     title:str
 
-def _neighbours(learn, found, query, layer):
+def _neighbours(learn, found, method, layer, image):
     "Map, activations and picture of each neighbour, by its row of the index"
     index = found.index
     places = sorted({int(place) for row in found.rows for place in row.rows})
     positions = sorted({int(index.positions[place]) for place in places})
     if not positions: return {}
-    actual = similar_query(learn, Actual(), query.methods[0], layer, query.image)
+    actual = similar_query(learn, Actual(), method, layer, image)
     with preserve_state(learn) as quiet:
-        source = training_source(learn, positions, query.image)
+        source = training_source(learn, positions, image)
         now = joined(run_query(quiet, source, actual, partial(evidence_of_batch, cells=True))[0])
     def of_place(place):
         i,c = positions.index(int(index.positions[place])),int(index.labels[place])
@@ -278,9 +278,9 @@ def show_like(self:Learner,
     check_page(kwargs)
     check_int(n_places, 'n_places', 0, 'is no number of places: 0 draws no lines')
     query = _asked(self, cls, method, layer, image)
-    found,asked,images = _alike_of(self, query, layer, item, k, index, max_n, cells=True)
+    found,asked,images = _alike_of(self, query, method, layer, item, k, index, max_n, cells=True)
     if asked['maps'].dim() > 4: raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
-    rows = _rows_of(found, asked, images, _neighbours(self, found, query, layer))
+    rows = _rows_of(found, asked, images, _neighbours(self, found, method, layer, image))
     return _draw(rows, n_places, kwargs)
 
 def _draw(rows, n_places, options):
