@@ -8,6 +8,8 @@ Docs: https://fastai-cam.example/docs/similar.show.html.md"""
 __all__ = ['MostProbable', 'LikeRow', 'Alike', 'Shown', 'place_of']
 
 # %% ../../nbs/88c_similar.show.ipynb #d2f3bf6d
+import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from ..source.items import as_source
 from ..learner.arguments import check_words
 from ..learner.query import run_query
 from ..learner.task import class_names
-from ..interpret.page import check_page, Drawn, draw_page, Panel, Row
+from ..interpret.page import check_page, draw_page, Panel, Row
 from .index import check_classes, evidence_of_batch, index_for, joined, similar_query, SimilarIndex, training_source
 from .matches import match_cells
 
@@ -118,7 +120,11 @@ def _words_of(learn, task):
 
 def _name_of(item, i): return str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}'
 
-def _file_of(item): return Path(item).expanduser().absolute() if isinstance(item, FILE_TYPES) else None
+def _own_position(index, item):
+    "Where an item is in the training set itself, as a list: a picture is not its own neighbour"
+    if not isinstance(item, FILE_TYPES): return []
+    file = os.path.abspath(Path(item).expanduser())
+    return [position for position,name in enumerate(index.names) if os.path.abspath(name)==file]
 
 def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
     "The neighbours of items, what was captured of these, and their pictures"
@@ -128,12 +134,11 @@ def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
     index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
-    positions = {_file_of(name): position for position,name in enumerate(index.names)}
+    own = [_own_position(index, one) for one in source.items]
     def row(i, j):
         c,one,feature = int(found['classes'][i,j]),source.items[i],found['features'][i,j]
-        own = positions.get(_file_of(one)) if isinstance(one, FILE_TYPES) else None # a training picture is not its own neighbour
         silent = not bool(feature.any())
-        rows,similarity = index.nearest(feature, c, 0 if silent else k, [] if own is None else [own])
+        rows,similarity = index.nearest(feature, c, 0 if silent else k, own[i])
         actual = ', '.join(words(label) for label in found['actual'][i].tolist() if label >= 0) if 'actual' in found else ''
         role = query.target.labels[j] if isinstance(query.target, MostProbable) else ''
         return LikeRow(i, _name_of(one, i), c, words(c), role, found['probability'][i,j].item(), actual, silent, rows, similarity)
@@ -278,6 +283,8 @@ def show_like(self:Learner,
     check_page(kwargs)
     check_int(n_places, 'n_places', 0, 'is no number of places: 0 draws no lines')
     query = _asked(self, cls, method, layer, image)
+    if isinstance(item, (list, tuple)) and len(item) > max_n:
+        warnings.warn(f'the first {max_n} of these {len(item)} items are shown: max_n says how many, and get_like takes any number')
     found,asked,images = _alike_of(self, query, method, layer, item, k, index, max_n, cells=True)
     if asked['maps'].dim() > 4: raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
     rows = _rows_of(found, asked, images, _neighbours(self, found, method, layer, image))
@@ -297,4 +304,4 @@ def _draw(rows, n_places, options):
         if n_places: _draw_matches(pictures, axs[start:start + len(pictures)], n_places)
         start += len(row.panels)
     save_figure(axs[0].figure, **{'save': None, **written})
-    return Drawn(axs)
+    return axs
