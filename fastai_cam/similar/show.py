@@ -12,6 +12,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -72,6 +73,7 @@ class LikeRow:
     rows:Tensor # of the index, most alike first
     similarity:Tensor
 
+# %% ../../nbs/88c_similar.show.ipynb #b18c3afd
 class Alike:
     "The training pictures that decisions are most like, class by class; `to_df()` has them as a table"
     def __init__(self,
@@ -110,7 +112,8 @@ _COLUMNS = ('item cls role probability actual rank neighbour position label simi
 def to_df(self:Alike) -> pd.DataFrame:
     """One row a neighbour: of which item and class, where in the training set, how it is labelled, how alike it is, what the model says of
     it, and whether that is something else"""
-    return pd.DataFrame([_line_of(self, row, rank) for row in self.rows for rank in range(len(row.rows))], columns=_COLUMNS)
+    lines = chain.from_iterable([_line_of(self, row, rank) for rank in range(len(row.rows))] for row in self.rows)
+    return pd.DataFrame(list(lines), columns=_COLUMNS)
 
 # %% ../../nbs/88c_similar.show.ipynb #9117c513
 def _words_of(learn, task):
@@ -120,12 +123,14 @@ def _words_of(learn, task):
 
 def _name_of(item, i): return str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}'
 
-def _own_position(index, item):
-    "Where an item is in the training set itself, as a list: a picture is not its own neighbour"
-    if not isinstance(item, FILE_TYPES): return []
-    file = os.path.abspath(Path(item).expanduser())
-    return [position for position,name in enumerate(index.names) if os.path.abspath(name)==file]
+def _own_positions(index, items):
+    "Where each item is in the training set itself, as a list: a picture is not its own neighbour"
+    def file_of(name): return os.path.abspath(Path(name).expanduser())
+    if not any(isinstance(item, FILE_TYPES) for item in items): return [[]]*len(items)
+    positions = {file_of(name): [position] for position,name in enumerate(index.names)}
+    return [positions.get(file_of(item), []) if isinstance(item, FILE_TYPES) else [] for item in items]
 
+# %% ../../nbs/88c_similar.show.ipynb #c328f9b8
 def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
     "The neighbours of items, what was captured of these, and their pictures"
     with preserve_state(learn) as quiet:
@@ -134,7 +139,7 @@ def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
     index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
-    own = [_own_position(index, one) for one in source.items]
+    own = _own_positions(index, source.items)
     def row(i, j):
         c,one,feature = int(found['classes'][i,j]),source.items[i],found['features'][i,j]
         silent = not bool(feature.any())
@@ -164,7 +169,8 @@ def get_like(self:Learner,
 ) -> Alike:
     "The training pictures that the decisions about `item` are most like, by what speaks for a class among those that are labelled so"
     _check_words(kwargs, method, k, max_n)
-    if kwargs: raise TypeError(f'get_like has no argument {next(iter(kwargs))!r}: it has item, k, cls, method, layer, image, index and max_n')
+    if kwargs:
+        raise TypeError(f'get_like has no argument {next(iter(kwargs))!r}: it has item, k, cls, method, layer, image, index and max_n')
     return _alike_of(self, _asked(self, cls, method, layer, image), method, layer, item, k, index, max_n)[0]
 
 # %% ../../nbs/88c_similar.show.ipynb #e7a14993
@@ -178,7 +184,7 @@ class Shown:
 def _neighbours(learn, found, method, layer, image):
     "Map, activations and picture of each neighbour, by its row of the index"
     index = found.index
-    places = sorted({int(place) for row in found.rows for place in row.rows})
+    places = sorted(set(chain.from_iterable(row.rows.tolist() for row in found.rows)))
     positions = sorted({int(index.positions[place]) for place in places})
     if not positions: return {}
     actual = similar_query(learn, Actual(), method, layer, image)
@@ -290,6 +296,7 @@ def show_like(self:Learner,
     rows = _rows_of(found, asked, images, _neighbours(self, found, method, layer, image))
     return _draw(rows, n_places, kwargs)
 
+# %% ../../nbs/88c_similar.show.ipynb #d96596ff
 def _draw(rows, n_places, options):
     "A page with the rows, and lines over it"
     def panels(pictures, why_none):

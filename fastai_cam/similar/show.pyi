@@ -4,6 +4,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from typing import Callable
