@@ -294,6 +294,18 @@ def test_classes_that_are_named():
     with pytest.raises(ValueError, match="cls='actual' needs labels"): learn.get_like(REDS[0], cls='actual')
 
 
+def test_more_items_than_are_shown():
+    learn = learner()
+    with pytest.warns(UserWarning, match='the first 1 of these 2 items are shown'): assert len(learn.show_like([0, 1], k=1, method='gradcam', max_n=1))==4
+
+
+def test_pytorchs_own_loader():
+    learn = learner()
+    learn.dls.loaders[0] = torch.utils.data.DataLoader([(x, torch.tensor(y)) for x, y in TRAIN], batch_size=3, shuffle=True)
+    table = learn.get_like(0, k=2, method='gradcam').to_df()
+    assert table['position'].tolist()[:2]==[1, 3] and len(learn.show_like(0, k=2, method='gradcam'))==6
+
+
 def test_where_nothing_speaks_for_a_class():
     learn = learner(valid=[(painted(((1, 0, 0), 1, 1)), RED)])
     axs = learn.show_like(0, k=2, method='gradcam')

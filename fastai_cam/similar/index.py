@@ -10,6 +10,7 @@ __all__ = ['SimilarIndex', 'made_of', 'check_classes', 'similar_query', 'trainin
 
 # %% ../../nbs/88a_similar.index.ipynb #934d54e1
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Sequence
 from weakref import WeakKeyDictionary
@@ -84,7 +85,7 @@ _ASKED = 'method', 'layer', 'image'
 def _label_words(learn, loader):
     "The labels as far as they can be read without the pictures"
     ds = loader.dataset
-    if hasattr(ds, 'tls'): return [str(label) for tl in ds.tls[n_inputs(learn):] for label in tl]
+    if hasattr(ds, 'tls'): return list(map(str, chain.from_iterable(ds.tls[n_inputs(learn):])))
     if not isinstance(ds, (list, tuple)): return []
     return [str(sample[-1]) for sample in ds if isinstance(sample, (list, tuple))]
 
@@ -110,6 +111,7 @@ def made_of(
         method=method_name(method) if is_own else f'{method_name(method)} {json.dumps(describe(method))}',
         layer=json.dumps(describe(layer, model)), image=str(query.image))
 
+# %% ../../nbs/88a_similar.index.ipynb #ca840586
 @patch
 def check(self:SimilarIndex,
     wanted:dict[str,str] # What it should be of, as `made_of` says it
@@ -147,6 +149,7 @@ def similar_query(
     if is_listy(method): raise TypeError('pictures are compared by one method: ask for each by itself')
     return query_of(learn, cls, method, layer, image)
 
+# %% ../../nbs/88a_similar.index.ipynb #1577a670
 def training_source(
     learn:Learner, # Learner that is asked
     idxs:Sequence[int]|None=None, # Positions; `None`: all
@@ -180,7 +183,7 @@ def evidence_of_batch(
     out = target.read(cap.out)
     task = check_classes(target.parts[0].task.of(out, y))
     maps,acts = callback.query.methods[0](cap, scores).detach(),cap.acts[-1]
-    features = evidence_features(acts, maps)
+    features = evidence_features(acts, at_least_float(maps).clamp(min=0).square())
     features = torch.where(features.isfinite().all(-1, keepdim=True), features, 0) # a map that is none speaks for nothing
     classes = target.item_classes(cap.out, y, len(cap)).detach()
     every = at_least_float(task.probabilities(out).detach().as_subclass(Tensor))
@@ -190,6 +193,7 @@ def evidence_of_batch(
     if cells: found.update(acts=at_least_float(acts), maps=maps)
     return dict({name: values.cpu() for name,values in found.items()}, task=task)
 
+# %% ../../nbs/88a_similar.index.ipynb #fb0f300f
 def joined(
     batches:list[dict] # As `evidence_of_batch` gives them
 ) -> dict:
@@ -222,6 +226,7 @@ def similar_index(self:Learner,
     _kept[self] = index = SimilarIndex(found['features'][positions,columns], positions, *rows, names, facts)
     return index
 
+# %% ../../nbs/88a_similar.index.ipynb #e3ac0109
 def index_for(
     learn:Learner, # Learner that is asked
     method:str|Callable|None=None, # As `learn.show_cam` takes it
@@ -257,7 +262,7 @@ def _parts(path, max_bytes):
     if n_bytes > max_bytes: raise ValueError(f'it would unpack to {n_bytes/1e9:.1f} GB: if you trust it, load it with max_bytes={n_bytes}')
     with np.load(path, allow_pickle=False) as archive:
         header = json.loads(str(archive['header']))
-        if header['format'] > _format: raise ValueError(f'it has format {header["format"]}, this version reads {_format}: update fastai_cam')
+        if header['format'] > _format: raise ValueError(f'its format {header["format"]} is newer than {_format}: update fastai_cam')
         arrays = {name: torch.from_numpy(archive[name]).to(dtype) for name,dtype in _ARRAYS.items()}
     n = len(arrays['features'])
     is_right = arrays['features'].dim()==2 and all(array.shape[:1]==(n,) for array in arrays.values())
@@ -268,6 +273,7 @@ def _parts(path, max_bytes):
         raise ValueError('its parts do not belong together')
     return arrays,known
 
+# %% ../../nbs/88a_similar.index.ipynb #3bd3c3bb
 @patch(cls_method=True)
 def load(cls:SimilarIndex,
     file:str|Path, # File that `save` wrote

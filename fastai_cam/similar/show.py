@@ -8,8 +8,11 @@ Docs: https://fastai-cam.example/docs/similar.show.html.md"""
 __all__ = ['MostProbable', 'LikeRow', 'Alike', 'Shown', 'place_of']
 
 # %% ../../nbs/88c_similar.show.ipynb #d2f3bf6d
+import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -34,7 +37,7 @@ from ..source.items import as_source
 from ..learner.arguments import check_words
 from ..learner.query import run_query
 from ..learner.task import class_names
-from ..interpret.page import check_page, Drawn, draw_page, Panel, Row
+from ..interpret.page import check_page, draw_page, Panel, Row
 from .index import check_classes, evidence_of_batch, index_for, joined, similar_query, SimilarIndex, training_source
 from .matches import match_cells
 
@@ -71,6 +74,7 @@ class LikeRow:
     rows:Tensor # of the index, most alike first
     similarity:Tensor
 
+# %% ../../nbs/88c_similar.show.ipynb #b18c3afd
 class Alike:
     "The training pictures that decisions are most like, class by class; `to_df()` has them as a table"
     def __init__(self,
@@ -109,7 +113,8 @@ _COLUMNS = ('item cls role probability actual rank neighbour position label simi
 def to_df(self:Alike) -> pd.DataFrame:
     """One row a neighbour: of which item and class, where in the training set, how it is labelled, how alike it is, what the model says of
     it, and whether that is something else"""
-    return pd.DataFrame([_line_of(self, row, rank) for row in self.rows for rank in range(len(row.rows))], columns=_COLUMNS)
+    lines = chain.from_iterable([_line_of(self, row, rank) for rank in range(len(row.rows))] for row in self.rows)
+    return pd.DataFrame(list(lines), columns=_COLUMNS)
 
 # %% ../../nbs/88c_similar.show.ipynb #9117c513
 def _words_of(learn, task):
@@ -119,22 +124,27 @@ def _words_of(learn, task):
 
 def _name_of(item, i): return str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}'
 
-def _file_of(item): return Path(item).expanduser().absolute() if isinstance(item, FILE_TYPES) else None
+def _own_positions(index, items):
+    "Where each item is in the training set itself, as a list: a picture is not its own neighbour"
+    def file_of(name): return os.path.abspath(Path(name).expanduser())
+    if not any(isinstance(item, FILE_TYPES) for item in items): return [[]]*len(items)
+    positions = {file_of(name): [position] for position,name in enumerate(index.names)}
+    return [positions.get(file_of(item), []) if isinstance(item, FILE_TYPES) else [] for item in items]
 
-def _alike_of(learn, query, layer, item, k, index, max_n, cells=False):
+# %% ../../nbs/88c_similar.show.ipynb #c328f9b8
+def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
     "The neighbours of items, what was captured of these, and their pictures"
     with preserve_state(learn) as quiet:
         source = item if isinstance(item, Source) else as_source(learn, item, max_n, query.image)
         if query.target.needs_labels and not source.labelled:
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
-    index,words = index_for(learn, query.methods[0], layer, query.image, index),_words_of(learn, found['task'])
-    positions = {_file_of(name): position for position,name in enumerate(index.names)}
+    index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
+    own = _own_positions(index, source.items)
     def row(i, j):
         c,one,feature = int(found['classes'][i,j]),source.items[i],found['features'][i,j]
-        own = positions.get(_file_of(one)) if isinstance(one, FILE_TYPES) else None # a training picture is not its own neighbour
         silent = not bool(feature.any())
-        rows,similarity = index.nearest(feature, c, 0 if silent else k, [] if own is None else [own])
+        rows,similarity = index.nearest(feature, c, 0 if silent else k, own[i])
         actual = ', '.join(words(label) for label in found['actual'][i].tolist() if label >= 0) if 'actual' in found else ''
         role = query.target.labels[j] if isinstance(query.target, MostProbable) else ''
         return LikeRow(i, _name_of(one, i), c, words(c), role, found['probability'][i,j].item(), actual, silent, rows, similarity)
@@ -160,8 +170,9 @@ def get_like(self:Learner,
 ) -> Alike:
     "The training pictures that the decisions about `item` are most like, by what speaks for a class among those that are labelled so"
     _check_words(kwargs, method, k, max_n)
-    if kwargs: raise TypeError(f'get_like has no argument {next(iter(kwargs))!r}: it has item, k, cls, method, layer, image, index and max_n')
-    return _alike_of(self, _asked(self, cls, method, layer, image), layer, item, k, index, max_n)[0]
+    if kwargs:
+        raise TypeError(f'get_like has no argument {next(iter(kwargs))!r}: it has item, k, cls, method, layer, image, index and max_n')
+    return _alike_of(self, _asked(self, cls, method, layer, image), method, layer, item, k, index, max_n)[0]
 
 # %% ../../nbs/88c_similar.show.ipynb #e7a14993
 @dataclass
@@ -171,15 +182,15 @@ class Shown:
     acts:Tensor # `[C, h, w]`
     title:str
 
-def _neighbours(learn, found, query, layer):
+def _neighbours(learn, found, method, layer, image):
     "Map, activations and picture of each neighbour, by its row of the index"
     index = found.index
-    places = sorted({int(place) for row in found.rows for place in row.rows})
+    places = sorted(set(chain.from_iterable(row.rows.tolist() for row in found.rows)))
     positions = sorted({int(index.positions[place]) for place in places})
     if not positions: return {}
-    actual = similar_query(learn, Actual(), query.methods[0], layer, query.image)
+    actual = similar_query(learn, Actual(), method, layer, image)
     with preserve_state(learn) as quiet:
-        source = training_source(learn, positions, query.image)
+        source = training_source(learn, positions, image)
         now = joined(run_query(quiet, source, actual, partial(evidence_of_batch, cells=True))[0])
     def of_place(place):
         i,c = positions.index(int(index.positions[place])),int(index.labels[place])
@@ -279,11 +290,14 @@ def show_like(self:Learner,
     check_page(kwargs)
     check_int(n_places, 'n_places', 0, 'is no number of places: 0 draws no lines')
     query = _asked(self, cls, method, layer, image)
-    found,asked,images = _alike_of(self, query, layer, item, k, index, max_n, cells=True)
+    if isinstance(item, (list, tuple)) and len(item) > max_n:
+        warnings.warn(f'the first {max_n} of these {len(item)} items are shown: max_n says how many, and get_like takes any number')
+    found,asked,images = _alike_of(self, query, method, layer, item, k, index, max_n, cells=True)
     if asked['maps'].dim() > 4: raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
-    rows = _rows_of(found, asked, images, _neighbours(self, found, query, layer))
+    rows = _rows_of(found, asked, images, _neighbours(self, found, method, layer, image))
     return _draw(rows, n_places, kwargs)
 
+# %% ../../nbs/88c_similar.show.ipynb #d96596ff
 def _draw(rows, n_places, options):
     "A page with the rows, and lines over it"
     def panels(pictures, why_none):
@@ -298,4 +312,4 @@ def _draw(rows, n_places, options):
         if n_places: _draw_matches(pictures, axs[start:start + len(pictures)], n_places)
         start += len(row.panels)
     save_figure(axs[0].figure, **{'save': None, **written})
-    return Drawn(axs)
+    return axs
