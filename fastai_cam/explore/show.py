@@ -186,6 +186,7 @@ def _check_file(file):
     if file is None: return
     if as_path(file).suffix.lower() != '.json': raise ValueError(f'marks are kept in a JSON file: name it *.json, not {str(file)!r}')
 
+# %% ../../nbs/96b_explore.show.ipynb #e4ff4072
 @patch
 def explore(self:CAMInterpretation,
     method:str|Callable|Sequence|None=None, # Instead of the interpretation's own; of several the page can switch between
