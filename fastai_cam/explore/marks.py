@@ -135,6 +135,7 @@ def checked(self:Marks,
     if mark != 'relabel' and label is not None: raise ValueError(f"only 'relabel' has a label, not {mark!r}")
     return mark,self._as_class(label) if mark=='relabel' else None
 
+# %% ../../nbs/96_explore.marks.ipynb #b0d6b365
 @patch
 def mark(self:Marks,
     items:int|Sequence[int], # Positions in the set
@@ -158,7 +159,7 @@ def take(self:Marks,
             self._listeners = [heard for heard in self._listeners if heard() is not None]
             for heard in self._listeners: heard()()
 
-# %% ../../nbs/96_explore.marks.ipynb #76435e8b
+# %% ../../nbs/96_explore.marks.ipynb #a4348255
 @patch
 def _put(self:Marks):
     "Marks that are not saved are newer than what is"
@@ -187,7 +188,7 @@ def refresh(self:Marks) -> None:
         self._said,self._elsewhere = self._from_file(self.file)
         self._put()
 
-# %% ../../nbs/96_explore.marks.ipynb #a4348255
+# %% ../../nbs/96_explore.marks.ipynb #c2503139
 @patch
 def _check_same(self:Marks, said, file):
     "`ValueError` for marks of another set"
@@ -212,7 +213,7 @@ def _from_file(self:Marks, file):
         else: found[i] = one['mark'],names.get(label, label)
     return found,elsewhere
 
-# %% ../../nbs/96_explore.marks.ipynb #06711052
+# %% ../../nbs/96_explore.marks.ipynb #ee380078
 @patch
 def to_df(self:Marks) -> pd.DataFrame: # `index` (position in the set), `item`, `label`, `prediction`, `mark`, `new_label`
     "The items that are marked, a row each, in the order of the set"
@@ -242,7 +243,7 @@ def merge(self:Marks,
     else: found,_ = self._from_file(as_path(other))
     self.take({i: self.checked(i, *said) for i,said in found.items() if self[i] is None})
 
-# %% ../../nbs/96_explore.marks.ipynb #4ecaea21
+# %% ../../nbs/96_explore.marks.ipynb #c60461fd
 @patch
 def _rows_in(self:Marks, df, item):
     "Where in `df` each item is, as far as it is there"
@@ -265,7 +266,7 @@ def _label_column(self:Marks, df, rows):
     if len(found)==1: return found[0]
     raise ValueError(f'which column has the labels? label= names it: {", ".join(map(str, df.columns))}')
 
-# %% ../../nbs/96_explore.marks.ipynb #c60461fd
+# %% ../../nbs/96_explore.marks.ipynb #544a99bb
 @patch
 def _check_rows(self:Marks, df, rows, label):
     "`ValueError` where a table is not the one that the items come from"
@@ -278,7 +279,7 @@ def _check_rows(self:Marks, df, rows, label):
     if other is None: return
     raise ValueError(f'row {self.table.index[other]} of the table is another one than that of the marked item: give the table itself')
 
-# %% ../../nbs/96_explore.marks.ipynb #544a99bb
+# %% ../../nbs/96_explore.marks.ipynb #7ec11b2f
 @patch
 def cleaned(self:Marks,
     df:pd.DataFrame|None=None, # The table; `None`: the rows that the set comes from
@@ -300,7 +301,7 @@ def cleaned(self:Marks,
     gone = {rows[i] for i in self.delete()}
     return found.iloc[[row for row in range(len(df)) if row not in gone]]
 
-# %% ../../nbs/96_explore.marks.ipynb #6d94acc7
+# %% ../../nbs/96_explore.marks.ipynb #83915221
 _remembered = WeakKeyDictionary()
 
 def remembered_marks(

@@ -169,7 +169,7 @@ def _layers_of(interp, layer):
     except Exception: found = []
     known = ['stages']*(len(found) > 1) + found
     layers = [given, *(name for name in known if not isinstance(given, str) or name != given)]
-    return layers,['where the method looks' if one is None else as_text(one) for one in layers]
+    return layers,['the usual one' if one is None else as_text(one) for one in layers]
 
 # %% ../../nbs/96b_explore.show.ipynb #756ca7e9
 def _facts(interp, idxs, answers, kind, classes, names):
