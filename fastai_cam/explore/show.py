@@ -102,11 +102,11 @@ def _names_of(interp):
     table = pd.DataFrame(items).infer_objects() if items and all(isinstance(item, pd.Series) for item in items) else None
     return names,table
 
-def _marks_of(interp, kind, classes, names, table, file):
+def _marks_of(interp, classes, names, table, file):
     "The marks of the set, as they were left"
     df,root = interp.to_df(),getattr(interp.learn.dls, 'path', '.')
     known = {name: list(df[column]) for name,column in (('labels', 'label'), ('predictions', 'prediction')) if column in df}
-    make = partial(Marks, names, classes=classes if kind=='classes' else None, root=root, table=table, **known)
+    make = partial(Marks, names, classes=classes, root=root, table=table, **known)
     return remembered_marks(interp.learn.dls, lambda file: make(file=file), file)
 
 # %% ../../nbs/96b_explore.show.ipynb #29404839
@@ -209,10 +209,11 @@ def explore(self:CAMInterpretation,
     idxs = self.ranked(MOST_ITEMS, largest, where, cls, by)[1].tolist()
     answers,kind,classes = _answers_of(self)
     names,table = _names_of(self)
-    marks = _marks_of(self, kind, classes, names, table, file)
+    is_of_classes = kind=='classes' and answers.share_right is None # a mask is not put right by naming a class
+    marks = _marks_of(self, classes if is_of_classes else None, names, table, file)
     layers,layer_names = _layers_of(self, layer)
     first = _pictures(self, idxs[:n_page], image)
     facts = _facts(self, idxs, answers, kind, classes, names)
-    facts.update(methods=method_names, layers=layer_names, page=n_page, sorts=_sorts_of(kind, by, largest), palettes=palettes(),
+    facts.update(methods=method_names, layers=layer_names, page=n_page, relabel=is_of_classes, sorts=_sorts_of(kind, by, largest), palettes=palettes(),
                  palette=_palette(first), file=None if file is None else os.path.abspath(as_path(file)), set=marks.fingerprint())
     return Explorer(facts, marks, partial(_pictures, self, image=image), partial(_maps, self, kind, methods, layers, image), first)

@@ -68,6 +68,7 @@ class Explorer:
         marks.listen(self._show_marks)
         self.widget.on_msg(self._heard)
 
+    def __repr__(self) -> str: return f'{type(self).__name__}({self.marks!r})'
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
 def _by_text(found): return {str(i): value for i,value in found.items()}
