@@ -424,6 +424,12 @@ def test_refused_in_a_sentence(interp, options, error, sentence):
     with pytest.raises(error, match=sentence): interp.explore(**options)
 
 
+def test_volumes_are_refused():
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
+    interp = interpretation(plain([(torch.rand(1, 6, 16, 16), i%2) for i in range(4)], 2, model=net))
+    with pytest.raises(ValueError, match='this learner looks at volumes'): interp.explore()
+
+
 def test_what_is_missing_is_named(interp, monkeypatch):
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name=='anywidget' else known(name))

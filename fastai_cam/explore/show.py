@@ -121,18 +121,25 @@ def _without_bars(learn):
             yield
     finally: learn.cbs = cbs
 
-def _decoded(interp, idxs, image):
-    "What the model sees of items, as bytes"
+def _images(interp, idxs, image):
+    "What the model sees of items"
     with preserve_state(interp.learn):
         source = dl_source(interp.learn, interp.dl, idxs, image=image)
         for _ in source.dl: pass
-        return [as_bytes(to_pixels(one)) for one in source.images.load()]
+        return source.images.load()
+
+def _refuse_volumes(interp, i, image):
+    "`ValueError` where items are no pictures; that a file cannot be read is no reason"
+    try: seen = _images(interp, [i], image)[0]
+    except Exception: return
+    if seen.ndim==4:
+        raise ValueError('the explorer shows pictures, and this learner looks at volumes: interp.plot_top_losses_cam() shows their slices')
 
 def _pictures(interp, idxs, image):
     "Pictures by position, `None` for those that cannot be read"
     def small(pixels): return encoded(Image.fromarray(pixels), 7000, 256)
     with _without_bars(interp.learn):
-        try: return {i: small(pixels) for i,pixels in zip(idxs, _decoded(interp, idxs, image))}
+        try: return {i: small(as_bytes(to_pixels(seen))) for i,seen in zip(idxs, _images(interp, idxs, image))}
         except Exception:
             if len(idxs)==1: return {idxs[0]: None}
     found = {}
@@ -213,7 +220,9 @@ def explore(self:CAMInterpretation,
     marks = _marks_of(self, classes if is_of_classes else None, names, table, file)
     layers,layer_names = _layers_of(self, layer)
     first = _pictures(self, idxs[:n_page], image)
+    if not any(first.values()): _refuse_volumes(self, idxs[0], image)
     facts = _facts(self, idxs, answers, kind, classes, names)
-    facts.update(methods=method_names, layers=layer_names, page=n_page, relabel=is_of_classes, sorts=_sorts_of(kind, by, largest), palettes=palettes(),
-                 palette=_palette(first), file=None if file is None else os.path.abspath(as_path(file)), set=marks.fingerprint())
+    facts.update(methods=method_names, layers=layer_names, sorts=_sorts_of(kind, by, largest), page=n_page, relabel=is_of_classes,
+                 palettes=palettes(), palette=_palette(first), set=marks.fingerprint(),
+                 file=None if file is None else os.path.abspath(as_path(file)))
     return Explorer(facts, marks, partial(_pictures, self, image=image), partial(_maps, self, kind, methods, layers, image), first)
