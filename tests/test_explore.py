@@ -19,14 +19,14 @@ from PIL import Image
 from torch import nn
 from fastai.data.transforms import parent_label
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.vision.all import CategoryBlock, DataBlock, get_image_files, ImageBlock, ImageDataLoaders, Learner, Resize
+from fastai.vision.all import CategoryBlock, DataBlock, get_image_files, ImageBlock, ImageDataLoaders, IndexSplitter, Learner, MaskBlock, Resize
 
 from fastai_cam.all import CAMInterpretation
 from fastai_cam.captions import as_text
 from fastai_cam.explore import Marks
 from fastai_cam.explore.marks import FORMAT, mark_keys, remembered_marks
 from fastai_cam.report.pictures import packed
-from helpers.reports import body, HOSTILE, hostile_learner, interpretation, pictures as tensors, plain
+from helpers.reports import body, HOSTILE, hostile_files, hostile_learner, interpretation, pictures as tensors, plain
 
 pytest.importorskip('anywidget')
 from helpers.explorer import Wire # noqa: E402
@@ -117,6 +117,8 @@ def test_two_kernels_do_not_undo_each_other(tmp_path):
     first.mark(2, 'suspicious')
     second.mark(0, None)
     assert marks_of(tmp_path/'marks.json').said()=={1: ('keep', None), 2: ('suspicious', None)}==second.said()
+    first.mark(5, 'keep') # what is written is not written again
+    assert first.said()=={1: ('keep', None), 2: ('suspicious', None), 5: ('keep', None)}
 
 
 def test_marks_wait_for_a_file_that_cannot_be_written(tmp_path):
@@ -248,6 +250,7 @@ def test_the_page_knows_what_the_table_says(interp, explorer):
     df = df.iloc[order]
     for name, column in (('label', 'label'), ('prediction', 'prediction')): assert [interp.vocab[c] for c in F[name]]==list(df[column])
     for name, column in (('probability', 'probability'), ('loss', 'loss')): assert np.allclose(F[name], df[column], atol=2e-6)
+    assert repr(explorer)=='Explorer(Marks(none; 10 items))' and F['relabel'] is True
     assert F['right']==df.is_right.tolist() and F['key']==[as_text(Path(item).name) for item in df['item']]
     json.dumps(F).encode() # whatever the names are
     assert list(explorer.widget.pictures)==[str(i) for i in order[:4]] and explorer.widget.maps=={}
@@ -393,8 +396,23 @@ def test_other_tasks(n_out, loss, label, kind):
     ask(explorer, 'maps', id='m', items=[0, 1], page=[0, 1], method=0, layer=0)
     assert said==[dict(done='m', problem=None)] and all(one[0]['map'] for one in explorer.widget.maps['views'].values())
     assert F['kind'] in (kind, 'classes') and F['key'][0].startswith('item ') and len(F['names'])==(2 if n_out==1 else n_out)
+    assert F['relabel']==(F['kind']=='classes')
     explorer.marks.mark(1, 'relabel', None if F['kind'] != 'classes' else 0)
     assert list(explorer.change())==([] if F['kind'] != 'classes' else [(1, explorer.marks.classes[0])])
+    explorer.close()
+
+
+def test_a_mask_is_not_relabelled(tmp_path):
+    files = hostile_files(tmp_path, 4)
+    get_mask = lambda file: np.repeat(np.arange(2, dtype=np.uint8), 32*16).reshape(32, 32)
+    dls = DataBlock((ImageBlock, MaskBlock(['ground', 'sky'])), get_items=lambda _: files, get_y=get_mask, splitter=IndexSplitter([2, 3]), item_tfms=Resize(32)).dataloaders(tmp_path, bs=2, num_workers=0)
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)), loss_func=CrossEntropyLossFlat(axis=1))
+    learn.remove_cb(learn.progress)
+    explorer = interpretation(learn).explore()
+    F, said = explorer.widget.facts, talk(explorer)
+    assert F['kind']=='classes' and F['relabel'] is False and explorer.marks.classes is None and F['names']==['ground', 'sky']
+    ask(explorer, 'marks', marks=[dict(id='a-1', item=1, mark='relabel', label=None)])
+    assert said==[dict(taken=['a-1'], problem=None)] and explorer.change()==[] and explorer.marks[1]==('relabel', None)
     explorer.close()
 
 
@@ -404,6 +422,12 @@ def test_other_tasks(n_out, loss, label, kind):
     (dict(file='no/such/folder/marks.json'), FileNotFoundError, 'there is no folder')])
 def test_refused_in_a_sentence(interp, options, error, sentence):
     with pytest.raises(error, match=sentence): interp.explore(**options)
+
+
+def test_volumes_are_refused():
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
+    interp = interpretation(plain([(torch.rand(1, 6, 16, 16), i%2) for i in range(4)], 2, model=net))
+    with pytest.raises(ValueError, match='this learner looks at volumes'): interp.explore()
 
 
 def test_what_is_missing_is_named(interp, monkeypatch):
@@ -624,12 +648,14 @@ def test_maps_and_opacity(visit, explorer):
     page.locator('.opacity').fill('100')
     assert np.abs(shot(page, '.frame') - photo).mean() > 1.2*np.abs(seen[0] - photo).mean() > 1
     at = explorer.widget.facts['methods'].index('gradcam')
-    for change in (lambda: page.select_option('select[aria-label=Method]', str(at)), lambda: page.select_option('select[aria-label=Layer]', str(explorer.widget.facts['layers'].index('0.0'))),
-                   lambda: page.locator('.segments label', has_text='Label').click(), lambda: page.locator('.segments label', has_text='Difference').click(), lambda: page.select_option('select[aria-label=Colours]', 'viridis')):
+    other = {'inferno': 'viridis', 'viridis': 'inferno'}[page.locator('select[aria-label=Colours]').input_value()]
+    layer = str(explorer.widget.facts['layers'].index('0.0'))
+    for change in (lambda: page.select_option('select[aria-label=Colours]', other), lambda: page.select_option('select[aria-label=Colours]', 'signed'), lambda: page.select_option('select[aria-label=Method]', str(at)),
+                   lambda: page.select_option('select[aria-label=Layer]', layer), lambda: page.locator('.segments label', has_text='Label').click(), lambda: page.locator('.segments label', has_text='Difference').click()):
         seen.append(shot(page, '.frame'))
         change()
         wire.pump()
-        if page.locator('select[aria-label=Colours]').input_value() != 'viridis': assert np.abs(shot(page, '.frame') - seen[-1]).mean() > .5
+        assert np.abs(shot(page, '.frame') - seen[-1]).mean() > .5
     assert '−' in page.locator('figcaption bdi').get_attribute('title') or page.locator('figcaption').inner_text().startswith('no map')
     page.select_option('select[aria-label=Layer]', '0')
     page.select_option('select[aria-label=Method]', '0')

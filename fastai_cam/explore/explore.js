@@ -334,7 +334,7 @@ function makeView(store, el) {
   }
   function press(name, onward = false) {
     if (state.current === null) return;
-    if (name === 'relabel' && kind === 'classes') openChooser(onward);
+    if (name === 'relabel' && F.relabel) openChooser(onward);
     else mark(name, null, onward);
   }
   for (const [name, button] of Object.entries(buttons)) button.addEventListener('click', () => press(name));

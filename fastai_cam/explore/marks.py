@@ -29,15 +29,15 @@ MARKS = ('keep', 'relabel', 'drop', 'suspicious')
 FORMAT = 'fastai_cam/marks/1' # of the file
 
 def _below(path, root):
-    try: return Path(os.path.abspath(path)).relative_to(os.path.abspath(root)).as_posix()
-    except ValueError: return Path(path).as_posix()
+    whole = Path(os.path.abspath(path)).as_posix()
+    return whole.removeprefix(root) if whole.startswith(root) else Path(path).as_posix()
 
 def mark_keys(
     items:Sequence, # Paths; anything else has no name of its own
     root:str|Path='.' # Folder of the data set
 ) -> list[str]: # Each once
     "Names by which items are found again"
-    seen = Counter()
+    seen,root = Counter(),Path(os.path.abspath(root)).as_posix().rstrip('/') + '/'
     def key(i, item):
         has_name = isinstance(item, (str, Path)) and str(item) not in (f'item {i}', f'{i}') # which is no more than its position
         name = _below(item, root) if has_name else f'item {i}'
@@ -78,6 +78,7 @@ class Marks:
         self.items = pd.DataFrame(dict(item=[str(item) for item in items], label=labels, prediction=predictions), dtype=object)
         self.file = None if file is None else as_path(file)
         self._said,self._elsewhere,self._unsaved = {},[],{} # by position; of items that are not here; by position, not in the file yet
+        self._known = _prints(self.keys, self.items.label)
         self._lock,self._listeners = threading.RLock(),[]
         if self.file is not None: self.refresh()
 
@@ -88,26 +89,30 @@ class Marks:
         said = ', '.join(f'{counts[name]} {name}' for name in MARKS if counts[name]) or 'none'
         return f'{type(self).__name__}({said}; {len(self.keys)} items{"" if self.file is None else f"; {self.file}"})'
 
-    @property
-    def fns(self) -> L:
-        "Files, as fastai's cleaner has them"
-        return L(name if _is_unnamed(key) else Path(name) for key,name in zip(self.keys, self.items.item))
+# %% ../../nbs/96_explore.marks.ipynb #010499e6
+@patch(as_prop=True)
+def fns(self:Marks) -> L:
+    "Files, as fastai's cleaner has them"
+    return L(name if _is_unnamed(key) else Path(name) for key,name in zip(self.keys, self.items.item))
 
-    def listen(self,
-        func:Callable # A method, called without arguments after every change, for as long as there is its object
-    ) -> None:
-        "Hear of changes"
-        self._listeners.append(WeakMethod(func))
+@patch
+def listen(self:Marks,
+    func:Callable # A method, called without arguments after every change, for as long as there is its object
+) -> None:
+    "Hear of changes"
+    self._listeners.append(WeakMethod(func))
 
-    def fingerprint(self) -> str:
-        "What the set is called by"
-        return _print(' '.join(_prints(self.keys, self.items.label)))
+@patch
+def fingerprint(self:Marks) -> str:
+    "What the set is called by"
+    return _print(' '.join(self._known))
 
-    def said(self) -> dict[int,tuple]: # Mark and new label by position
-        "All marks, as they are now"
-        with self._lock: return dict(sorted(self._said.items()))
+@patch
+def said(self:Marks) -> dict[int,tuple]: # Mark and new label by position
+    "All marks, as they are now"
+    with self._lock: return dict(sorted(self._said.items()))
 
-# %% ../../nbs/96_explore.marks.ipynb #b4c17780
+# %% ../../nbs/96_explore.marks.ipynb #cc468f4a
 @patch
 def _as_class(self:Marks, label):
     "The class that is meant"
@@ -130,6 +135,7 @@ def checked(self:Marks,
     if mark != 'relabel' and label is not None: raise ValueError(f"only 'relabel' has a label, not {mark!r}")
     return mark,self._as_class(label) if mark=='relabel' else None
 
+# %% ../../nbs/96_explore.marks.ipynb #b0d6b365
 @patch
 def mark(self:Marks,
     items:int|Sequence[int], # Positions in the set
@@ -153,7 +159,7 @@ def take(self:Marks,
             self._listeners = [heard for heard in self._listeners if heard() is not None]
             for heard in self._listeners: heard()()
 
-# %% ../../nbs/96_explore.marks.ipynb #b0d6b365
+# %% ../../nbs/96_explore.marks.ipynb #a4348255
 @patch
 def _put(self:Marks):
     "Marks that are not saved are newer than what is"
@@ -167,8 +173,7 @@ def _save(self:Marks):
         self.refresh()
         lines = [dict(item=self.keys[i], position=i, mark=mark, **({} if label is None else dict(label=str(label))))
                  for i,(mark,label) in self.said().items()]
-        known = sorted(_prints(self.keys, self.items.label))[:64]
-        text = json.dumps(dict(format=FORMAT, n=len(self.keys), items=known, marks=lines + self._elsewhere), indent=1)
+        text = json.dumps(dict(format=FORMAT, n=len(self.keys), items=sorted(self._known)[:64], marks=lines + self._elsewhere), indent=1)
         with write_file(self.file) as out: out.write(text.encode('ascii'))
     self._unsaved = {}
 
@@ -183,11 +188,11 @@ def refresh(self:Marks) -> None:
         self._said,self._elsewhere = self._from_file(self.file)
         self._put()
 
-# %% ../../nbs/96_explore.marks.ipynb #76435e8b
+# %% ../../nbs/96_explore.marks.ipynb #c2503139
 @patch
 def _check_same(self:Marks, said, file):
     "`ValueError` for marks of another set"
-    here,known = set(_prints(self.keys, self.items.label)),said.get('items', [])
+    here,known = set(self._known),said.get('items', [])
     n_here,is_unnamed = sum(one in here for one in known),any(map(_is_unnamed, self.keys))
     is_same = n_here >= .9*len(known) and said.get('n')==len(self.keys) if is_unnamed else n_here > 0
     if is_same or not known: return
@@ -208,7 +213,7 @@ def _from_file(self:Marks, file):
         else: found[i] = one['mark'],names.get(label, label)
     return found,elsewhere
 
-# %% ../../nbs/96_explore.marks.ipynb #1e9a3636
+# %% ../../nbs/96_explore.marks.ipynb #ee380078
 @patch
 def to_df(self:Marks) -> pd.DataFrame: # `index` (position in the set), `item`, `label`, `prediction`, `mark`, `new_label`
     "The items that are marked, a row each, in the order of the set"
@@ -238,7 +243,7 @@ def merge(self:Marks,
     else: found,_ = self._from_file(as_path(other))
     self.take({i: self.checked(i, *said) for i,said in found.items() if self[i] is None})
 
-# %% ../../nbs/96_explore.marks.ipynb #1570b53e
+# %% ../../nbs/96_explore.marks.ipynb #c60461fd
 @patch
 def _rows_in(self:Marks, df, item):
     "Where in `df` each item is, as far as it is there"
@@ -261,7 +266,7 @@ def _label_column(self:Marks, df, rows):
     if len(found)==1: return found[0]
     raise ValueError(f'which column has the labels? label= names it: {", ".join(map(str, df.columns))}')
 
-# %% ../../nbs/96_explore.marks.ipynb #4ecaea21
+# %% ../../nbs/96_explore.marks.ipynb #544a99bb
 @patch
 def _check_rows(self:Marks, df, rows, label):
     "`ValueError` where a table is not the one that the items come from"
@@ -274,6 +279,7 @@ def _check_rows(self:Marks, df, rows, label):
     if other is None: return
     raise ValueError(f'row {self.table.index[other]} of the table is another one than that of the marked item: give the table itself')
 
+# %% ../../nbs/96_explore.marks.ipynb #7ec11b2f
 @patch
 def cleaned(self:Marks,
     df:pd.DataFrame|None=None, # The table; `None`: the rows that the set comes from
@@ -295,7 +301,7 @@ def cleaned(self:Marks,
     gone = {rows[i] for i in self.delete()}
     return found.iloc[[row for row in range(len(df)) if row not in gone]]
 
-# %% ../../nbs/96_explore.marks.ipynb #7ec11b2f
+# %% ../../nbs/96_explore.marks.ipynb #83915221
 _remembered = WeakKeyDictionary()
 
 def remembered_marks(

@@ -102,11 +102,11 @@ def _names_of(interp):
     table = pd.DataFrame(items).infer_objects() if items and all(isinstance(item, pd.Series) for item in items) else None
     return names,table
 
-def _marks_of(interp, kind, classes, names, table, file):
+def _marks_of(interp, classes, names, table, file):
     "The marks of the set, as they were left"
     df,root = interp.to_df(),getattr(interp.learn.dls, 'path', '.')
     known = {name: list(df[column]) for name,column in (('labels', 'label'), ('predictions', 'prediction')) if column in df}
-    make = partial(Marks, names, classes=classes if kind=='classes' else None, root=root, table=table, **known)
+    make = partial(Marks, names, classes=classes, root=root, table=table, **known)
     return remembered_marks(interp.learn.dls, lambda file: make(file=file), file)
 
 # %% ../../nbs/96b_explore.show.ipynb #29404839
@@ -121,18 +121,25 @@ def _without_bars(learn):
             yield
     finally: learn.cbs = cbs
 
-def _decoded(interp, idxs, image):
-    "What the model sees of items, as bytes"
+def _images(interp, idxs, image):
+    "What the model sees of items"
     with preserve_state(interp.learn):
         source = dl_source(interp.learn, interp.dl, idxs, image=image)
         for _ in source.dl: pass
-        return [as_bytes(to_pixels(one)) for one in source.images.load()]
+        return source.images.load()
+
+def _refuse_volumes(interp, i, image):
+    "`ValueError` where items are no pictures; that a file cannot be read is no reason"
+    try: seen = _images(interp, [i], image)[0]
+    except Exception: return
+    if seen.ndim==4:
+        raise ValueError('the explorer shows pictures, and this learner looks at volumes: interp.plot_top_losses_cam() shows their slices')
 
 def _pictures(interp, idxs, image):
     "Pictures by position, `None` for those that cannot be read"
     def small(pixels): return encoded(Image.fromarray(pixels), 7000, 256)
     with _without_bars(interp.learn):
-        try: return {i: small(pixels) for i,pixels in zip(idxs, _decoded(interp, idxs, image))}
+        try: return {i: small(as_bytes(to_pixels(seen))) for i,seen in zip(idxs, _images(interp, idxs, image))}
         except Exception:
             if len(idxs)==1: return {idxs[0]: None}
     found = {}
@@ -169,7 +176,7 @@ def _layers_of(interp, layer):
     except Exception: found = []
     known = ['stages']*(len(found) > 1) + found
     layers = [given, *(name for name in known if not isinstance(given, str) or name != given)]
-    return layers,['where the method looks' if one is None else as_text(one) for one in layers]
+    return layers,['the usual one' if one is None else as_text(one) for one in layers]
 
 # %% ../../nbs/96b_explore.show.ipynb #756ca7e9
 def _facts(interp, idxs, answers, kind, classes, names):
@@ -186,6 +193,7 @@ def _check_file(file):
     if file is None: return
     if as_path(file).suffix.lower() != '.json': raise ValueError(f'marks are kept in a JSON file: name it *.json, not {str(file)!r}')
 
+# %% ../../nbs/96b_explore.show.ipynb #e4ff4072
 @patch
 def explore(self:CAMInterpretation,
     method:str|Callable|Sequence|None=None, # Instead of the interpretation's own; of several the page can switch between
@@ -208,10 +216,13 @@ def explore(self:CAMInterpretation,
     idxs = self.ranked(MOST_ITEMS, largest, where, cls, by)[1].tolist()
     answers,kind,classes = _answers_of(self)
     names,table = _names_of(self)
-    marks = _marks_of(self, kind, classes, names, table, file)
+    is_of_classes = kind=='classes' and answers.share_right is None # a mask is not put right by naming a class
+    marks = _marks_of(self, classes if is_of_classes else None, names, table, file)
     layers,layer_names = _layers_of(self, layer)
     first = _pictures(self, idxs[:n_page], image)
+    if not any(first.values()): _refuse_volumes(self, idxs[0], image)
     facts = _facts(self, idxs, answers, kind, classes, names)
-    facts.update(methods=method_names, layers=layer_names, page=n_page, sorts=_sorts_of(kind, by, largest), palettes=palettes(),
-                 palette=_palette(first), file=None if file is None else os.path.abspath(as_path(file)), set=marks.fingerprint())
+    facts.update(methods=method_names, layers=layer_names, sorts=_sorts_of(kind, by, largest), page=n_page, relabel=is_of_classes,
+                 palettes=palettes(), palette=_palette(first), set=marks.fingerprint(),
+                 file=None if file is None else os.path.abspath(as_path(file)))
     return Explorer(facts, marks, partial(_pictures, self, image=image), partial(_maps, self, kind, methods, layers, image), first)

@@ -68,32 +68,38 @@ class Explorer:
         marks.listen(self._show_marks)
         self.widget.on_msg(self._heard)
 
+    def __repr__(self) -> str: return f'{type(self).__name__}({self.marks!r})'
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
-
-    @property
-    def fns(self) -> L:
-        "The items' files"
-        return self.marks.fns
-
-    def delete(self) -> L: # Indices into `fns`
-        "The items to be dropped"
-        return self.marks.delete()
-
-    def change(self) -> L: # Pairs: index into `fns`, new class
-        "The items to be relabelled"
-        return self.marks.change()
-
-    def to_df(self) -> pd.DataFrame: # As `Marks.to_df` gives it
-        "The items that are marked"
-        return self.marks.to_df()
-
-    def close(self) -> None:
-        "Take the page away; marks stay"
-        self.widget.close()
 
 def _by_text(found): return {str(i): value for i,value in found.items()}
 
-# %% ../../nbs/96a_explore.widget.ipynb #2af371fe
+# %% ../../nbs/96a_explore.widget.ipynb #7d90f589
+@patch(as_prop=True)
+def fns(self:Explorer) -> L:
+    "The items' files"
+    return self.marks.fns
+
+@patch
+def delete(self:Explorer) -> L: # Indices into `fns`
+    "The items to be dropped"
+    return self.marks.delete()
+
+@patch
+def change(self:Explorer) -> L: # Pairs: index into `fns`, new class
+    "The items to be relabelled"
+    return self.marks.change()
+
+@patch
+def to_df(self:Explorer) -> pd.DataFrame: # As `Marks.to_df` gives it
+    "The items that are marked"
+    return self.marks.to_df()
+
+@patch
+def close(self:Explorer) -> None:
+    "Take the page away; marks stay"
+    self.widget.close()
+
+# %% ../../nbs/96a_explore.widget.ipynb #93bade91
 @patch
 def _show_marks(self:Explorer):
     "Tell the page what is marked"
@@ -128,7 +134,7 @@ def _mark_of(self:Explorer, one):
     classes,c = self.marks.classes,one.get('label')
     return self.marks.checked(one['item'], one['mark'], None if classes is None or c is None else classes[c])
 
-# %% ../../nbs/96a_explore.widget.ipynb #93bade91
+# %% ../../nbs/96a_explore.widget.ipynb #54748253
 @patch
 def _answer(self:Explorer, content):
     "Pictures or maps, or a sentence that says why not"
