@@ -261,6 +261,10 @@ def _take_over(learn, twin, memo):
     for one in (*learn.cbs, learn.loss_func): memo.setdefault(id(one), one) # records, which grow with a fit, are not copied
     twin.__dict__.update({name: _own(value, memo) for name,value in vars(learn).items() if name not in _of_loop})
 
+def _let_go(twin):
+    "Loader, batch and output of a stand-in that has run"
+    for name in ('dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad'): twin.__dict__.pop(name, None)
+
 def stand_in(
     learn:Learner # Learner to run, though not itself
 ) -> Learner: # Has the same model, data and loss function; running it does not change `learn`
@@ -409,4 +413,7 @@ def preserve_state(
             for hook,stored in hooks: hook.stored = stored
         with released(release), random_states_kept(), eval_mode(learn.model), _untrained(model):
             torch.set_autocast_cache_enabled(False)
-            yield stand_in(learn)
+            twin = stand_in(learn)
+            try: yield twin
+            finally: # its callbacks and it hold each other: what the loop left there would stay until Python looks for such circles
+                if twin is not learn: _let_go(twin)
