@@ -146,6 +146,7 @@ def _pictures(interp, idxs, image):
     for i in idxs: found.update(_pictures(interp, [i], image)) # one that cannot be read takes none with it
     return found
 
+# %% ../../nbs/96b_explore.show.ipynb #f2575e24
 def _palette(pictures):
     "The colours of which the first pictures have less"
     known = [base64.b64decode(one['data']) for one in list(pictures.values())[:12] if one is not None]
@@ -157,7 +158,7 @@ def _maps(interp, kind, methods, layers, image, idxs, m, l):
     with _without_bars(interp.learn): cams = interp.cams_of(torch.tensor(idxs), show, methods[m], layers[l], image)
     return {i: maps_of_item(cams, at, 28) for at,i in enumerate(idxs)},bool(cams.signed)
 
-# %% ../../nbs/96b_explore.show.ipynb #f848bc09
+# %% ../../nbs/96b_explore.show.ipynb #32237d73
 _usual = 'objectcam', 'gradcam', 'likenesscam', 'layercam', 'hirescam', 'pathcam', 'eigencam'
 
 def _methods_of(interp, method):
@@ -178,7 +179,7 @@ def _layers_of(interp, layer):
     layers = [given, *(name for name in known if not isinstance(given, str) or name != given)]
     return layers,['the usual one' if one is None else as_text(one) for one in layers]
 
-# %% ../../nbs/96b_explore.show.ipynb #756ca7e9
+# %% ../../nbs/96b_explore.show.ipynb #e4ff4072
 def _facts(interp, idxs, answers, kind, classes, names):
     "What the page knows"
     n = len(interp.losses)
@@ -193,7 +194,7 @@ def _check_file(file):
     if file is None: return
     if as_path(file).suffix.lower() != '.json': raise ValueError(f'marks are kept in a JSON file: name it *.json, not {str(file)!r}')
 
-# %% ../../nbs/96b_explore.show.ipynb #e4ff4072
+# %% ../../nbs/96b_explore.show.ipynb #cfea9acb
 @patch
 def explore(self:CAMInterpretation,
     method:str|Callable|Sequence|None=None, # Instead of the interpretation's own; of several the page can switch between
