@@ -48,6 +48,15 @@ def test_what_says_nothing_is_like_nothing():
     assert torch.allclose(found, torch.tensor([[.5**.5, -1, 1], [-1, -1, -1]]))
 
 
+def test_neighbours_by_what_is_not_typical():
+    "By plain cosines the third would be nearest: it says the same, only more loudly"
+    features = torch.tensor([[10., 2], [10, -2], [30, 1], [10, .9]])
+    index = SimilarIndex(features[:3], torch.arange(3), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.ones(3), list('abc'), dict(method='gradcam'))
+    assert torch.cosine_similarity(features[3:], features[:3]).argmax()==2
+    rows, similarity = index.nearest(features[3], 0, 2)
+    assert rows.tolist()==[0, 1] and similarity[0] > .98 and index.nearest(features[3], 0, 9, without=[0, 2])[0].tolist()==[1] and not len(index.nearest(features[3], 1)[0])
+
+
 # -- matches
 
 def cells_of(*cells, grid=(2, 3), channels=4):
