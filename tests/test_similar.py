@@ -48,6 +48,15 @@ def test_what_says_nothing_is_like_nothing():
     assert torch.allclose(found, torch.tensor([[.5**.5, -1, 1], [-1, -1, -1]]))
 
 
+def test_neighbours_by_what_is_not_typical():
+    "By plain cosines the third would be nearest: it says the same, only more loudly"
+    features = torch.tensor([[10., 2], [10, -2], [30, 1], [10, .9]])
+    index = SimilarIndex(features[:3], torch.arange(3), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.ones(3), list('abc'), dict(method='gradcam'))
+    assert torch.cosine_similarity(features[3:], features[:3]).argmax()==2
+    rows, similarity = index.nearest(features[3], 0, 2)
+    assert rows.tolist()==[0, 1] and similarity[0] > .98 and index.nearest(features[3], 0, 9, without=[0, 2])[0].tolist()==[1] and not len(index.nearest(features[3], 1)[0])
+
+
 # -- matches
 
 def cells_of(*cells, grid=(2, 3), channels=4):
@@ -235,8 +244,8 @@ def test_a_file_holds_all_of_it(tmp_path):
     assert again.names[0]==hostile and again.names==index.names and again.made_of==index.made_of and repr(again)==repr(index)=='SimilarIndex: 8 labels of 8 items, 3 channels each, by objectcam'
     one, other = learn.get_like(0, index=str(file)).to_df(), learn.get_like(0, index=index).to_df()
     assert one.equals(other)
-    learn.show_like(0, k=4, index=file, save=tmp_path/'like.png')
-    assert (tmp_path/'like.png').stat().st_size > 5000
+    learn.show_like(0, k=4, cls='red', index=file, save=tmp_path/'like.png', dpi=50)
+    assert (tmp_path/'like.png').stat().st_size > 2000
 
 
 def test_files_that_are_none(tmp_path):
@@ -370,7 +379,7 @@ def test_files_and_their_names(files, tmp_path):
     learn = of_files(files)
     table = learn.get_like(files[8], k=2, method='gradcam').to_df()
     assert table['neighbour'].tolist()[:2]==[str(files[1]), str(files[3])] and table['item'][0]==str(files[8])
-    axs = learn.show_like([8 - 8, str(files[0])], k=4, method='gradcam', save=tmp_path/'like.png', text=False)
+    axs = learn.show_like(str(files[0]), k=4, cls='red', method='gradcam', save=tmp_path/'like.png', text=False, dpi=50)
     titles = ' '.join(ax.get_title(loc='left') for ax in axs)
     assert '<b>&amp;.png' in titles and '\u202e' not in titles and (tmp_path/'like.png').exists()
     assert max(len(line) for ax in axs for line in ax.get_title(loc='left').split('\n')) <= 34

@@ -51,7 +51,9 @@ class SimilarIndex:
         probability:Tensor, # `[m]`: what the model gives the label
         names:list[str], # Of all items of the set
         made_of:dict[str,str] # What model, items and question it belongs to, as `made_of` says it
-    ): store_attr()
+    ):
+        store_attr()
+        self.centres:dict[int,Tensor] = {} # what is typical of the classes that were looked among; of all, at -1
 
 @patch
 def __len__(self:SimilarIndex) -> int: return len(self.names)
@@ -62,6 +64,16 @@ def __repr__(self:SimilarIndex) -> str:
     return f'SimilarIndex: {n} labels of {len(self)} items, {size} channels each, by {self.made_of["method"]}'
 
 @patch
+def centre(self:SimilarIndex,
+    c:int # Class
+) -> Tensor: # `[C]`
+    "What is typical of a class, computed once"
+    if -1 not in self.centres: self.centres[-1] = typical_evidence(self.features, self.features, weight=0.)
+    if c not in self.centres: self.centres[c] = typical_evidence(self.features[self.labels==c], self.centres[-1][None])
+    return self.centres[c]
+
+# %% ../../nbs/88a_similar.index.ipynb #454d1eea
+@patch
 def nearest(self:SimilarIndex,
     features:Tensor, # What speaks for class `c` in a picture, `[C]`
     c:int, # Class
@@ -69,10 +81,8 @@ def nearest(self:SimilarIndex,
     without:Sequence[int]=() # Items of the set that are left out
 ) -> tuple[Tensor,Tensor]: # Rows of the index, the most alike first, and how alike they are
     "The items labelled `c` in which what speaks for it is most like it is in a picture"
-    of_class = self.labels==c
-    centre = typical_evidence(self.features[of_class], self.features)
-    rows = (of_class & ~torch.isin(self.positions, torch.tensor(list(without), dtype=torch.long))).nonzero()[:,0]
-    similarity = alike(features[None], self.features[rows], centre)[0]
+    rows = ((self.labels==c) & ~torch.isin(self.positions, torch.tensor(list(without), dtype=torch.long))).nonzero()[:,0]
+    similarity = alike(features[None], self.features[rows], self.centre(c))[0]
     order = similarity.argsort(descending=True, stable=True)[:k]
     return rows[order],similarity[order]
 
