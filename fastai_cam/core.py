@@ -45,6 +45,7 @@ def _attributes(values):
         except AttributeError: pass
     return found
 
+# %% ../nbs/00_core.ipynb #e6a49898
 def tensors_in(
     values:Any # A tensor, or anything that holds tensors
 ) -> list[Tensor]:

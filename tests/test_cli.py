@@ -340,6 +340,23 @@ def test_the_worst_mistakes(exported, pictures, tmp_path, capsys):
     assert '3 of 24 photos' in capsys.readouterr().out
 
 
+def test_a_page_from_the_shell(exported, pictures, tmp_path, capsys):
+    page, facts = tmp_path/'new'/'page.html', tmp_path/'new'/'facts.json'
+    assert main(['report', str(exported), '--data', str(pictures), '--out', str(page), '--json', str(facts), '--where', 'wrong', '--method', 'gradcam'])==0
+    learn = load_learner(exported)
+    interp = CAMInterpretation.from_learner(learn, dl=learn.dls.test_dl(sorted(get_image_files(pictures)), with_labels=True))
+    told = json.loads(facts.read_text())
+    assert {item['position'] for item in told['items'] if item['shown']}==set(interp.select('wrong').tolist()) and len(told['items'])==24
+    assert told['models'][0]['methods']==['gradcam'] and '24 photos' in capsys.readouterr().out and page.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('wrong, words', [(['--n', '0'], '--n 0 leaves nothing to show'), (['--where', 'loss >'], 'where'), (['--out', 'page.pdf'], 'a report is a page')])
+def test_a_page_that_makes_no_sense(exported, pictures, tmp_path, capsys, monkeypatch, wrong, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(['report', str(exported), '--data', str(pictures), *wrong])==2 and words in capsys.readouterr().err
+    assert not list(tmp_path.glob('*.*'))
+
+
 def test_a_row_an_item():
     "What is predicted right has one map; what is not has a second, with numbers behind its names"
     cams = CAMs(torch.rand(2, 2, 4, 4), classes=torch.tensor([[0, 1], [1, 1]]), labels=['predicted', 'actual'], preds=torch.tensor([[.9, .1], [.2, .8]]), targs=torch.tensor([1, 1]), vocab=['cat', 'dog'], task='single')

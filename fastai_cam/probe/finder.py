@@ -124,6 +124,7 @@ def search(self:LayerFinder, state:PassState) -> None:
     if not _is_of_shapes(scan, found): return
     shown[key] = _Shown([(seen.name, seen.shape[1:], seen.layout) for seen in found], [*map(ref, self.model.modules())])
 
+# %% ../../nbs/16a_probe.finder.ipynb #3144c843
 @patch
 def has_changed(self:LayerFinder, state:PassState) -> bool:
     "Did the layers that were remembered return something else than they had?"
