@@ -22,6 +22,7 @@ from .ask import compare
 from .ask import demo
 from .ask import layers
 from .ask import methods
+from .ask import report
 from .ask import top_losses
 __all__ = ['COMMANDS', 'USAGE', 'overview', 'main']
 COMMANDS: Any
