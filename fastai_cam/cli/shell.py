@@ -27,7 +27,8 @@ COMMANDS = {
     'explain': explain, 'top-losses': top_losses, 'report': report, 'compare': compare, 'methods': methods, 'layers': layers, 'demo': demo}
 USAGE = {
     'explain': 'export.pkl PHOTOS… --out DIR [options]', 'top-losses': 'export.pkl --data FOLDER [options]',
-    'report': 'export.pkl --data FOLDER [options]', 'compare': 'export.pkl --data FOLDER [options]', 'methods': '', 'layers': 'export.pkl [PHOTO] [options]', 'demo': '[options]'}
+    'report': 'export.pkl --data FOLDER [options]', 'compare': 'export.pkl --data FOLDER [options]',
+    'methods': '', 'layers': 'export.pkl [PHOTO] [options]', 'demo': '[options]'}
 
 _TRUST = """
 export.pkl is a pickle, as learn.export() writes it: loading it runs the code in it, so it must come from someone you trust.
@@ -48,7 +49,8 @@ Stopped with Ctrl-C, or killed, the same command goes on where it was. Exit stat
   fastai_cam top-losses export.pkl --data valid/ --k 25 --method gradcam --out worst""" + _TRUST.format('top-losses', '--data valid/'),
     'report': """examples:
   fastai_cam report export.pkl --data valid/                                all photos on one page: report.html
-  fastai_cam report export.pkl --data valid/ --where wrong --json facts.json --out mistakes.html""" + _TRUST.format('report', '--data valid/'),
+  fastai_cam report export.pkl --data valid/ --where wrong --json facts.json --out mistakes.html"""
+        + _TRUST.format('report', '--data valid/'),
     'compare': """examples:
   fastai_cam compare export.pkl --data valid/                               the usual methods on 32 photos
   fastai_cam compare export.pkl --data valid/ --method gradcam --method pathcam --n 100""" + _TRUST.format('compare', '--data valid/'),
