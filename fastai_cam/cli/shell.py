@@ -35,6 +35,7 @@ export.pkl is a pickle, as learn.export() writes it: loading it runs the code in
 The safe way is weights alone, and a function of your own that builds the learner:
   fastai_cam {} --weights model.safetensors --builder my_model:build_learner {}"""
 
+# %% ../../nbs/95f_cli.shell.ipynb #0a369b89
 _MORE = {
     'explain': """examples:
   fastai_cam explain export.pkl photos/ --out maps                          a folder and its folders: maps/….png, maps/predictions.csv
