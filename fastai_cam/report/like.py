@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
+import torch
 from fastcore.basics import patch
 from PIL import Image
 from ..captions import as_text, cut
@@ -22,7 +23,7 @@ from ..state import preserve_state
 from ..source.loaders import dl_source
 from ..interpret.base import CAMInterpretation
 from ..similar.index import check_classes, training_source
-from ..similar.show import Alike
+from ..similar.show import Alike, why_none
 from ..learner.task import task_of
 from .page import training_block
 from .pictures import encoded
@@ -77,8 +78,7 @@ def _of_row(self:Neighbours, row):
         return cut(self.found.class_words(predicted), 80) if predicted >= 0 else 'something else'
     pictures = [dict(at=int(index.positions[place]), alike=round(likeness, 3), says=says(place))
                 for place,likeness in zip(places, row.similarity.tolist())]
-    why = '' if pictures else f'nothing in it speaks for {row.words}' if row.silent else f'no training picture is labelled {row.words}'
-    return dict(words=cut(row.words, 80), role=row.role, none=why, found=pictures)
+    return dict(words=cut(row.words, 80), role=row.role, none=why_none(row), found=pictures)
 
 # %% ../../nbs/94b_report.like.ipynb #84a4a1d4
 @patch
@@ -87,8 +87,8 @@ def blocks(self:Neighbours,
 ) -> Iterator[str]:
     "The training pictures that stand beside these and are not in the page yet, as elements of it"
     index = self.found.index
-    beside = {int(index.positions[place]) for row in self.found.rows if row.item in items for place in row.rows.tolist()}
-    new = sorted(beside - self.written)
+    places = [row.rows for row in self.found.rows if row.item in items]
+    new = sorted(set(index.positions[torch.cat(places)].tolist()) - self.written) if places else []
     if not new: return
     self.written.update(new)
     with preserve_state(self.interp.learn): pictures = training_source(self.interp.learn, new, self.image).images.load()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Iterator
+import torch
 from fastcore.basics import patch
 from PIL import Image
 from ..captions import as_text
@@ -17,6 +18,7 @@ from ..interpret.base import CAMInterpretation
 from ..similar.index import check_classes
 from ..similar.index import training_source
 from ..similar.show import Alike
+from ..similar.show import why_none
 from ..learner.task import task_of
 from .page import training_block
 from .pictures import encoded

@@ -49,7 +49,7 @@ from .index import similar_query
 from .index import SimilarIndex
 from .index import training_source
 from .matches import match_cells
-__all__ = ['MostProbable', 'LikeRow', 'Alike', 'Shown', 'place_of']
+__all__ = ['MostProbable', 'LikeRow', 'Alike', 'Shown', 'why_none', 'place_of']
 class MostProbable(Target):
     def classes(self, out: Any, y: Any=...) -> Tensor: ...
     labels: Any = ...
@@ -79,4 +79,5 @@ class Shown():
     map: CAMMap
     acts: Tensor
     title: str
+def why_none(row: LikeRow) -> str: ...
 def place_of(cell: Sequence[int], grid: Sequence[int], picture: Sequence[int]) -> tuple[float, float]: ...
