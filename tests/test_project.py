@@ -36,7 +36,7 @@ ROOMS = ['core', 'files', 'checks', 'probe.layout', 'probe.guard', 'probe.layers
          'trust.survey', 'shortcuts.edits', 'shortcuts.evidence',
          'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'data.fingerprint', 'data.shards', 'data.schema',
          'data.items', 'data.store', 'data.explain', 'data.frames',
-         'similar.features',
+         'similar.features', 'reasons.groups', 'reasons.effects', 'reasons.atlas',
          'report.facts', 'report.check', 'report.answers', 'report.pictures', 'report.page', 'report.write',
          'cli.words', 'cli.photos', 'cli.results', 'cli.models', 'cli.explain', 'cli.ask', 'cli.shell', '__main__']
 

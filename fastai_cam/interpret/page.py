@@ -83,7 +83,8 @@ def _aspect(rows, pictures):
 # %% ../../nbs/65c_interpret.page.ipynb #22b60d8c
 def _titles(row, letters, n_cols):
     "The title of each panel of a row; what is said over the row stands over the first"
-    head = wrapped_title(row.title, letters*n_cols - 6, letters*n_cols - 6) if row.title else []
+    most = letters*min(n_cols, 2) - 6 # of a longer line the middle is beyond its panel, and the layout makes room for that
+    head = wrapped_title(row.title, most, most) if row.title else []
     def wrapped(title): return list(chain.from_iterable(wrapped_title(line, letters, letters) for line in title.split('\n')))
     own = [wrapped(panel.title) for panel in row.panels]
     n_lines = max(map(len, own))
