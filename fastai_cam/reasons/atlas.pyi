@@ -2,6 +2,7 @@
 from typing import Any
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from textwrap import wrap
 from typing import Any
 from typing import Callable
@@ -48,7 +49,7 @@ from .groups import mistake_groups
 from .effects import Effect
 from .effects import effect_of
 from .effects import N_PASSES
-__all__ = ['FEWEST_MISTAKES', 'MOST_TESTED', 'Given', 'given_classes', 'looked_over', 'Evidenced', 'short', 'counted', 'Reason', 'Reasons']
+__all__ = ['FEWEST_MISTAKES', 'KNOWN', 'PROBABILITIES', 'MOST_TESTED', 'Given', 'given_classes', 'looked_over', 'Evidenced', 'short', 'counted', 'Reason', 'Reasons', 'recipients_of']
 FEWEST_MISTAKES: Any
 class Given(NamedTuple):
     def rows(self, which: np.ndarray) -> 'Given': ...
@@ -95,13 +96,17 @@ class Reasons():
     @property
     def in_groups(self) -> int: ...
     def __repr__(self) -> str: ...
+    def __str__(self) -> str: ...
     def to_df(self) -> pd.DataFrame: ...
     def plot(self, n: int=..., **kwargs: Any) -> list: ...
     found: Any
     n_given: Any
     n_looked: Any
     n_mistakes: Any
+KNOWN: Any
+PROBABILITIES: Any
 MOST_TESTED: Any
+def recipients_of(answers: ItemAnswers, cls: int, label: int) -> np.ndarray: ...
 class _ModelTest():
     def __init__(self, interp: Any, found: Any, layer: Any, seed: Any, bar: Any) -> None: ...
     def __call__(self, members: Any) -> Any: ...

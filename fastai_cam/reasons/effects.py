@@ -40,9 +40,10 @@ def elsewhere(
     nearest = free.argsort(dim=-1, stable=True).argsort(dim=-1)
     return (nearest < pixels.flatten(1).sum(1)[:,None]).unflatten(2, pixels.shape[1:])
 
-# %% ../../nbs/89a_reasons.effects.ipynb #e67379b6
+# %% ../../nbs/89a_reasons.effects.ipynb #886e53a6
 N_PLACES = 3 # that are removed elsewhere
-N_PASSES = 2 + N_PLACES + 3 # of a picture: as it is, without, without as much elsewhere; another as it is, with it, with as much from elsewhere
+# of a picture: as it is, without, without as much elsewhere; of another: as it is, with it, with as much from elsewhere
+N_PASSES = 2 + N_PLACES + 3
 
 @dataclass(frozen=True, eq=False)
 class Effect:

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import beta
 from sklearn.cluster import HDBSCAN
 from sklearn.decomposition import PCA
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 
 # %% ../../nbs/89_reasons.groups.ipynb #ec7d4e7c
 N_DIRECTIONS = 10 # that vectors are reduced to
@@ -123,9 +123,10 @@ def clusters_of(
     "Clusters of the mistakes"
     mistakes = np.flatnonzero(wrong)
     if len(mistakes) < max(min_size, 3): return []
-    model = HDBSCAN(min_cluster_size=min_size, min_samples=min(3, min_size//2 + 1), metric='precomputed', copy=True,
-                    cluster_selection_method='leaf', allow_single_cluster=True)
-    labels = model.fit_predict(distances[np.ix_(mistakes, mistakes)])
+    among,options = distances[np.ix_(mistakes, mistakes)],dict(min_cluster_size=min_size, min_samples=min(3, min_size//2 + 1))
+    def labels_by(**kwargs): return HDBSCAN(metric='precomputed', copy=True, **options, **kwargs).fit_predict(among)
+    labels = labels_by(cluster_selection_method='leaf')
+    if labels.max() < 0: labels = labels_by(allow_single_cluster=True)
     return [mistakes[labels==k] for k in range(labels.max() + 1)]
 
 def scan(
@@ -187,20 +188,23 @@ class Excess:
             is_beyond = group.chance <= CHANCE and group.interval[0] > group.expected/len(group.inside)
             if is_beyond and not any(_overlaps(group, other) for other in self.groups): self.groups.append(group)
 
-    def _deals(self, strata, n_deals, generator):
-        "The strongest group of each deal"
-        strengths,as_good = [],0
-        while len(strengths) < n_deals and 1 + as_good <= CHANCE*(1 + n_deals):
-            found = scan(self.distances, deal_mistakes(self.wrong, strata, generator), self.expected, self.min_size)
-            strengths.append(found[0].strength if found else 0.)
-            as_good += strengths[-1] >= self.clusters[0].strength
-        return np.array(strengths)
+# %% ../../nbs/89_reasons.groups.ipynb #39f73447
+@patch
+def _deals(self:Excess, strata, n_deals, generator):
+    "The strongest group of each deal"
+    strengths,as_good = [],0
+    while len(strengths) < n_deals and 1 + as_good <= CHANCE*(1 + n_deals):
+        found = scan(self.distances, deal_mistakes(self.wrong, strata, generator), self.expected, self.min_size)
+        strengths.append(found[0].strength if found else 0.)
+        as_good += strengths[-1] >= self.clusters[0].strength
+    return np.array(strengths)
 
-    def _tested(self, group):
-        "The group with its chance and its interval"
-        chance = (1 + int((self.by_chance >= group.strength).sum()))/(1 + len(self.by_chance))
-        interval = rate_interval(len(group), len(group.inside), .05/len(self.clusters))
-        return replace(group, chance=chance, interval=interval)
+@patch
+def _tested(self:Excess, group):
+    "The group with its chance and its interval"
+    chance = (1 + int((self.by_chance >= group.strength).sum()))/(1 + len(self.by_chance))
+    interval = rate_interval(len(group), len(group.inside), .05/len(self.clusters))
+    return replace(group, chance=chance, interval=interval)
 
 def mistake_groups(
     features:np.ndarray, # What the evidence of each item is, `[n, C]`

@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import beta
 from sklearn.cluster import HDBSCAN
 from sklearn.decomposition import PCA
+from fastcore.basics import patch
 from fastcore.basics import store_attr
 __all__ = ['N_DIRECTIONS', 'OF_ANOTHER_CLASS', 'N_STRATA', 'NEIGHBOUR', 'MOST', 'CHANCE', 'evidence_distances', 'strata_of', 'expected_mistakes', 'Group', 'log_likelihood_ratio', 'reach_of', 'grown', 'clusters_of', 'scan', 'deal_mistakes', 'rate_interval', 'Excess', 'mistake_groups']
 N_DIRECTIONS: Any

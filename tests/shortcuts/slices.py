@@ -1,0 +1,256 @@
+"""Does the atlas of mistakes find a reason that is known, and none where there is none? With reasons that were planted: `make slices`.
+
+`python tests/shortcuts/slices.py [FIRST LAST]`
+
+Small learners are trained on composed photographs so that they fail on a part of the validation set, a *slice*, for a reason that is known;
+a twentieth of the other labels is wrong besides. Groups are made of what the evidence is, of the features of the whole picture,
+and of where the map lies (the heat map itself); how many of the ten mistakes nearest to the best group are of the slice is the precision.
+
+Seeds FIRST to LAST - 1 (0 to 10); parameters were chosen on seeds from 100 on. Nothing is downloaded. Numbers go into slices.json,
+the table of seeds 0 to 9 into nbs/89b_reasons.atlas.ipynb."""
+import json
+import os
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1') # small networks gain nothing from more
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastai_cam.core import mean_interval
+from fastai_cam.examples.scenes import compose, cut_out, FIRST_VALID_SEED, scene_body
+from fastai_cam.methods import gradcam
+from fastai_cam.probe import Probe
+from fastai_cam.reasons import mistake_groups
+from fastai_cam.similar import evidence_features
+from fastai_cam.targets import Predicted
+from planted import in_parts, PLANTS, SIZE
+
+RESULTS = Path(__file__).with_suffix('.json')
+NOTEBOOK = Path(__file__).resolve().parents[2]/'nbs'/'89b_reasons.atlas.ipynb'
+CLASSES = ['cat', 'dog', 'cup', 'flower', 'car']
+N_TRAIN, N_VALID = 30, 60 # pictures of each class
+N_MISLED = dict(sticker=30, thing=30, tint=16, backdrop=16) # pictures to train on that are labelled by what is planted in them
+SIZES = 10, 20, 40 # items of a slice
+FEWEST = 5 # mistakes in a slice without which it was not learned
+KINDS = {
+    'sticker': 'a magenta square, which gives a class away in training, on pictures of other classes',
+    'thing': 'a strawberry beside the object, in the same way',
+    'tint': 'the object in blue, in the same way',
+    'backdrop': 'a wall of bricks around the object, in the same way',
+    'sub-kind': 'a kind of dog or car that was never trained on',
+    'small': 'objects a third as large as those trained on',
+    'wrong labels': 'a kind of dog or car that is labelled wrongly in the validation set'}
+CLEAN = {'clean': .05, 'random labels': .15} # nothing is planted, and this part of the labels is wrong
+VECTORS = {'evidence': 'what the evidence is', 'whole': 'features of the whole picture', 'layout': 'where the map lies'}
+
+
+# -- pictures
+
+def scenes(name, first, n, kinds=(0, 1, 2, 3), scale=(.4, .7)):
+    "Pictures of one object, of these kinds of it"
+    found, seed = [], first
+    while len(found) < n:
+        scene = compose([name], size=SIZE, seed=seed, scale=scale)
+        if scene.objects[0].how['variant'] in kinds: found.append(scene)
+        seed += 1
+    return found
+
+
+def blended(scene, looks, where):
+    covered = np.asarray(where, dtype=float)[..., None]
+    return (scene.image*(1 - covered) + np.asarray(looks)*covered).clip(0, 255).astype(np.uint8)
+
+
+def with_strawberry(scene, rng):
+    "A strawberry where least of the object is, of twenty places"
+    pixels, inside = cut_out('strawberry', int(rng.integers(4)), 34)
+    (height, width), image, outside = inside.shape, scene.image.copy(), ~scene.objects[0].mask
+    corners = [(rng.integers(SIZE - height + 1), rng.integers(SIZE - width + 1)) for _ in range(20)]
+    top, left = max(corners, key=lambda at: outside[at[0]:at[0] + height, at[1]:at[1] + width].mean())
+    image[top:top + height, left:left + width][inside] = pixels[inside]
+    return image
+
+
+def with_plant(kind, scene, rng):
+    inside = scene.objects[0].mask
+    if kind=='thing': return with_strawberry(scene, rng)
+    if kind=='tint': return blended(scene, (30, 60, 230), .45*inside)
+    return blended(scene, *PLANTS[dict(sticker='patch', backdrop='brick')[kind]](scene.image, inside, rng))
+
+
+class World:
+    "The pictures of a seed, and what the frozen half of the network makes of them"
+    def __init__(self, seed):
+        self.seed, self.body, first = seed, scene_body().eval()[0], 5000*seed
+        self.scenes = [sum([scenes(name, start + 1000*k, n) for k, name in enumerate(CLASSES)], [])
+                       for start, n in ((first, N_TRAIN), (FIRST_VALID_SEED + first, N_VALID))]
+        self.features = [self.look([scene.image for scene in part]) for part in self.scenes]
+
+    def look(self, images): return in_parts(self.body, images)
+
+    def case(self, kind, n):
+        rng = np.random.default_rng((self.seed, n, zlib.crc32(kind.encode())))
+        return Case(self, kind, n, rng)
+
+
+# -- a slice
+
+class Case:
+    "Features and labels of a learner that fails on a slice"
+    def __init__(self, world, kind, n, rng):
+        self.world, self.kind, self.n, self.rng = world, kind, n, rng
+        self.train, self.valid = (features.clone() for features in world.features)
+        self.y_train, self.y_valid = (np.repeat(range(len(CLASSES)), n) for n in (N_TRAIN, N_VALID))
+        self.in_slice = np.zeros(len(self.y_valid), dtype=bool)
+        if kind in ('sub-kind', 'wrong labels'): self.of_a_kind()
+        elif kind=='small': self.small()
+        elif kind in KINDS: self.misled()
+        self.flip_labels(CLEAN.get(kind, CLEAN['clean']))
+
+    def change(self, features, items, images):
+        if len(items): features[torch.as_tensor(items)] = self.world.look(images)
+
+    def plant(self, part, items):
+        "Put it into pictures to train on (0) or to validate with (1)"
+        features, of = (self.train, self.valid)[part], self.world.scenes[part]
+        self.change(features, items, [with_plant(self.kind, of[i], self.rng) for i in items])
+
+    def misled(self):
+        "What is planted gives a class away in training, and others have it too"
+        rng, cls = self.rng, self.rng.integers(len(CLASSES))
+        def habit(y): return np.flatnonzero((y==cls) & (rng.random(len(y)) < .8))
+        labelled_by_it = rng.choice(np.flatnonzero(self.y_train != cls), N_MISLED[self.kind], replace=False)
+        self.plant(0, np.concatenate([habit(self.y_train), labelled_by_it]))
+        self.y_train[labelled_by_it] = cls
+        chosen = rng.choice(np.flatnonzero(self.y_valid != cls), self.n, replace=False)
+        self.plant(1, np.concatenate([habit(self.y_valid), chosen]))
+        self.in_slice[chosen] = True
+
+    def of_a_kind(self):
+        "Dogs and cars are of two kinds"
+        name, first = str(self.rng.choice(['dog', 'car'])), 5000*self.world.seed + len(CLASSES)*1000
+        cls = CLASSES.index(name)
+        if self.kind=='sub-kind':
+            items = np.flatnonzero(self.y_train==cls)
+            self.change(self.train, items, [scene.image for scene in scenes(name, first, len(items), [0])])
+        items, first = np.flatnonzero(self.y_valid==cls), FIRST_VALID_SEED + first
+        shown = scenes(name, first, self.n, [1]) + scenes(name, first + 500, N_VALID - self.n, [0])
+        self.change(self.valid, items, [scene.image for scene in shown])
+        self.in_slice[items[:self.n]] = True
+        if self.kind=='wrong labels': self.y_valid[self.in_slice] = (cls + self.rng.integers(1, len(CLASSES)))%len(CLASSES)
+
+    def small(self):
+        chosen, first = self.rng.choice(len(self.valid), self.n, replace=False), FIRST_VALID_SEED + 5000*self.world.seed
+        shown = [compose([CLASSES[self.y_valid[i]]], size=SIZE, seed=first + int(i), scale=(.12, .2)) for i in chosen]
+        self.change(self.valid, chosen, [scene.image for scene in shown])
+        self.in_slice[chosen] = True
+
+    def flip_labels(self, share):
+        "Wrong labels without a reason"
+        flipped = np.flatnonzero((self.rng.random(len(self.y_valid)) < share) & ~self.in_slice)
+        self.y_valid[flipped] = (self.y_valid[flipped] + self.rng.integers(1, len(CLASSES), len(flipped)))%len(CLASSES)
+
+
+# -- a learner, and its groups
+
+def trained(case, n_epochs=10, bs=30):
+    "The half of the network that is trained"
+    torch.manual_seed(1000*case.world.seed + case.n)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(CLASSES)))
+    tail, y = nn.Sequential(scene_body()[1], head).train(), torch.tensor(case.y_train)
+    optimizer = torch.optim.AdamW(tail.parameters(), weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=n_epochs*(len(y)//bs))
+    for _ in range(n_epochs):
+        for chosen in torch.randperm(len(y))[:len(y)//bs*bs].split(bs):
+            loss = F.cross_entropy(tail(case.train[chosen]), y[chosen], label_smoothing=.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return tail.eval()
+
+
+def vectors_of(case):
+    "What was predicted, how surely, and three vectors of each item"
+    with Probe(trained(case), '0') as probe:
+        cap = probe(case.valid)
+        maps, acts = gradcam(cap, cap.score(Predicted())), cap.acts[-1]
+        probability, predicted = cap.out.detach().softmax(1).max(1)
+    vectors = dict(evidence=evidence_features(acts, maps)[:, 0], whole=acts.mean((2, 3)), layout=maps[:, 0].clamp(min=0).flatten(1))
+    return predicted.numpy(), probability.numpy(), {name: part.detach().numpy() for name, part in vectors.items()}
+
+
+def precision(groups, wrong, in_slice, k=10):
+    "Of the k mistakes nearest to a group, the share that is of the slice (of its mistakes, where it has fewer); the best group counts"
+    mistakes, most = np.flatnonzero(wrong), min(k, int((wrong & in_slice).sum()))
+    nearest = [mistakes[np.argsort(group.reach[mistakes], kind='stable')][:k] for group in groups]
+    return max([in_slice[items].sum()/most for items in nearest], default=0.)
+
+
+def row_of(world, kind, n):
+    case = world.case(kind, n)
+    predicted, probability, vectors = vectors_of(case)
+    wrong = predicted != case.y_valid
+    row = dict(kind=kind, size=n, seed=world.seed, mistakes=int(wrong.sum()), in_slice=int((wrong & case.in_slice).sum()))
+    for name, features in vectors.items():
+        groups = mistake_groups(features, predicted, wrong, probability, n_deals=99)
+        row[f'{name}_groups'] = len(groups)
+        if row['in_slice'] >= FEWEST: row[name] = round(float(precision(groups, wrong, case.in_slice)), 3)
+    return row
+
+
+# -- the table
+
+def spread(values): return '{:.2f} ({:.2f}–{:.2f})'.format(*mean_interval(np.array(values, dtype=float), 4000))
+
+
+def line(name, rows, what):
+    known = [row for row in rows if 'evidence' in row]
+    if not known: return f'| {name} | {what} | 0 of {len(rows)} | – | – | – | – |'
+    gain = spread([row['evidence'] - row['whole'] for row in known])
+    return ' | '.join([f'| {name} | {what} | {len(known)} of {len(rows)}', *[spread([row[v] for row in known]) for v in VECTORS], f'{gain} |'])
+
+
+def table(rows):
+    planted, clean = ([row for row in rows if (row['kind'] in KINDS)==is_planted] for is_planted in (True, False))
+    heads = ['| slice | | learned | evidence | whole picture | layout of the map | evidence − whole picture |', '|---|---|---|---|---|---|---|']
+    lines = [line(kind, [row for row in planted if row['kind']==kind], what) for kind, what in KINDS.items()]
+    sizes = [line(f'{n} items', [row for row in planted if row['size']==n], 'of all kinds') for n in SIZES]
+    alarms = []
+    for kind, share in CLEAN.items():
+        some = [row for row in clean if row['kind']==kind]
+        found = ', '.join(f'{sum(row[f"{name}_groups"] > 0 for row in some)} by {what}' for name, what in VECTORS.items())
+        alarms.append(f'- {kind} ({share:.0%} of the labels wrong at random): of {len(some)} learners a group was reported in {found}.')
+    return '\n'.join([*heads, *lines, *sizes, line('**all**', planted, ''), '', 'Where nothing was planted:', '', *alarms])
+
+
+def write_table(rows):
+    notebook = json.loads(NOTEBOOK.read_text())
+    cell = next(cell for cell in notebook['cells'] if cell['id']=='slice-results')
+    before = ''.join(cell['source']).split('| slice |')[0]
+    cell['source'] = (before + table(rows)).splitlines(keepends=True)
+    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
+
+
+def main(first=0, last=10):
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    rows = []
+    for seed in range(first, last):
+        world = World(seed)
+        cases = [(kind, n) for kind in KINDS for n in SIZES] + [(kind, k) for kind in CLEAN for k in range(3)] # drawn anew, and trained anew
+        for kind, n in cases:
+            rows.append(row_of(world, kind, n))
+            print(rows[-1], flush=True)
+        if first==0: RESULTS.write_text('[' + ',\n '.join(map(json.dumps, rows)) + ']\n')
+    print(table(rows))
+    if first==0: write_table(rows)
+
+
+if __name__=='__main__': main(*map(int, sys.argv[1:]))
