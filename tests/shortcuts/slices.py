@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 import zlib
+from operator import itemgetter
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1') # small networks gain nothing from more
@@ -94,74 +95,68 @@ class World:
 
     def look(self, images): return in_parts(self.body, images)
 
-    def case(self, kind, n):
-        rng = np.random.default_rng((self.seed, n, zlib.crc32(kind.encode())))
-        return Case(self, kind, n, rng)
-
 
 # -- a slice
 
 class Case:
-    "Features and labels of a learner that fails on a slice"
-    def __init__(self, world, kind, n, rng):
-        self.world, self.kind, self.n, self.rng = world, kind, n, rng
+    "Features and labels of a learner that fails on a slice, for whatever size of it"
+    def __init__(self, world, kind, draw=0):
+        self.world, self.kind, self.draw = world, kind, draw
+        self.rng = np.random.default_rng((world.seed, draw, zlib.crc32(kind.encode())))
         self.train, self.valid = (features.clone() for features in world.features)
         self.y_train, self.y_valid = (np.repeat(range(len(CLASSES)), n) for n in (N_TRAIN, N_VALID))
-        self.in_slice = np.zeros(len(self.y_valid), dtype=bool)
+        self.chosen, self.changed, self.wrong_label = np.zeros(0, dtype=int), self.valid[:0], None # of the largest slice
         if kind in ('sub-kind', 'wrong labels'): self.of_a_kind()
         elif kind=='small': self.small()
         elif kind in KINDS: self.misled()
-        self.flip_labels(CLEAN.get(kind, CLEAN['clean']))
-
-    def change(self, features, items, images):
-        if len(items): features[torch.as_tensor(items)] = self.world.look(images)
 
     def plant(self, part, items):
-        "Put it into pictures to train on (0) or to validate with (1)"
-        features, of = (self.train, self.valid)[part], self.world.scenes[part]
-        self.change(features, items, [with_plant(self.kind, of[i], self.rng) for i in items])
+        "What pictures to train on (0) or to validate with (1) become"
+        return self.world.look([with_plant(self.kind, self.world.scenes[part][i], self.rng) for i in items])
 
     def misled(self):
         "What is planted gives a class away in training, and others have it too"
         rng, cls = self.rng, self.rng.integers(len(CLASSES))
         def habit(y): return np.flatnonzero((y==cls) & (rng.random(len(y)) < .8))
         labelled_by_it = rng.choice(np.flatnonzero(self.y_train != cls), N_MISLED[self.kind], replace=False)
-        self.plant(0, np.concatenate([habit(self.y_train), labelled_by_it]))
+        for part, features, items in ((0, self.train, np.concatenate([habit(self.y_train), labelled_by_it])), (1, self.valid, habit(self.y_valid))):
+            features[torch.as_tensor(items)] = self.plant(part, items)
         self.y_train[labelled_by_it] = cls
-        chosen = rng.choice(np.flatnonzero(self.y_valid != cls), self.n, replace=False)
-        self.plant(1, np.concatenate([habit(self.y_valid), chosen]))
-        self.in_slice[chosen] = True
+        self.chosen = rng.choice(np.flatnonzero(self.y_valid != cls), max(SIZES), replace=False)
+        self.changed = self.plant(1, self.chosen)
 
     def of_a_kind(self):
         "Dogs and cars are of two kinds"
         name, first = str(self.rng.choice(['dog', 'car'])), 5000*self.world.seed + len(CLASSES)*1000
         cls = CLASSES.index(name)
-        if self.kind=='sub-kind':
-            items = np.flatnonzero(self.y_train==cls)
-            self.change(self.train, items, [scene.image for scene in scenes(name, first, len(items), [0])])
-        items, first = np.flatnonzero(self.y_valid==cls), FIRST_VALID_SEED + first
-        shown = scenes(name, first, self.n, [1]) + scenes(name, first + 500, N_VALID - self.n, [0])
-        self.change(self.valid, items, [scene.image for scene in shown])
-        self.in_slice[items[:self.n]] = True
-        if self.kind=='wrong labels': self.y_valid[self.in_slice] = (cls + self.rng.integers(1, len(CLASSES)))%len(CLASSES)
+        def look(first, n, kind): return self.world.look([scene.image for scene in scenes(name, first, n, [kind])])
+        if self.kind=='sub-kind': self.train[torch.as_tensor(self.y_train==cls)] = look(first, N_TRAIN, 0)
+        else: self.wrong_label = (cls + self.rng.integers(1, len(CLASSES)))%len(CLASSES)
+        first, items = FIRST_VALID_SEED + first, np.flatnonzero(self.y_valid==cls)
+        self.valid[torch.as_tensor(items)] = look(first + 500, N_VALID, 0)
+        self.chosen, self.changed = items[:max(SIZES)], look(first, max(SIZES), 1)
 
     def small(self):
-        chosen, first = self.rng.choice(len(self.valid), self.n, replace=False), FIRST_VALID_SEED + 5000*self.world.seed
-        shown = [compose([CLASSES[self.y_valid[i]]], size=SIZE, seed=first + int(i), scale=(.12, .2)) for i in chosen]
-        self.change(self.valid, chosen, [scene.image for scene in shown])
-        self.in_slice[chosen] = True
+        self.chosen, first = self.rng.choice(len(self.valid), max(SIZES), replace=False), FIRST_VALID_SEED + 5000*self.world.seed
+        shown = [compose([CLASSES[self.y_valid[i]]], size=SIZE, seed=first + int(i), scale=(.12, .2)) for i in self.chosen]
+        self.changed = self.world.look([scene.image for scene in shown])
 
-    def flip_labels(self, share):
-        "Wrong labels without a reason"
-        flipped = np.flatnonzero((self.rng.random(len(self.y_valid)) < share) & ~self.in_slice)
-        self.y_valid[flipped] = (self.y_valid[flipped] + self.rng.integers(1, len(CLASSES), len(flipped)))%len(CLASSES)
+    def of_size(self, n):
+        "Features and labels to validate with, and which items are of the slice"
+        valid, y, rng, items = self.valid.clone(), self.y_valid.copy(), np.random.default_rng((self.world.seed, self.draw, n)), self.chosen[:n]
+        valid[torch.as_tensor(items)] = self.changed[:n]
+        if self.wrong_label is not None: y[items] = self.wrong_label
+        in_slice = np.isin(np.arange(len(y)), items)
+        flipped = np.flatnonzero((rng.random(len(y)) < CLEAN.get(self.kind, CLEAN['clean'])) & ~in_slice) # wrong labels without a reason
+        y[flipped] = (y[flipped] + rng.integers(1, len(CLASSES), len(flipped)))%len(CLASSES)
+        return valid, y, in_slice
 
 
 # -- a learner, and its groups
 
 def trained(case, n_epochs=10, bs=30):
     "The half of the network that is trained"
-    torch.manual_seed(1000*case.world.seed + case.n)
+    torch.manual_seed(1000*case.world.seed + case.draw)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(CLASSES)))
     tail, y = nn.Sequential(scene_body()[1], head).train(), torch.tensor(case.y_train)
     optimizer = torch.optim.AdamW(tail.parameters(), weight_decay=.05)
@@ -176,10 +171,10 @@ def trained(case, n_epochs=10, bs=30):
     return tail.eval()
 
 
-def vectors_of(case):
-    "What was predicted, how surely, and three vectors of each item"
-    with Probe(trained(case), '0') as probe:
-        cap = probe(case.valid)
+def vectors_of(tail, features):
+    "What is predicted, how surely, and three vectors of each item"
+    with Probe(tail, '0') as probe:
+        cap = probe(features)
         maps, acts = gradcam(cap, cap.score(Predicted())), cap.acts[-1]
         probability, predicted = cap.out.detach().softmax(1).max(1)
     vectors = dict(evidence=evidence_features(acts, maps)[:, 0], whole=acts.mean((2, 3)), layout=maps[:, 0].clamp(min=0).flatten(1))
@@ -193,28 +188,35 @@ def precision(groups, wrong, in_slice, k=10):
     return max([in_slice[items].sum()/most for items in nearest], default=0.)
 
 
-def row_of(world, kind, n):
-    case = world.case(kind, n)
-    predicted, probability, vectors = vectors_of(case)
-    wrong = predicted != case.y_valid
-    row = dict(kind=kind, size=n, seed=world.seed, mistakes=int(wrong.sum()), in_slice=int((wrong & case.in_slice).sum()))
-    for name, features in vectors.items():
-        groups = mistake_groups(features, predicted, wrong, probability, n_deals=99)
-        row[f'{name}_groups'] = len(groups)
-        if row['in_slice'] >= FEWEST: row[name] = round(float(precision(groups, wrong, case.in_slice)), 3)
-    return row
+def rows_of(case, sizes):
+    "A learner, and what is found of a slice of each size"
+    tail = trained(case)
+    for n in sizes:
+        features, y, in_slice = case.of_size(n)
+        predicted, probability, vectors = vectors_of(tail, features)
+        wrong = predicted != y
+        row = dict(kind=case.kind, size=n, seed=case.world.seed, mistakes=int(wrong.sum()), in_slice=int((wrong & in_slice).sum()))
+        for name, found in vectors.items():
+            groups = mistake_groups(found, predicted, wrong, probability, n_deals=99)
+            row[f'{name}_groups'] = len(groups)
+            if row['in_slice'] >= FEWEST: row[name] = round(float(precision(groups, wrong, in_slice)), 3)
+        yield row
 
 
 # -- the table
 
-def spread(values): return '{:.2f} ({:.2f}–{:.2f})'.format(*mean_interval(np.array(values, dtype=float), 4000))
+def spread(rows, value):
+    "The mean, and its interval over learners, which have several sizes each"
+    learners = {}
+    for row in rows: learners.setdefault((row['kind'], row['seed']), []).append(value(row))
+    return '{:.2f} ({:.2f}–{:.2f})'.format(*mean_interval(np.array([np.mean(values) for values in learners.values()]), 4000))
 
 
 def line(name, rows, what):
     known = [row for row in rows if 'evidence' in row]
     if not known: return f'| {name} | {what} | 0 of {len(rows)} | – | – | – | – |'
-    gain = spread([row['evidence'] - row['whole'] for row in known])
-    return ' | '.join([f'| {name} | {what} | {len(known)} of {len(rows)}', *[spread([row[v] for row in known]) for v in VECTORS], f'{gain} |'])
+    gain = spread(known, lambda row: row['evidence'] - row['whole'])
+    return ' | '.join([f'| {name} | {what} | {len(known)} of {len(rows)}', *[spread(known, itemgetter(vector)) for vector in VECTORS], f'{gain} |'])
 
 
 def table(rows):
@@ -244,10 +246,11 @@ def main(first=0, last=10):
     rows = []
     for seed in range(first, last):
         world = World(seed)
-        cases = [(kind, n) for kind in KINDS for n in SIZES] + [(kind, k) for kind in CLEAN for k in range(3)] # drawn anew, and trained anew
-        for kind, n in cases:
-            rows.append(row_of(world, kind, n))
-            print(rows[-1], flush=True)
+        cases = [(kind, 0) for kind in KINDS] + [(kind, draw) for kind in CLEAN for draw in (1, 2)]
+        for kind, draw in cases:
+            for row in rows_of(Case(world, kind, draw), SIZES if kind in KINDS else [0]):
+                rows.append(row)
+                print(row, flush=True)
         if first==0: RESULTS.write_text('[' + ',\n '.join(map(json.dumps, rows)) + ']\n')
     print(table(rows))
     if first==0: write_table(rows)
