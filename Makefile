@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 PYSTAMP := $(VENV)/.python-$(VERSION)
 STAMP   := $(VENV)/.installed-$(VERSION)-$(firstword $(shell cksum pyproject.toml))
 
-.PHONY: setup demo browser test test-slow test-all bench evidence calibration like zoo shortcuts config notebooks figures readme stubs clean
+.PHONY: setup demo browser test test-slow test-all bench evidence calibration like zoo shortcuts slices config notebooks figures readme stubs clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,9 @@ zoo: $(STAMP)            ## is the right layer of every torchvision and timm arc
 
 shortcuts: $(STAMP)      ## are planted shortcuts found, and none where there are none? (about an hour; no downloads): nbs/stories/shortcut_experiment.ipynb
 	$(BIN)/python -W ignore tests/shortcuts/planted.py
+
+slices: $(STAMP)         ## are mistakes with a planted reason found, and none where there is none? (a quarter of an hour; no downloads): nbs/89b_reasons.atlas.ipynb
+	$(BIN)/python -W ignore tests/shortcuts/slices.py
 
 config: $(STAMP)         ## settings.ini -> pyproject.toml
 	$(BIN)/python tests/config.py

@@ -11,7 +11,7 @@ __all__ = ['CAMInterpretation', 'CAMCallback', 'CAMs', 'CAMMap', 'cam_learner', 
            'CAMStore']
 
 # %% ../nbs/all.ipynb #b42b5bdb
-import fastai_cam.explore, fastai_cam.report, fastai_cam.shortcuts, fastai_cam.similar, fastai_cam.trust # methods of learners and interpretations
+import fastai_cam.explore, fastai_cam.reasons, fastai_cam.report, fastai_cam.shortcuts, fastai_cam.similar, fastai_cam.trust # methods
 from .interpret import CAMInterpretation
 from .learner.cams import cam_head, cam_learner, CAMCallback
 from .maps.cams import CAMs

@@ -37,6 +37,7 @@ ROOMS = ['core', 'files', 'checks', 'conditions', 'probe.layout', 'probe.guard',
          'shortcuts.matching', 'shortcuts.candidates', 'shortcuts.testing', 'shortcuts.report', 'data.fingerprint', 'data.shards', 'data.schema',
          'data.items', 'data.store', 'data.explain', 'data.frames',
          'similar.features', 'similar.index', 'similar.matches', 'similar.show',
+         'reasons.groups', 'reasons.effects', 'reasons.atlas',
          'report.facts', 'report.check', 'report.answers', 'report.pictures', 'report.page', 'report.like', 'report.write',
          'explore.marks', 'explore.widget', 'explore.show',
          'cli.words', 'cli.photos', 'cli.results', 'cli.models', 'cli.explain', 'cli.ask', 'cli.shell', '__main__']
