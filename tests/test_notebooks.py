@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
-SLOW = {'any_task', 'trust', 'several_objects', 'gallery', '33_methods.baselines', '65d_interpret.losses', '77_trust.sanity', '78_trust.compare', '79_trust.verdict',
+SLOW = {'any_task', 'mistakes', 'trust', 'several_objects', 'gallery', '33_methods.baselines', '65d_interpret.losses', '77_trust.sanity', '78_trust.compare', '79_trust.verdict',
         '85_shortcuts.report', 'ten_thousand', '90_examples.imagenet', '91_examples.scenes'} # long stories, and chapters that train networks or ask real ones
 CASES = [pytest.param(file, marks=[pytest.mark.slow]*(file.stem in SLOW)) for file in NOTEBOOKS]
 

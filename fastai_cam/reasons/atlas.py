@@ -357,7 +357,7 @@ def reasons(self:CAMInterpretation,
 def _tested_reasons(self:CAMInterpretation, found, groups, layer, test, seed):
     "The groups as they are reported, with what their evidence does to the model"
     n_passes = sum(min(MOST_TESTED, len(group.members))*N_PASSES for group in groups)*bool(test)
-    bar = PassBar(self.learn, n_passes, f'what the evidence of {len(groups)} groups does to the model')
+    bar = PassBar(self.learn, n_passes, f'what the evidence of {len(groups)} group{"s"*(len(groups) != 1)} does to the model')
     tester = _ModelTest(self, found, layer, seed, bar)
     effects = [tester(group.members[:MOST_TESTED]) if test else None for group in groups]
     bar.close()
