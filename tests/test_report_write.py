@@ -349,3 +349,9 @@ def test_maps_keep_their_shape_and_sign():
     assert cells.shape==(7, 14) and cells[0, 0] < 0 < cells[-1, -1]==127
     zero = packed(torch.zeros(3, 3), 14)
     assert zero['peak']==0 and not np.frombuffer(base64.b64decode(zero['data']), np.int8).any()
+
+
+@pytest.mark.parametrize('wrong, words', [(dict(nonsense=1), "there is no argument 'nonsense'"), (dict(target_layer='0'), "it is called 'layer'"), (dict(wher='wrong'), "did you mean 'where'")])
+def test_arguments_that_do_not_exist(tmp_path, interp, wrong, words):
+    with pytest.raises(TypeError, match=words): interp.report(tmp_path/'page.html', **wrong)
+    assert not list(tmp_path.iterdir())

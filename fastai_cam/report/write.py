@@ -30,6 +30,7 @@ from ..maps.cams import CAMs
 from ..maps.export import as_bytes
 from ..maps.pixels import to_pixels
 from ..state import check_learner, with_bar
+from ..learner.arguments import refuse_arguments
 from ..interpret.base import CAMInterpretation
 from .facts import as_finding, page_facts
 from .answers import answers_of, check_reported
@@ -39,6 +40,8 @@ from .page import block, check_installed, render
 
 # %% ../../nbs/94c_report.write.ipynb #f89ad10f
 MOST_ITEMS = 5000 # More of them are no page that one can send
+
+_has,_has_too = ('cls', 'layer', 'method', 'where'),('path', 'n', 'other', 'names', 'findings', 'title', 'json', 'image', 'like')
 
 def _checked_file(file):
     "Where to write"
@@ -216,9 +219,11 @@ def report(self:CAMInterpretation,
     title:str='What the model looked at', # Of the page
     json:str|Path|None=None, # File for the same facts as data, which `check_report` counts again
     image:int=0, # Which of the images, where several go into the model for one item
-    like:int|None=None # So many training pictures of the class that is predicted, and of the runner-up, beside each: `learn.show_like`'s
+    like:int|None=None, # So many training pictures of the class that is predicted, and of the runner-up, beside each: `learn.show_like`'s
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Path: # The page
     "Write one page that needs nothing else: how good the model is, and its items, sorted, filtered, large, with their maps"
+    refuse_arguments(kwargs, method, _has, _has_too)
     path = _check_arguments(self, path, n, method, layer, other, names)
     json = None if json is None else _checked_file(json)
     kind,classes = check_reported(self)

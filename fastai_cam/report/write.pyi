@@ -25,6 +25,7 @@ from ..maps.export import as_bytes
 from ..maps.pixels import to_pixels
 from ..state import check_learner
 from ..state import with_bar
+from ..learner.arguments import refuse_arguments
 from ..interpret.base import CAMInterpretation
 from .facts import as_finding
 from .facts import page_facts
