@@ -60,7 +60,7 @@ class Explorer:
         maps:Callable, # Of a list of positions, and the numbers of a method and a layer: maps by position, and whether they have two sides
         first:dict # Pictures of the items that are shown first, by position
     ):
-        self.marks,self._pictures,self._maps = marks,pictures,maps
+        self.marks,self._pictures,self._maps,self._thread = marks,pictures,maps,threading.current_thread()
         try: self._loop = asyncio.get_running_loop() # of the thread in which cells run
         except RuntimeError: self._loop = None
         self.widget = widget_class()(facts=facts, pictures=_by_text(first))
@@ -117,7 +117,7 @@ def _heard(self:Explorer, widget, content, buffers):
 @patch
 def _in_main_thread(self:Explorer, func):
     "Where cells run, as soon as none does"
-    if self._loop is None or threading.current_thread() is threading.main_thread(): func()
+    if self._loop is None or threading.current_thread() is self._thread: func()
     else: self._loop.call_soon_threadsafe(func)
 
 @patch

@@ -213,7 +213,8 @@ def sentences(
     return found
 
 # %% ../../nbs/93_report.facts.ipynb #185822a4
-_titles = dict(CAMTable='Methods compared', SanityCheck='Sanity check', Shortcuts='Shortcuts', Reasons='Reasons of mistakes', CAMTrust='Trust in one map', str='Note')
+_titles = dict(CAMTable='Methods compared', SanityCheck='Sanity check', Shortcuts='Shortcuts', Reasons='Reasons of mistakes',
+               CAMTrust='Trust in one map', str='Note')
 
 def _with_intervals(table):
     "Rows of a table as they are read: a number and its interval in one cell"
