@@ -1,4 +1,7 @@
 "Where the places are: sequences beside grids, layers that are named, stacks of images. What is answered passes the test of alignment; the rest is refused."
+import gc
+import weakref
+
 import pytest
 import torch
 import torchvision
@@ -339,8 +342,48 @@ def test_a_changed_stride_gets_another_look():
     model = stages()
     rows_of(model, EVIDENCE)
     model[0][2][0].stride = (1, 1)
-    assert rows_of(model, EVIDENCE)==([1, 3, 3], ['0.0', '0'], [(5, 32, 32), (11, 16, 16)]), 'tried, looked again, and run again'
+    assert rows_of(model, EVIDENCE)==([1, 3], ['0.0', '0'], [(5, 32, 32), (11, 16, 16)])
     assert rows_of(model, EVIDENCE)[0]==[3]
+
+
+class Told(nn.Module):
+    "Which layer is the last depends on a flag, on an argument, or on another `forward`"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.head, self.late = nn.Conv2d(3, 5, 3, 1, 1), nn.Conv2d(5, 5, 3, 1, 1), nn.Conv2d(5, 5, 3, 1, 1), nn.Linear(5, 2), False
+    def forward(self, x, deep=False):
+        x = self.a(x)
+        return self.head((self.c(self.b(x)) if self.late or deep else self.b(self.c(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize('change', ['flag', 'argument', 'forward'])
+def test_what_is_remembered_is_of_what_a_model_was_told(change):
+    model, x, named = Told().eval(), torch.rand(2, 3, 16, 16), {}
+    def last(**named):
+        with Probe(model, EVERY_STAGE) as probe: return probe(x, **named).names
+    assert [last(), last()]==[['b']]*2
+    if change=='flag': model.late = True
+    if change=='argument': named = dict(deep=True)
+    if change=='forward': model.forward = lambda x: model.head(model.c(model.b(model.a(x))).mean((2, 3)))
+    assert last(**named)==['c'] and last(**named)==['c']
+
+
+def test_the_same_modules_under_other_names():
+    model = stages()
+    rows_of(model, EVIDENCE)
+    model[0]._modules = {f'part{name}': part for name, part in model[0]._modules.items()}
+    assert rows_of(model, EVIDENCE)[1]==['0.part1', '0']
+
+
+def test_another_shape_than_was_remembered_gets_another_look():
+    class Listed(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.head, self.sides = stages()[0], nn.Linear(11, 2), [None]
+        def forward(self, x): return self.head((self.body(x) if self.sides[0] is None else self.body(x[..., ::2, ::2])).mean((2, 3)))
+    model = Listed().eval()
+    rows_of(model, EVIDENCE)
+    model.sides[0] = 2 # what is in a list is not compared
+    assert rows_of(model, EVIDENCE)==([1, 3, 3], ['body.1', 'body'], [(7, 8, 8), (11, 4, 4)]), 'tried, looked again, and run again'
 
 
 def test_maps_are_the_same_whether_the_layers_are_remembered_or_not():
@@ -356,3 +399,13 @@ def test_tokens_are_looked_at_each_time():
     torch.manual_seed(0)
     model, x = Ordered('rows').eval(), lines(32, 32)
     assert [rows_of(model, EVIDENCE, x)[0] for _ in range(3)][1:]==[[1, 1, len(x)]]*2, 'what the score depends on decides, too'
+
+
+def test_what_is_remembered_keeps_no_model_alive():
+    model = stages()
+    model.forward = model.forward # a bound method, which holds the model
+    rows_of(model, EVIDENCE)
+    dies = weakref.ref(model)
+    del model.forward, model
+    gc.collect()
+    assert dies() is None

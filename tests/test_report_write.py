@@ -3,6 +3,7 @@ import base64
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import re
 import weakref
@@ -152,6 +153,26 @@ def test_a_number_of_training_pictures_that_makes_none(tmp_path, interp, like, w
 def test_values_have_no_training_pictures_of_a_class(tmp_path):
     interp = interpretation(plain([(picture, torch.tensor([float(i)])) for i, picture in enumerate(pictures(4))], 1, MSELossFlat()))
     with pytest.raises(ValueError, match='this learner predicts no classes'): interp.report(tmp_path/'page.html', like=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_stand_under_their_items_where_losses_are_equal(tmp_path):
+    class Same(nn.Module): # sure of everything: all losses are 0 or the same
+        def __init__(self): super().__init__(); self.body = body(2)
+        def forward(self, x): return self.body(x)*0 + torch.tensor([0., 1e4])
+    interp = interpretation(plain([(torch.full((3, 24, 32), i/12), i%2) for i in range(12)], 2, model=Same()))
+    for chosen in (dict(where='right'), dict(where=[5, 3, 3, 1]), {}):
+        interp.report(tmp_path/'page.html', method='edge_map', json=tmp_path/'page.json', **chosen)
+        page = (tmp_path/'page.html').read_text()
+        shown = [item for item in json.loads((tmp_path/'page.json').read_text())['items'] if item['shown']]
+        blocks = [json.loads(data) for data in re.findall(r'<script type="application/json" id="i\d+">(.*?)</script>', page, re.S)]
+        grey = [np.asarray(Image.open(io.BytesIO(base64.b64decode(block['views'][0]['picture']['data']))).convert('L')).mean() for block in blocks]
+        assert grey==pytest.approx([255*item['position']/12 for item in shown], abs=4)
+        assert check_report(tmp_path/'page.json', tmp_path/'page.html')==[]
+
+
+def test_page_and_facts_are_two_files(tmp_path, interp):
+    with pytest.raises(ValueError, match='is the page itself'): interp.report(tmp_path/'page.html', json=tmp_path/'page.html')
     assert not list(tmp_path.iterdir())
 
 

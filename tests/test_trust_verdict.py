@@ -7,6 +7,7 @@ from fastai.vision.all import (
     CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, L, Learner, MaskBlock, MSELossFlat, Normalize, PILImage, RegressionBlock)
 
 from fastai_cam.all import METHODS, Probe
+from fastai_cam.maps.draw import CAMMap
 from fastai_cam.trust.verdict import CAMTrust
 from fastai_cam.trust.impute import impute
 from fastai_cam.trust.sanity import randomization_similarity
@@ -215,3 +216,26 @@ def test_a_value_and_a_segmentation_have_a_verdict():
     learn = learner_of(ImageBlock, MaskBlock(['nothing', 'even', 'odd']), get_y=codes_of, model=Draws(), loss_func=CrossEntropyLossFlat(axis=1))
     trust = learn.cam_trust(0, cls='odd', n_random=2, steps=2)
     assert trust.label=='odd' and 0 < trust.numbers['score'] < 1
+
+
+# -- where nothing changes the answer
+
+def told(**changed):
+    numbers = dict(score=.18, drop=.001, drop_elsewhere=0., shown=.18, shown_elsewhere=.181, best_place=.001, average_place=0., placement=.9, placement_low=.5, placement_high=1.2, randomized_similarity=.1, n_random=9, n_beaten=9)
+    return CAMTrust(CAMMap(torch.rand(4, 4)), 'cat', {**numbers, **changed}, .3)
+
+
+def test_an_answer_that_nothing_changes_is_not_believed():
+    "An empty picture, or a model that has learned nothing: the same number whatever is hidden or shown alone"
+    verdict = told()
+    assert verdict.word=='not' and not verdict.moves and not any(list(verdict.ticks.values())[:2]) and 'try a picture that has something in it' in verdict.next_step
+    assert told(drop=.1, best_place=.12).word=='believed'
+    assert told(shown_elsewhere=.1).moves, 'showing an average place alone takes it away'
+
+
+def test_no_place_decides_and_this_one_less_than_any():
+    "Objects all over the picture: one cannot say; but of a place that is surely below the average one can"
+    redundant = dict(drop=-.01, drop_elsewhere=.01, shown_elsewhere=.1, placement=-.1, placement_low=-.4, placement_high=.2)
+    assert told(**redundant).word=='with care' and told(**redundant).ticks['it is well placed'] is None
+    below = {**redundant, 'placement_high': -.05}
+    assert told(**below).word=='not' and told(**below).ticks['it is well placed'] is False

@@ -16,7 +16,7 @@ from weakref import ref, WeakKeyDictionary
 
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
-from ..core import describe_output, image_size_of, images_in, n_items_of, tensors_in
+from ..core import describe_output, image_size_of, images_in, map_tensors, n_items_of, tensors_in
 from .layout import find_layout, find_layouts, Layout
 from .layers import (
     EVERY_STAGE, EVIDENCE, is_body_and_head, is_found_by_pass, is_scripted, LAST_TWO_STAGES, resolve_layers)
@@ -53,18 +53,32 @@ class _Shown(NamedTuple):
     "What a scan has shown of a model"
     layers:list # names, shapes of what they returned for one item, and where the places are in that
     modules:list # weak references to all modules that the model had then
+    settings:tuple # what their names were, and what they were told
 
     def is_of(self, model:nn.Module) -> bool:
-        "Is the model made of the same modules?"
+        "Is the model made of the same modules, told the same?"
         now = list(model.modules())
-        return len(now)==len(self.modules) and all(one() is module for one,module in zip(self.modules, now))
+        is_same = len(now)==len(self.modules) and all(one() is module for one,module in zip(self.modules, now))
+        return is_same and self.settings==_settings(model)
+
+def _settings(model):
+    "Names of all modules, and their own plain attributes and functions: a stride, a flag that `forward` reads, another `forward`"
+    def own(module): return tuple((name, _told(value)) for name,value in vars(module).items() if name != 'training')
+    return tuple((name, own(module)) for name,module in model.named_modules(remove_duplicate=False))
+
+def _told(value):
+    "A setting, without what would keep a model alive"
+    if isinstance(value, tuple): return tuple(map(_told, value))
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    return id(value) if callable(value) else type(value)
 
 # of each model, what scans have shown, where shapes alone decided
 _SHOWN:WeakKeyDictionary = WeakKeyDictionary()
 
 def _key(finder, state):
     "Upon what it depends which layers are found, beside the modules"
-    return finder.wanted,finder.image,tuple(tuple(t.shape[1:]) for t in tensors_in((list(state.args), state.kwargs)))
+    given = (list(state.args), state.kwargs)
+    return finder.wanted,finder.image,tuple(tuple(t.shape[1:]) for t in tensors_in(given)),repr(map_tensors(lambda t: None, given))
 
 def _is_of_shapes(scan, found):
     "Do shapes alone decide which layers are found? Of tokens, several inputs or outputs, and doubts, weights and pictures do, too"
@@ -122,7 +136,8 @@ def search(self:LayerFinder, state:PassState) -> None:
     self.layers,self.remembered = [(seen.name, seen.module) for seen in found],None
     shown.pop(key, None)
     if not _is_of_shapes(scan, found): return
-    shown[key] = _Shown([(seen.name, seen.shape[1:], seen.layout) for seen in found], [*map(ref, self.model.modules())])
+    layers = [(seen.name, seen.shape[1:], seen.layout) for seen in found]
+    shown[key] = _Shown(layers, [*map(ref, self.model.modules())], _settings(self.model))
 
 # %% ../../nbs/16a_probe.finder.ipynb #3144c843
 @patch

@@ -16,6 +16,7 @@ from fastcore.basics import store_attr
 from ..core import describe_output
 from ..core import image_size_of
 from ..core import images_in
+from ..core import map_tensors
 from ..core import n_items_of
 from ..core import tensors_in
 from .layout import find_layout
@@ -57,6 +58,7 @@ class _Shown(NamedTuple):
     def is_of(self, model: nn.Module) -> bool: ...
     layers: list
     modules: list
+    settings: tuple
 class LayerFinder():
     def __init__(self, model: nn.Module, layers: Any=..., image: int=..., asks: Callable | None=..., resumes: str=...) -> None: ...
     def look_at_body(self) -> None: ...

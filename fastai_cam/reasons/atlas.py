@@ -278,7 +278,7 @@ class _ModelTest:
         donors = torch.tensor([k for k,items in enumerate(able) if len(items)], dtype=torch.long)
         own,others = given.items[members].tolist(),[int(self.generator.choice(items)) for items in able if len(items)]
         with preserve_state(learn) as quiet, Probe(unwrap_model(learn.model), self.layer, grad=False) as probe:
-            images = self.interp._inputs(quiet, [*own, *others])
+            images = self.interp._inputs(quiet, [*own, *others], self.layer)
             predict = self._predict(probe, images)
             classes = torch.from_numpy(np.stack([given.classes[members], given.labels[members]], 1))
             return effect_of(predict, images[:len(own)], self.found.maps[members], classes, images[len(own):], donors)
@@ -296,11 +296,11 @@ class _ModelTest:
 
 # %% ../../nbs/89b_reasons.atlas.ipynb #f07ebe83
 @patch
-def _inputs(self:CAMInterpretation, quiet, idxs):
+def _inputs(self:CAMInterpretation, quiet, idxs, layer):
     "Pictures of the set as they go into the model, in the order of `idxs`"
     unique,place = np.unique(idxs, return_inverse=True)
     source = dl_source(self.learn, self.dl, unique.tolist())
-    query = query_of(self.learn, None, 'gradcam')
+    query = query_of(self.learn, None, 'gradcam', layer)
     batches,_ = run_query(quiet, source, query, lambda cap, scores, callback: cap.image.detach().cpu().as_subclass(Tensor))
     return torch.cat(batches)[place]
 

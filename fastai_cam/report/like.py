@@ -10,7 +10,7 @@ __all__ = ['MOST_LIKE', 'check_like', 'Neighbours', 'neighbours_of']
 # %% ../../nbs/94b_report.like.ipynb #ca098c6c
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from fastcore.basics import patch
@@ -56,11 +56,12 @@ def neighbours_of(
     interp:CAMInterpretation, # Interpretation to be reported
     idxs:list[int], # Its items that are shown
     k:int, # How many training pictures of each class
+    layer:Any=None, # Where they are compared; `None`: the interpretation's own
     image:int=0 # Which of the images, where several go into the model for one item
 ) -> Neighbours:
     "The training pictures that the decisions about these items are most like"
     with preserve_state(interp.learn): chosen = dl_source(interp.learn, interp.dl, idxs, image=image)
-    return Neighbours(interp, interp.learn.get_like(chosen, k, image=image), image)
+    return Neighbours(interp, interp.learn.get_like(chosen, k, layer=interp.layer if layer is None else layer, image=image), image)
 
 @patch
 def beside(self:Neighbours,
@@ -81,6 +82,14 @@ def _of_row(self:Neighbours, row):
     return dict(words=cut(row.words, 80), role=row.role, none=why_none(row), found=pictures)
 
 # %% ../../nbs/94b_report.like.ipynb #84a4a1d4
+def _read(images):
+    "All of them; `None` for one that can no longer be read, though it could when the index was made"
+    def one(i):
+        try: return images[i]
+        except Exception: return None
+    try: return images.load()
+    except Exception: return [one(i) for i in range(len(images))]
+
 @patch
 def blocks(self:Neighbours,
     items:range # Items of the page that are written next
@@ -91,7 +100,7 @@ def blocks(self:Neighbours,
     new = sorted(set(index.positions[torch.cat(places)].tolist()) - self.written) if places else []
     if not new: return
     self.written.update(new)
-    with preserve_state(self.interp.learn): pictures = training_source(self.interp.learn, new, self.image).images.load()
+    with preserve_state(self.interp.learn): pictures = _read(training_source(self.interp.learn, new, self.image).images)
     for position,picture in zip(new, pictures):
-        small = encoded(Image.fromarray(as_bytes(to_pixels(picture))), _bytes_each, _side)
+        small = None if picture is None else encoded(Image.fromarray(as_bytes(to_pixels(picture))), _bytes_each, _side)
         yield training_block(position, dict(picture=small, name=cut(as_text(Path(index.names[position]).name), 120)))

@@ -3,6 +3,7 @@ from typing import Any
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 from typing import Iterator
 import torch
 from fastcore.basics import patch
@@ -33,4 +34,4 @@ class Neighbours():
     found: Alike
     image: int = ...
     written: set = ...
-def neighbours_of(interp: CAMInterpretation, idxs: list[int], k: int, image: int=...) -> Neighbours: ...
+def neighbours_of(interp: CAMInterpretation, idxs: list[int], k: int, layer: Any=..., image: int=...) -> Neighbours: ...

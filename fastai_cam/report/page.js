@@ -269,7 +269,8 @@ function factsOf(item) {
 }
 function likeOf(one) {
   const {picture, name} = JSON.parse($(`t${one.at}`).textContent);
-  return make('li', {}, make('img', {alt: `training picture ${short(name)}`, title: short(name, 600), src: `data:${picture.type};base64,${picture.data}`, width: picture.w, height: picture.h}),
+  const image = picture ? make('img', {alt: `training picture ${short(name)}`, title: short(name, 600), src: `data:${picture.type};base64,${picture.data}`, width: picture.w, height: picture.h}) : make('span', {class: 'lost', text: 'cannot be read'});
+  return make('li', {}, image, isolated(name, {}, 40),
     make('span', {text: `alike ${one.alike.toFixed(2)}`}), one.says ? make('span', {class: 'doubt'}, '⚠ the model says ', isolated(one.says, {}, 40)) : null);
 }
 function likesOf(rows) {

@@ -49,6 +49,14 @@ def _checked_file(file):
     if file.parent.is_dir(): return file
     raise FileNotFoundError(f'there is no folder {str(file.parent)!r} to save {file.name!r} in: make it first')
 
+# %% ../../nbs/94c_report.write.ipynb #04ea09d3
+def _checked_json(file, page):
+    "Where the facts are written"
+    file = _checked_file(file)
+    if file.absolute() != page.absolute(): return file
+    name = page.with_suffix('.json').name
+    raise ValueError(f'json={str(file)!r} is the page itself: give the facts a file of their own, such as {name!r}')
+
 def _check_arguments(interp, path, n, method, layer, other, names):
     "A sentence for whatever makes no report"
     check_installed()
@@ -169,9 +177,10 @@ def _written(path, report, shown_of, chunks, room, neighbours=None):
 # %% ../../nbs/94c_report.write.ipynb #1a7de8d2
 def _ranked(interp, items, n, where, cls):
     "The items, the largest loss first, and the positions of those that are shown"
-    shown = interp.ranked(MOST_ITEMS if n is None else n, where=where, cls=cls)[1].tolist()
+    shown = list(dict.fromkeys(interp.ranked(None, where=where, cls=cls)[1].tolist()))[:MOST_ITEMS if n is None else n]
     chosen = set(shown)
-    return [{**items[i], 'position': i, 'shown': i in chosen} for i in interp.top_losses(None)[1].tolist()],shown
+    order = shown + [i for i in interp.top_losses(None)[1].tolist() if i not in chosen] # that of the pictures, of equal losses too
+    return [{**items[i], 'position': i, 'shown': i in chosen} for i in order],shown
 
 def _write_json(path, facts):
     with write_file(path) as out: out.write(jsonlib.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode())
@@ -225,7 +234,7 @@ def report(self:CAMInterpretation,
     "Write one page that needs nothing else: how good the model is, and its items, sorted, filtered, large, with their maps"
     refuse_arguments(kwargs, method, _has, _has_too)
     path = _check_arguments(self, path, n, method, layer, other, names)
-    json = None if json is None else _checked_file(json)
+    json = None if json is None else _checked_json(json, path)
     kind,classes = check_reported(self)
     check_like(self, like)
     findings = [as_finding(one) for one in (findings if is_listy(findings) else [findings])]
@@ -235,7 +244,7 @@ def report(self:CAMInterpretation,
     interps = [one for one in (self, other) if one is not None]
     sides = [_Side(one, [place[i] for i in shown], asked) for one,place in zip(interps, places)]
     words = dict(title=title, findings=findings, created=date.today().isoformat(), chosen=_in_call(where=where, cls=cls))
-    neighbours = None if like is None else neighbours_of(self, shown, like, image)
+    neighbours = None if like is None else neighbours_of(self, shown, like, layer, image)
     def told(several): return page_facts(kind, classes, items, names[:len(sides)], made=_made_by(several), **words)
     n_maps = len(sides)*len(as_methods(self.method if method is None else method))*dict(classes=2, labels=3, values=len(classes))[kind]
     room = Room(len(shown), n_maps)

@@ -44,6 +44,7 @@ class CAMTrust:
     limit = .25 # of the way from an average place to the best of several
     most_similar = .8 # rank correlation with the map of a copy that is half random
     least_room = .1 # of the score, from an average place to the best
+    least_move = .02 # of the score, by whatever is hidden or shown alone
     def __init__(self,
         cam_map:CAMMap, # The map, with its image
         label:str, # What was asked
@@ -63,6 +64,20 @@ def has_places(self:CAMTrust) -> bool:
     return self.numbers['best_place'] - self.numbers['average_place'] >= self.least_room*abs(self.numbers['score'])
 
 @patch(as_prop=True)
+def moves(self:CAMTrust) -> bool:
+    "Does anything that was hidden or shown alone change the answer? Not in an empty picture, nor of a model that has learned nothing"
+    n = self.numbers
+    changes = n['drop'],n['drop_elsewhere'],n['score'] - n['shown'],n['score'] - n['shown_elsewhere']
+    return max(map(abs, changes)) >= self.least_move*abs(n['score'])
+
+@patch(as_prop=True)
+def may_be_well_placed(self:CAMTrust) -> bool:
+    "Can it not be said that it is in the wrong place?"
+    if not self.has_places: return self.numbers['placement_high'] >= 0
+    return self.numbers['placement'] > self.limit
+
+# %% ../../nbs/79_trust.verdict.ipynb #afef910f
+@patch(as_prop=True)
 def is_well_placed(self:CAMTrust) -> bool:
     "Is it surely better placed than an average place?"
     return not self.cam_map.is_empty and self.numbers['placement_low'] > self.limit
@@ -75,9 +90,9 @@ def is_learned(self:CAMTrust) -> bool:
 @patch(as_prop=True)
 def word(self:CAMTrust) -> str:
     "'believed', 'with care' or 'not'"
-    if self.cam_map.is_empty: return 'not'
+    if self.cam_map.is_empty or not self.moves: return 'not'
     if self.matters and self.is_well_placed and self.is_learned: return 'believed'
-    return 'with care' if self.numbers['placement'] > self.limit or not self.has_places else 'not'
+    return 'with care' if self.may_be_well_placed else 'not'
 
 @patch(as_prop=True)
 def believed(self:CAMTrust) -> bool: return self.word=='believed'
@@ -101,9 +116,9 @@ def _lack(self:CAMTrust):
 @patch(as_prop=True)
 def ticks(self:CAMTrust) -> dict[str,bool|None]: # `None`: not surely
     "The three questions, and whether they are answered well"
-    is_unsure = self.numbers['placement'] > self.limit or not self.has_places
-    placed = self.is_well_placed or (None if is_unsure else False)
-    return {'what it lights matters': self.matters, 'it is well placed': placed, 'it depends on what was learned': self.is_learned}
+    placed = self.moves and (self.is_well_placed or (None if self.may_be_well_placed else False))
+    matters = self.moves and self.matters
+    return {'what it lights matters': matters, 'it is well placed': placed, 'it depends on what was learned': self.is_learned}
 
 @patch(as_prop=True)
 def sentence(self:CAMTrust) -> str:
@@ -126,6 +141,7 @@ def next_step(self:CAMTrust) -> str:
     "What to do next"
     n = self.numbers
     if self.cam_map.is_empty: return 'look at the prediction: does anything speak for this class?'
+    if not self.moves: return 'try a picture that has something in it: nothing that is hidden, or shown alone, changes this answer.'
     if self.word=='believed': return 'look at where it lies; interp.cam_trust() says what share of the set can be believed.'
     if not self.has_places:
         return f'no place of this size decides more than another: try a larger or a smaller one, such as share={self.share/2:.2f}.'
