@@ -38,11 +38,15 @@ OF_UNETS = tuple(f'test_{name}[masks]' for name in (
     'every_method_and_wrapper_makes_a_map_or_says_why_not', 'verdicts_do_not_depend_on_the_company', 'sanity_and_its_figures',
     'ablation_of_a_layer_with_few_channels', 'every_measure_and_its_plot'))
 
+# what takes ten seconds, and has a sibling that is quick
+LONG = ('test_every_measure_and_its_plot[numbers]', 'test_verdicts_do_not_depend_on_the_company[numbers]', 'test_every_method_and_wrapper_makes_a_map_or_says_why_not[points]',
+        'test_a_clean_learner_has_none', 'test_a_thing_is_suspect_and_its_place_is_said[different places]')
+
 
 def is_sweep(item):
     "Is this a slow test, by its mark, as one of many architectures, or of a large network?"
     is_of_the_zoo = item.path.name=='test_zoo.py' and not item.name.startswith(QUICK)
-    return item.get_closest_marker('slow') is not None or is_of_the_zoo or item.name in OF_UNETS
+    return item.get_closest_marker('slow') is not None or is_of_the_zoo or item.name in (*OF_UNETS, *LONG)
 
 
 def pytest_collection_modifyitems(config, items):

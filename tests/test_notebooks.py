@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 SLOW = {'any_task', 'mistakes', 'trust', 'several_objects', 'gallery', '33_methods.baselines', '65d_interpret.losses', '77_trust.sanity', '78_trust.compare', '79_trust.verdict',
-        '85_shortcuts.report', 'ten_thousand', '90_examples.imagenet', '91_examples.scenes'} # long stories, and chapters that train networks or ask real ones
+        '85_shortcuts.report', 'ten_thousand', '90_examples.imagenet', '91_examples.scenes', '63_learner.cams',
+        '65e_interpret.views', '65f_interpret.inside', '65g_interpret.concepts', '83_shortcuts.candidates', '84_shortcuts.testing', '86_shortcuts', '88c_similar.show', '96b_explore.show'} # long stories, and chapters that train networks or ask real ones
 CASES = [pytest.param(file, marks=[pytest.mark.slow]*(file.stem in SLOW)) for file in NOTEBOOKS]
 
 
