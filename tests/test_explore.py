@@ -76,6 +76,24 @@ def test_what_makes_no_sense_changes_nothing(call, sentence):
     assert marks.said()=={2: ('keep', None)}
 
 
+@pytest.mark.parametrize('items, meant', [
+    (torch.tensor([1, 4]), [1, 4]), (np.array([1, 4]), [1, 4]), (np.int64(3), [3]), (torch.tensor(3), [3]), ([np.int64(1), torch.tensor(2)], [1, 2]), (pd.Series([5]), [5]), (range(2), [0, 1]),
+    ((i for i in (0, 2)), [0, 2]), ([True, False, False, False, False, True], [0, 5]), (torch.arange(6) > 3, [4, 5]), (np.arange(6) < 1, [0]), ([], []), (torch.tensor([], dtype=torch.long), [])])
+def test_items_are_meant_as_select_says_them(items, meant):
+    marks = marks_of()
+    marks.mark(items, 'drop')
+    assert list(marks.delete())==meant and all(type(i) is int for i in marks.said())
+
+
+@pytest.mark.parametrize('items, sentence', [
+    ([True, False], 'a mask has a bool for each of the 6 items, and this one has 2'), ([1.9], 'there is no item 1.9: the set has 6, 0 to 5'), (torch.tensor([1., 2.]), 'there is no item 1.0'),
+    (True, 'there is no item True'), ([0, True], 'there is no item True'), (np.float32(1), 'there is no item 1.0'), ('12', "there is no item '12'"), (torch.tensor([[0, 1]]), 'there is no item [0, 1]')])
+def test_what_is_no_position_is_refused(items, sentence):
+    marks = marks_of()
+    with pytest.raises(ValueError, match=re.escape(sentence)): marks.mark(items, 'drop')
+    assert len(marks)==0
+
+
 def test_marks_follow_their_items(tmp_path):
     marks = marks_of(tmp_path/'marks.json')
     assert not (tmp_path/'marks.json').exists()

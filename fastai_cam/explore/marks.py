@@ -14,13 +14,12 @@ import os
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 from weakref import WeakKeyDictionary, WeakMethod
 
 import pandas as pd
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.xtras import is_listy
 from ..checks import check_choice, is_int
 from ..files import as_path, write_file
 
@@ -113,6 +112,16 @@ def said(self:Marks) -> dict[int,tuple]: # Mark and new label by position
     with self._lock: return dict(sorted(self._said.items()))
 
 # %% ../../nbs/96_explore.marks.ipynb #cc468f4a
+def _positions(items, n):
+    "Which of `n` items are meant"
+    def plain(value): return value.tolist() if hasattr(value, 'tolist') else value # of tensors, arrays and NumPy's numbers
+    items = plain(items)
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes)): return [items]
+    found = [plain(one) for one in items]
+    if not found or not all(isinstance(one, bool) for one in found): return found
+    if len(found)==n: return [i for i,is_meant in enumerate(found) if is_meant]
+    raise ValueError(f'a mask has a bool for each of the {n} items, and this one has {len(found)}')
+
 @patch
 def _as_class(self:Marks, label):
     "The class that is meant"
@@ -138,13 +147,12 @@ def checked(self:Marks,
 # %% ../../nbs/96_explore.marks.ipynb #b0d6b365
 @patch
 def mark(self:Marks,
-    items:int|Sequence[int], # Positions in the set
+    items:int|Sequence[int], # Positions in the set, e.g. of `interp.select('wrong')`, or a mask: a bool for each of its items
     mark:str|None, # 'keep', 'relabel', 'drop' or 'suspicious'; `None`: none
     label:Any=None # With 'relabel': the right class, by name or index
 ) -> None:
-    "Say something of items"
-    positions = [int(i) for i in items] if is_listy(items) or isinstance(items, range) else [items]
-    self.take({i: self.checked(i, mark, label) for i in positions})
+    "Say of items that they are right ('keep'), labelled wrong, to be taken out of the set ('drop'), or to be looked at again ('suspicious')"
+    self.take({i: self.checked(i, mark, label) for i in _positions(items, len(self.keys))})
 
 @patch
 def take(self:Marks,
