@@ -94,6 +94,20 @@ def test_what_is_no_position_is_refused(items, sentence):
     assert len(marks)==0
 
 
+def test_what_is_relabelled_as_it_is_labelled_is_kept():
+    marks = marks_of()
+    marks.mark([0, 1, 2], 'relabel', 'cat')
+    marks.mark(3, 'relabel', 2)
+    assert marks.said()=={0: ('keep', None), 1: ('relabel', 'cat'), 2: ('keep', None), 3: ('keep', None)} and marks.change()==[(1, 'cat')]
+
+
+def test_items_without_classes_are_not_relabelled():
+    marks = marks_of(classes=[])
+    with pytest.raises(ValueError, match=re.escape("label=(0.1, 0.2): these items have no class to be relabelled to, mark them 'suspicious' or 'drop'")): marks.mark(0, 'relabel', (.1, .2))
+    marks.mark(0, 'relabel') # that its label is wrong, whatever is right
+    assert marks.said()=={0: ('relabel', None)} and marks.change()==[]
+
+
 def test_marks_follow_their_items(tmp_path):
     marks = marks_of(tmp_path/'marks.json')
     assert not (tmp_path/'marks.json').exists()
@@ -153,9 +167,9 @@ def test_marks_wait_for_a_file_that_cannot_be_written(tmp_path):
 def test_hostile_names_in_a_file(tmp_path):
     names = [f'/data/pets/{name}' for name in ('\ud800broken\udcff', '"quoted"\n', "'; --", '\u202egpj', 'x'*10_000, '<script>', 'a', 'a')]
     marks = marks_of(tmp_path/'marks.json', names, HOSTILE + ['y']*3, classes=HOSTILE)
-    for i in range(len(names)): marks.mark(i, 'relabel', i%5)
+    for i in range(len(names)): marks.mark(i, 'relabel', (i + 1)%5)
     again = marks_of(tmp_path/'marks.json', names, HOSTILE + ['y']*3, classes=HOSTILE)
-    assert again.said()=={i: ('relabel', HOSTILE[i%5]) for i in range(8)} and again.keys[-2:]==['a', 'a (2)']
+    assert again.said()=={i: ('relabel', HOSTILE[(i + 1)%5]) for i in range(8)} and again.keys[-2:]==['a', 'a (2)']
     (tmp_path/'marks.json').read_text(encoding='ascii')
 
 
@@ -325,8 +339,8 @@ def test_marks_of_the_page(interp, explorer):
     ask(explorer, 'marks', marks=[dict(id='a-1', item=3, mark='relabel', label=1), dict(id='a-2', item=4, mark='drop', label=None), dict(id='a-3', item=3, mark='keep', label=None)])
     assert explorer.marks.said()=={3: ('keep', None), 4: ('drop', None)} and said==[dict(taken=['a-1', 'a-2', 'a-3'], problem=None)]
     assert explorer.widget.marked=={'3': ['keep', None], '4': ['drop', None]}
-    ask(explorer, 'marks', marks=[dict(id='a-4', item=3, mark='relabel', label=2)])
-    assert explorer.change()==[(3, interp.vocab[2])] and explorer.delete()==[4] and explorer.widget.marked['3']==['relabel', 2]
+    ask(explorer, 'marks', marks=[dict(id='a-4', item=3, mark='relabel', label=4)])
+    assert explorer.change()==[(3, interp.vocab[4])] and explorer.delete()==[4] and explorer.widget.marked['3']==['relabel', 4]
     assert explorer.to_df().equals(explorer.marks.to_df()) and explorer.fns[4].name==Path(explorer.to_df()['item'][1]).name
     ask(explorer, 'marks', marks=[dict(id='a-5', item=99, mark='drop')])
     assert said[-1]['taken']==['a-5'] and 'there is no item 99' in said[-1]['problem']
@@ -428,9 +442,12 @@ def test_a_mask_is_not_relabelled(tmp_path):
     learn.remove_cb(learn.progress)
     explorer = interpretation(learn).explore()
     F, said = explorer.widget.facts, talk(explorer)
-    assert F['kind']=='classes' and F['relabel'] is False and explorer.marks.classes is None and F['names']==['ground', 'sky']
+    assert F['kind']=='classes' and F['relabel'] is False and explorer.marks.classes==[] and F['names']==['ground', 'sky']
     ask(explorer, 'marks', marks=[dict(id='a-1', item=1, mark='relabel', label=None)])
     assert said==[dict(taken=['a-1'], problem=None)] and explorer.change()==[] and explorer.marks[1]==('relabel', None)
+    for label in ('sky', 1, (.1, .2)):
+        with pytest.raises(ValueError, match="these items have no class to be relabelled to, mark them 'suspicious' or 'drop'"): explorer.marks.mark(0, 'relabel', label)
+    assert explorer.marks[0] is None
     explorer.close()
 
 

@@ -68,7 +68,7 @@ class Marks:
         items:Sequence, # Their names or files, in the order of the set
         labels:Sequence|None=None, # What they are labelled
         predictions:Sequence|None=None, # What a model says
-        classes:Sequence|None=None, # What they can be relabelled to; `None`: whatever is given
+        classes:Sequence|None=None, # What they can be relabelled to; empty: to nothing; `None`: whatever is given
         root:str|Path='.', # Folder of the data set
         file:str|Path|None=None, # JSON, where marks are kept; it is made with the first of them
         table:pd.DataFrame|None=None # The rows that the items come from, if they come from any
@@ -125,7 +125,9 @@ def _positions(items, n):
 @patch
 def _as_class(self:Marks, label):
     "The class that is meant"
-    if self.classes is None: return label
+    if self.classes is None or label is None and not self.classes: return label
+    if not self.classes:
+        raise ValueError(f"label={label!r}: these items have no class to be relabelled to, mark them 'suspicious' or 'drop'")
     if label in self.classes: return self.classes[self.classes.index(label)]
     if is_int(label) and 0 <= label < len(self.classes): return self.classes[label]
     raise ValueError(f'relabel to what? label={label!r} is none of the {len(self.classes)} classes')
@@ -136,13 +138,16 @@ def checked(self:Marks,
     mark:str|None, # 'keep', 'relabel', 'drop' or 'suspicious'; `None`: none
     label:Any=None # With 'relabel': the right class, by name or index
 ) -> tuple|None: # Mark and new label
-    "What is said of an item; `ValueError` for what makes no sense"
+    "What is said of an item; `ValueError` for what makes no sense. To be relabelled as it is labelled already is to be kept"
     if not is_int(i) or not 0 <= i < len(self.keys):
         raise ValueError(f'there is no item {i!r}: the set has {len(self.keys)}, 0 to {len(self.keys) - 1}')
     if mark is None: return None
     check_choice(mark, MARKS, f'a mark is one of {", ".join(map(repr, MARKS))}, or None for no mark')
     if mark != 'relabel' and label is not None: raise ValueError(f"only 'relabel' has a label, not {mark!r}")
-    return mark,self._as_class(label) if mark=='relabel' else None
+    if mark != 'relabel': return mark,None
+    to = self._as_class(label)
+    is_same = to is not None and str(to)==str(self.items.label[i])
+    return ('keep', None) if is_same else (mark, to)
 
 # %% ../../nbs/96_explore.marks.ipynb #b0d6b365
 @patch
