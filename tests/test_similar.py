@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.patches import ConnectionPatch
@@ -15,7 +16,7 @@ from torch import nn
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Resize, resnet18, vision_learner
+from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, IndexSplitter, Resize, resnet18, vision_learner
 
 from fastai_cam.all import Versus
 from fastai_cam.similar import alike, evidence_features, match_cells, SimilarIndex, typical_evidence
@@ -391,6 +392,33 @@ def test_a_training_picture_is_not_its_own_neighbour(files, monkeypatch):
     monkeypatch.chdir(files[0].parent)
     found = learn.get_like(files[1].name, k=9, cls='red', method='gradcam').to_df()['position'].tolist()
     assert sorted(found)==[0, 2, 3] # by another path
+
+
+def neighbours(learn, item, **options): return learn.get_like(item, k=9, cls='red', method='gradcam', **options).to_df().groupby('item', sort=False)['position'].apply(lambda found: sorted(set(found))).tolist()
+
+
+def test_a_file_that_is_there_twice_is_not_its_own_neighbour(files):
+    labels = ['red']*4 + ['green']*4
+    table = pd.DataFrame(dict(name=[file.name for file in files[:8]] + [files[1].name, files[8].name], label=labels + ['red']*2))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=['red', 'green'], sort=False)), get_x=ColReader('name', pref=files[0].parent), get_y=ColReader('label'), splitter=IndexSplitter([9]), item_tfms=Resize(12))
+    learn = Learner(block.dataloaders(table, bs=4, num_workers=0), Colours(), loss_func=CrossEntropyLossFlat())
+    learn.remove_cb(learn.progress)
+    for item in (files[1], table.iloc[1], table.iloc[[1]]): assert neighbours(learn, item)==[[0, 2, 3]]
+    assert neighbours(learn, learn.dls.train)[:2]==[[1, 2, 3, 8], [0, 2, 3]] and neighbours(learn, 0)==[[0, 1, 2, 3, 8]]
+    assert learn.get_like(0, method='gradcam').to_df()['item'][0]==str(files[8])
+
+
+def test_a_picture_in_memory_is_not_its_own_neighbour():
+    learn = learner()
+    assert neighbours(learn, learn.dls.train)[:4]==[[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert neighbours(learn, TRAIN[2])==[[0, 1, 3]] and neighbours(learn, [TRAIN[2], VALID[0]])==[[0, 1, 3], [0, 1, 2, 3]]
+    assert neighbours(learn, learn.dls.train.new(get_idxs=lambda: [2, 5, 1]))==[[0, 1, 3], [0, 2, 3]] # nothing in the green one speaks for red
+    assert neighbours(learn, [0, 1])==[[0, 1, 2, 3]]*2
+    ds = torch.utils.data.TensorDataset(torch.stack([x for x, _ in TRAIN]), torch.tensor([y for _, y in TRAIN]))
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(ds, batch_size=3, shuffle=True)
+    assert neighbours(learn, learn.dls.loaders[0])[:4]==[[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]] and neighbours(learn, [0, 1])==[[0, 1, 2, 3]]*2
+    chosen = torch.utils.data.DataLoader(ds, batch_size=3, sampler=torch.utils.data.SubsetRandomSampler([3, 1]))
+    assert sorted(neighbours(learn, chosen))==[[0, 1, 2], [0, 2, 3]]
 
 
 def test_a_label_or_a_transform_that_changed(files):

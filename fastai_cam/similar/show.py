@@ -34,6 +34,7 @@ from ..state import preserve_state
 from ..source.loaders import Source
 from ..source.images import FILE_TYPES
 from ..source.items import as_source
+from ..data.items import ItemList
 from ..learner.arguments import check_words
 from ..learner.query import run_query
 from ..learner.task import class_names
@@ -122,14 +123,35 @@ def _words_of(learn, task):
     names = task.class_names(class_names(learn.dls))
     return lambda c: as_text(names[c]) if names is not None and c < len(names) else f'class {c}'
 
-def _name_of(item, i): return str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}'
+def _names_of(learn, source):
+    "What items are called: their files, or their positions"
+    if hasattr(source.dl, 'get_idxs'): return list(map(ItemList(source, learn=learn).name, range(len(source.items))))
+    return [str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}' for i,item in enumerate(source.items)]
 
-def _own_positions(index, items):
-    "Where each item is in the training set itself, as a list: a picture is not its own neighbour"
-    def file_of(name): return os.path.abspath(Path(name).expanduser())
-    if not any(isinstance(item, FILE_TYPES) for item in items): return [[]]*len(items)
-    positions = {file_of(name): [position] for position,name in enumerate(index.names)}
-    return [positions.get(file_of(item), []) if isinstance(item, FILE_TYPES) else [] for item in items]
+def _places_of(source):
+    "Where each item is in the data set that it is from, be it through a part of that"
+    ds,places = getattr(source.dl, 'dataset', None),source.dl.get_idxs() if hasattr(source.dl, 'get_idxs') else []
+    while 'idxs' in getattr(ds, '__dict__', ()) and hasattr(ds, 'dataset'): ds,places = ds.dataset,[ds.idxs[i] for i in places]
+    return [(id(ds), int(i)) for i in places]
+
+def _held(items):
+    "Items that are objects in memory; rows of a table are none"
+    return [None]*len(items) if hasattr(items, 'iloc') else [items[i] for i in range(len(items))]
+
+def _known_by(items, names, places):
+    "By what each item is found in another list: its file, itself where it is in memory, and its place in a data set"
+    places = places if len(places)==len(items) else [] # some were skipped
+    def file(i): return [] if isinstance(items[i], int) or names[i]==f'item {i}' else [os.path.abspath(Path(names[i]).expanduser())]
+    def itself(i): return [] if isinstance(items[i], (int, type(None), *FILE_TYPES)) else [id(items[i])]
+    return [[*file(i), *itself(i), *places[i:i + 1]] for i in range(len(names))]
+
+def _own_positions(learn, source, names, index, image):
+    "Where each item is in the training set itself, as often as it is there: a picture is not its own neighbour"
+    training,positions = training_source(learn, image=image),{}
+    items,others = _held(source.items),_held(training.items) # as long as both are compared
+    for position,known in enumerate(_known_by(others, index.names, _places_of(training))):
+        for one in known: positions.setdefault(one, set()).add(position)
+    return [sorted(set().union(*(positions.get(one, ()) for one in known))) for known in _known_by(items, names, _places_of(source))]
 
 # %% ../../nbs/88c_similar.show.ipynb #c328f9b8
 def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
@@ -140,14 +162,16 @@ def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
     index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
-    own = _own_positions(index, source.items)
+    with preserve_state(learn):
+        names = _names_of(learn, source)
+        own = _own_positions(learn, source, names, index, query.image)
     def row(i, j):
-        c,one,feature = int(found['classes'][i,j]),source.items[i],found['features'][i,j]
+        c,feature = int(found['classes'][i,j]),found['features'][i,j]
         silent = not bool(feature.any())
         rows,similarity = index.nearest(feature, c, 0 if silent else k, own[i])
         actual = ', '.join(words(label) for label in found['actual'][i].tolist() if label >= 0) if 'actual' in found else ''
         role = query.target.labels[j] if isinstance(query.target, MostProbable) else ''
-        return LikeRow(i, _name_of(one, i), c, words(c), role, found['probability'][i,j].item(), actual, silent, rows, similarity)
+        return LikeRow(i, names[i], c, words(c), role, found['probability'][i,j].item(), actual, silent, rows, similarity)
     return Alike([row(*one) for one in (found['classes'] >= 0).nonzero().tolist()], index, words),found,source.images
 
 # %% ../../nbs/88c_similar.show.ipynb #8ccfd2f7
