@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from fastai.vision.all import CategoryBlock, DataBlock, get_image_files, ImageBl
 
 from fastai_cam.all import CAMInterpretation
 from fastai_cam.captions import as_text
-from fastai_cam.explore import Marks
+from fastai_cam.explore import Marks, marks as marks_room
 from fastai_cam.explore.marks import FORMAT, mark_keys, remembered_marks
 from fastai_cam.report.pictures import packed
 from helpers.reports import body, HOSTILE, hostile_files, hostile_learner, interpretation, pictures as tensors, plain
@@ -151,6 +154,38 @@ def test_two_kernels_do_not_undo_each_other(tmp_path):
     assert marks_of(tmp_path/'marks.json').said()=={1: ('keep', None), 2: ('suspicious', None)}==second.said()
     first.mark(5, 'keep') # what is written is not written again
     assert first.said()=={1: ('keep', None), 2: ('suspicious', None), 5: ('keep', None)}
+
+
+def test_two_that_write_at_once_lose_nothing(tmp_path):
+    both = [Marks([f'{i}.jpg' for i in range(40)], file=tmp_path/'marks.json') for _ in range(2)]
+    threads = [threading.Thread(target=lambda k=k: [both[k].mark(20*k + i, 'drop') for i in range(20)]) for k in range(2)]
+    for one in threads: one.start()
+    for one in threads: one.join()
+    for one in both: one.refresh()
+    assert len(both[0])==40==len(both[1]) and [file.name for file in tmp_path.iterdir()]==['marks.json']
+
+
+@pytest.mark.slow
+def test_two_processes_lose_nothing(tmp_path):
+    code = "from fastai_cam.explore import Marks; import sys; marks = Marks([f'{i}.jpg' for i in range(80)], file=sys.argv[1]); [marks.mark(i, 'drop') for i in range(int(sys.argv[2]), 80, 2)]"
+    both = [subprocess.Popen([sys.executable, '-c', code, tmp_path/'marks.json', str(k)]) for k in range(2)]
+    assert [one.wait(120) for one in both]==[0, 0] and len(Marks([f'{i}.jpg' for i in range(80)], file=tmp_path/'marks.json'))==80
+
+
+def test_somebody_who_holds_the_folder_is_not_waited_for_forever(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+    monkeypatch.setattr(marks_room, '_alone_with', partial(marks_room._alone_with, patience=.1))
+    marks = marks_of(tmp_path/'marks.json')
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(TimeoutError, match='somebody else has been writing'): marks.mark(0, 'drop')
+    os.close(folder)
+    assert len(marks)==1 and not (tmp_path/'marks.json').exists()
+    marks.mark(1, 'keep')
+    assert len(marks_of(tmp_path/'marks.json'))==2
+    monkeypatch.setattr(fcntl, 'flock', lambda *args: (_ for _ in ()).throw(OSError('no locks here')))
+    marks.mark(2, 'keep')
+    assert len(marks_of(tmp_path/'marks.json'))==3
 
 
 def test_marks_wait_for_a_file_that_cannot_be_written(tmp_path):

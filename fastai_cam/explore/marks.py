@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 from weakref import WeakKeyDictionary, WeakMethod
@@ -180,15 +182,39 @@ def _put(self:Marks):
         if said is None: self._said.pop(i, None)
         else: self._said[i] = said
 
+@contextmanager
+def _alone_with(file, patience=20.):
+    "Nobody else reads the file to write it: the folder is locked, which leaves nothing behind; where there are no locks, all go on"
+    try:
+        import fcntl # not on Windows
+        folder = os.open(Path(os.path.realpath(file)).parent, os.O_RDONLY)
+    except (ImportError, OSError): folder = None
+    try:
+        for waited in range(int(patience/.02)) if folder is not None else ():
+            try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: time.sleep(.02)
+            except OSError: break # a file system without locks
+            else: break
+        else:
+            if folder is not None: raise TimeoutError(f'somebody else has been writing {str(file)!r} for {patience:.0f} seconds')
+        yield
+    finally:
+        if folder is not None: os.close(folder)
+
 @patch
 def _save(self:Marks):
     if self.file is not None:
-        self.refresh()
-        lines = [dict(item=self.keys[i], position=i, mark=mark, **({} if label is None else dict(label=str(label))))
-                 for i,(mark,label) in self.said().items()]
-        text = json.dumps(dict(format=FORMAT, n=len(self.keys), items=sorted(self._known)[:64], marks=lines + self._elsewhere), indent=1)
-        with write_file(self.file) as out: out.write(text.encode('ascii'))
+        with _alone_with(self.file):
+            self.refresh()
+            self._write()
     self._unsaved = {}
+
+@patch
+def _write(self:Marks):
+    lines = [dict(item=self.keys[i], position=i, mark=mark, **({} if label is None else dict(label=str(label))))
+             for i,(mark,label) in self.said().items()]
+    text = json.dumps(dict(format=FORMAT, n=len(self.keys), items=sorted(self._known)[:64], marks=lines + self._elsewhere), indent=1)
+    with write_file(self.file) as out: out.write(text.encode('ascii'))
 
 @patch
 def refresh(self:Marks) -> None:
