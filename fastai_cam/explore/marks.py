@@ -174,6 +174,32 @@ def take(self:Marks,
             self._listeners = [heard for heard in self._listeners if heard() is not None]
             for heard in self._listeners: heard()()
 
+# %% ../../nbs/96_explore.marks.ipynb #4c0b9d17
+try: import fcntl
+except ImportError: fcntl = None # on Windows
+
+def _lock(folder, file, patience):
+    "Wait until nobody else has the folder locked"
+    until = time.monotonic() + patience
+    while True:
+        try: return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError(f'somebody else has been writing {str(file)!r} for {patience:.0f} seconds') from None
+        except OSError: return # a file system without locks
+        time.sleep(.02)
+
+@contextmanager
+def _alone_with(file, patience=20.):
+    "Nobody else writes meanwhile: the folder is locked, which leaves nothing behind; where there are no locks, all go on"
+    try: folder = None if fcntl is None else os.open(Path(os.path.realpath(file)).parent, os.O_RDONLY)
+    except OSError: folder = None
+    try:
+        if folder is not None: _lock(folder, file, patience)
+        yield
+    finally:
+        if folder is not None: os.close(folder)
+
 # %% ../../nbs/96_explore.marks.ipynb #a4348255
 @patch
 def _put(self:Marks):
@@ -181,25 +207,6 @@ def _put(self:Marks):
     for i,said in self._unsaved.items():
         if said is None: self._said.pop(i, None)
         else: self._said[i] = said
-
-@contextmanager
-def _alone_with(file, patience=20.):
-    "Nobody else reads the file to write it: the folder is locked, which leaves nothing behind; where there are no locks, all go on"
-    try:
-        import fcntl # not on Windows
-        folder = os.open(Path(os.path.realpath(file)).parent, os.O_RDONLY)
-    except (ImportError, OSError): folder = None
-    try:
-        for waited in range(int(patience/.02)) if folder is not None else ():
-            try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: time.sleep(.02)
-            except OSError: break # a file system without locks
-            else: break
-        else:
-            if folder is not None: raise TimeoutError(f'somebody else has been writing {str(file)!r} for {patience:.0f} seconds')
-        yield
-    finally:
-        if folder is not None: os.close(folder)
 
 @patch
 def _save(self:Marks):
