@@ -145,6 +145,15 @@ def test_marks_of_other_items_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no folder'): marks_of(tmp_path/'none'/'marks.json')
 
 
+@pytest.mark.parametrize('change', [
+    dict(marks=['x']), dict(items=None), dict(items=[1]), dict(marks=[dict(item=['a'], mark='keep')]), dict(marks=[dict(item='a')]), dict(marks=[dict(item='a', mark='relabel', label=['b'])]), dict(marks={}), None])
+def test_damaged_marks_are_refused_in_a_sentence(tmp_path, change):
+    file = tmp_path/'marks.json'
+    marks_of(file).mark(1, 'drop')
+    file.write_text('['*100_000 + ']'*100_000 if change is None else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match='holds no marks: it is damaged, or was not written by interp.explore'): marks_of(file)
+
+
 def test_two_kernels_do_not_undo_each_other(tmp_path):
     first, second = marks_of(tmp_path/'marks.json'), marks_of(tmp_path/'marks.json')
     first.mark(0, 'drop')
@@ -282,6 +291,15 @@ def test_a_table_of_files_is_cleaned(name):
 
 
 # -- the explorer, without a page
+
+def test_two_items_in_one_row_are_not_cleaned():
+    marks = marks_of(photos=['/data/pets/cat/0.jpg', '/data/pets/dog/0.jpg', '/data/pets/cat/1.jpg'], labels=LABELS[:3])
+    table = pd.DataFrame(dict(file=['0.jpg', '1.jpg'], y=['cat', 'cat']))
+    marks.mark(2, 'drop')
+    assert list(marks.cleaned(table, item='file').file)==['0.jpg']
+    marks.mark(1, 'drop')
+    with pytest.raises(ValueError, match="'cat/0.jpg' and 'dog/0.jpg' are found in the same row of the table"): marks.cleaned(table, item='file')
+
 
 def talk(explorer):
     "What the kernel says, in order"

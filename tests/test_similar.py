@@ -263,9 +263,23 @@ def test_files_that_are_none(tmp_path):
     header = json.loads(str(arrays['header']))
     np.savez(tmp_path/'newer.npz', **arrays | dict(header=np.array(json.dumps(header | dict(format=99)))))
     np.savez(tmp_path/'odd.npz', **arrays | dict(header=np.array('[1, 2]')))
-    for name in ('torn', 'text', 'pickled', 'short', 'far', 'lacking', 'newer', 'odd'):
+    for name, more in (('unsaid', dict(made_of={})), ('half', dict(made_of=dict(method='gradcam'))), ('nobody', dict(names=None)), ('deep', None)):
+        np.savez(tmp_path/f'{name}.npz', **arrays | dict(header=np.array('['*100_000 if more is None else json.dumps(header | more))))
+    np.savez(tmp_path/'nan.npz', **arrays | dict(features=arrays['features']*np.nan))
+    np.savez(tmp_path/'classless.npz', **arrays | dict(labels=arrays['labels'] - 9))
+    content = bytearray(file.read_bytes())
+    packed = content.index(b'features.npy') + 40
+    content[packed:packed + 60] = bytes(60)
+    (tmp_path/'rotten.npz').write_bytes(content) # zlib.error
+    content = bytearray(file.read_bytes())
+    place = content.index(b'PK\x01\x02')
+    content[place + 10:place + 12] = b'\x63\x00'
+    (tmp_path/'foreign.npz').write_bytes(content) # a compression that Python does not know
+    for name in ('torn', 'text', 'pickled', 'short', 'far', 'lacking', 'newer', 'odd', 'unsaid', 'half', 'nobody', 'deep', 'nan', 'classless', 'rotten', 'foreign'):
         with pytest.raises(ValueError, match='is no index that can be read') as caught: SimilarIndex.load(tmp_path/f'{name}.npz')
-        assert '\n' not in str(caught.value), name
+        assert '\n' not in str(caught.value) and ('it is damaged, or was not written by' in str(caught.value))==(name != 'newer'), name
+    np.savez(tmp_path/'wide.npz', **arrays | dict(features=np.repeat(arrays['features'], 2, 1)))
+    with pytest.raises(ValueError, match='the index is damaged: it has 6 channels, and the layer has 3'): learner().get_like(0, index=tmp_path/'wide.npz')
     with pytest.raises(ValueError, match='it would unpack to'): SimilarIndex.load(file, max_bytes=100)
 
 

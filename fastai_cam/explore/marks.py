@@ -55,13 +55,21 @@ def _prints(keys, labels):
     "A fingerprint of each item"
     return [_print(f'{key} {label}' if _is_unnamed(key) else key) for key,label in zip(keys, labels)]
 
+def _is_list(values, is_right): return isinstance(values, list) and all(map(is_right, values))
+
+def _is_line(one):
+    "Is it a mark as a file has it?"
+    is_named = isinstance(one, dict) and isinstance(one.get('item'), str) and isinstance(one.get('mark'), str)
+    return is_named and isinstance(one.get('label', ''), str)
+
 def _read_file(file):
     "What is in a file of marks; `ValueError` for any other file"
     try: said = json.loads(file.read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError): said = None
-    is_marks = isinstance(said, dict) and said.get('format')==FORMAT and isinstance(said.get('marks'), list)
-    if is_marks: return said
-    raise ValueError(f'{str(file)!r} holds no marks: interp.explore(file=...) writes them, and gives a file of its own a name that is free')
+    except (ValueError, RecursionError): said = None # no text, no JSON, or too deep
+    is_own = isinstance(said, dict) and said.get('format')==FORMAT
+    if is_own and _is_list(said.get('marks'), _is_line) and _is_list(said.get('items', []), lambda one: isinstance(one, str)): return said
+    raise ValueError(f'{str(file)!r} holds no marks: it is damaged, or was not written by interp.explore(file=...). '
+                     'Give a file of its own a name that is free')
 
 # %% ../../nbs/96_explore.marks.ipynb #c016f464
 class Marks:
@@ -317,6 +325,12 @@ def _label_column(self:Marks, df, rows):
 def _check_rows(self:Marks, df, rows, label):
     "`ValueError` where a table is not the one that the items come from"
     touched = [*self.delete(), *(i for i,_ in self.change())]
+    items_of = {row: [] for row in rows.values()}
+    for i,row in rows.items(): items_of[row].append(i)
+    shared = next((items_of[rows[i]] for i in touched if i in rows and len(items_of[rows[i]]) > 1), None)
+    if shared is not None:
+        raise ValueError(f'{self.keys[shared[0]]!r} and {self.keys[shared[1]]!r} are found in the same row of the table: give a column '
+                         'that tells them apart')
     lacking = next((self.keys[i] for i in touched if i not in rows), None)
     if lacking is not None: raise ValueError(f'{lacking!r} is marked, and is not in the table')
     if self.table is None or df is self.table: return
