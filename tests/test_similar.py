@@ -2,6 +2,7 @@
 import gc
 import json
 import random
+import re
 import weakref
 from pathlib import Path
 
@@ -323,6 +324,21 @@ def test_more_items_than_are_shown():
     with pytest.warns(UserWarning, match='the first 1 of these 2 items are shown'): assert len(learn.show_like([0, 1], k=1, method='gradcam', max_n=1))==4
 
 
+def test_pictures_of_different_sizes():
+    large = torch.zeros(3, 16, 24)
+    large[:, :12, :12] = REDS[1]
+    learn = learner([(large, RED)] + TRAIN, [(large + 0, RED)] + VALID)
+    for i in (0, 1): learn.dls.loaders[i] = learn.dls.loaders[i].new(bs=1)
+    assert len(learn.show_like([0, 1], k=3, cls='red', method='gradcam'))==8 and len(learn.get_like([0, 1], k=3, cls='red', method='gradcam').to_df())==6
+
+
+def test_a_table_of_maps_is_refused(tmp_path):
+    learn = learner()
+    pytest.importorskip('pyarrow')
+    store = learn.get_cams([0, 1], method='gradcam').to_table(tmp_path/'maps')
+    with pytest.raises(TypeError, match=re.escape("ask for its items, table.where(...).to_pandas()['item']")): learn.get_like(store.where('right'))
+
+
 def test_pytorchs_own_loader():
     learn = learner()
     learn.dls.loaders[0] = torch.utils.data.DataLoader([(x, torch.tensor(y)) for x, y in TRAIN], batch_size=3, shuffle=True)
@@ -334,7 +350,12 @@ def test_where_nothing_speaks_for_a_class():
     learn = learner(valid=[(painted(((1, 0, 0), 1, 1)), RED)])
     axs = learn.show_like(0, k=2, method='gradcam')
     assert len(axs)==3 + 2 and axs[-1].texts[0].get_text()=='nothing in it speaks for green' and len(learn.get_like(0, k=2, method='gradcam').to_df())==2
+    legend = lambda axs: ' '.join(text.get_text() for text in axs[0].figure.texts)
+    assert '⚠' not in legend(learn.show_like(0, k=2, cls='red', method='gradcam')) and 'lines join' in legend(learn.show_like(0, k=2, cls='red', method='gradcam'))
+    with_wrong = learn.show_like(0, k=9, cls='green', method='gradcam', n_places=0), learner().show_like(1, k=9, cls='green', method='gradcam', n_places=0)
+    assert ['⚠' in legend(axs) for axs in with_wrong]==['⚠' in ' '.join(ax.get_title(loc='left') for ax in axs) for axs in with_wrong] and 'lines' not in legend(with_wrong[0])
     learn = learner(train=[(x, RED) for x in REDS])
+    assert learn.show_like(TRAIN[0], k=1, cls='green', method='gradcam')[-1].texts[0].get_text()=='no training picture is labelled green' # though nothing in it speaks for green, either
     axs = learn.show_like(1, k=2, method='gradcam')
     assert axs[1].texts[0].get_text()=='no training picture is labelled green' and axs[2].get_title(loc='left').startswith('runner-up red')
 

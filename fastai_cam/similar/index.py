@@ -208,10 +208,12 @@ def evidence_of_batch(
 # %% ../../nbs/88a_similar.index.ipynb #fb0f300f
 def joined(
     batches:list[dict] # As `evidence_of_batch` gives them
-) -> dict:
+) -> dict: # Activations and maps as lists, one an item
     "The same of all batches"
-    names = [name for name in batches[0] if name != 'task']
-    return dict({name: torch.cat([batch[name] for batch in batches]) for name in names}, task=batches[-1]['task'])
+    def whole(name):
+        parts = [batch[name] for batch in batches]
+        return list(chain.from_iterable(parts)) if name in ('acts', 'maps') else torch.cat(parts) # pictures may be of different sizes
+    return dict({name: whole(name) for name in batches[0] if name != 'task'}, task=batches[-1]['task'])
 
 # %% ../../nbs/88a_similar.index.ipynb #4fd1e1b3
 _kept = WeakKeyDictionary() # the latest index of each learner
