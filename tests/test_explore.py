@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from fastai.vision.all import CategoryBlock, DataBlock, get_image_files, ImageBl
 
 from fastai_cam.all import CAMInterpretation
 from fastai_cam.captions import as_text
-from fastai_cam.explore import Marks
+from fastai_cam.explore import Marks, marks as marks_room
 from fastai_cam.explore.marks import FORMAT, mark_keys, remembered_marks
 from fastai_cam.report.pictures import packed
 from helpers.reports import body, HOSTILE, hostile_files, hostile_learner, interpretation, pictures as tensors, plain
@@ -76,6 +79,38 @@ def test_what_makes_no_sense_changes_nothing(call, sentence):
     assert marks.said()=={2: ('keep', None)}
 
 
+@pytest.mark.parametrize('items, meant', [
+    (torch.tensor([1, 4]), [1, 4]), (np.array([1, 4]), [1, 4]), (np.int64(3), [3]), (torch.tensor(3), [3]), ([np.int64(1), torch.tensor(2)], [1, 2]), (pd.Series([5]), [5]), (range(2), [0, 1]),
+    ((i for i in (0, 2)), [0, 2]), ([True, False, False, False, False, True], [0, 5]), (torch.arange(6) > 3, [4, 5]), (np.arange(6) < 1, [0]), ([], []), (torch.tensor([], dtype=torch.long), [])])
+def test_items_are_meant_as_select_says_them(items, meant):
+    marks = marks_of()
+    marks.mark(items, 'drop')
+    assert list(marks.delete())==meant and all(type(i) is int for i in marks.said())
+
+
+@pytest.mark.parametrize('items, sentence', [
+    ([True, False], 'a mask has a bool for each of the 6 items, and this one has 2'), ([1.9], 'there is no item 1.9: the set has 6, 0 to 5'), (torch.tensor([1., 2.]), 'there is no item 1.0'),
+    (True, 'there is no item True'), ([0, True], 'there is no item True'), (np.float32(1), 'there is no item 1.0'), ('12', "there is no item '12'"), (torch.tensor([[0, 1]]), 'there is no item [0, 1]')])
+def test_what_is_no_position_is_refused(items, sentence):
+    marks = marks_of()
+    with pytest.raises(ValueError, match=re.escape(sentence)): marks.mark(items, 'drop')
+    assert len(marks)==0
+
+
+def test_what_is_relabelled_as_it_is_labelled_is_kept():
+    marks = marks_of()
+    marks.mark([0, 1, 2], 'relabel', 'cat')
+    marks.mark(3, 'relabel', 2)
+    assert marks.said()=={0: ('keep', None), 1: ('relabel', 'cat'), 2: ('keep', None), 3: ('keep', None)} and marks.change()==[(1, 'cat')]
+
+
+def test_items_without_classes_are_not_relabelled():
+    marks = marks_of(classes=[])
+    with pytest.raises(ValueError, match=re.escape("label=(0.1, 0.2): these items have no class to be relabelled to, mark them 'suspicious' or 'drop'")): marks.mark(0, 'relabel', (.1, .2))
+    marks.mark(0, 'relabel') # that its label is wrong, whatever is right
+    assert marks.said()=={0: ('relabel', None)} and marks.change()==[]
+
+
 def test_marks_follow_their_items(tmp_path):
     marks = marks_of(tmp_path/'marks.json')
     assert not (tmp_path/'marks.json').exists()
@@ -110,6 +145,15 @@ def test_marks_of_other_items_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no folder'): marks_of(tmp_path/'none'/'marks.json')
 
 
+@pytest.mark.parametrize('change', [
+    dict(marks=['x']), dict(items=None), dict(items=[1]), dict(marks=[dict(item=['a'], mark='keep')]), dict(marks=[dict(item='a')]), dict(marks=[dict(item='a', mark='relabel', label=['b'])]), dict(marks={}), None])
+def test_damaged_marks_are_refused_in_a_sentence(tmp_path, change):
+    file = tmp_path/'marks.json'
+    marks_of(file).mark(1, 'drop')
+    file.write_text('['*100_000 + ']'*100_000 if change is None else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match='holds no marks: it is damaged, or was not written by interp.explore'): marks_of(file)
+
+
 def test_two_kernels_do_not_undo_each_other(tmp_path):
     first, second = marks_of(tmp_path/'marks.json'), marks_of(tmp_path/'marks.json')
     first.mark(0, 'drop')
@@ -119,6 +163,38 @@ def test_two_kernels_do_not_undo_each_other(tmp_path):
     assert marks_of(tmp_path/'marks.json').said()=={1: ('keep', None), 2: ('suspicious', None)}==second.said()
     first.mark(5, 'keep') # what is written is not written again
     assert first.said()=={1: ('keep', None), 2: ('suspicious', None), 5: ('keep', None)}
+
+
+def test_two_that_write_at_once_lose_nothing(tmp_path):
+    both = [Marks([f'{i}.jpg' for i in range(40)], file=tmp_path/'marks.json') for _ in range(2)]
+    threads = [threading.Thread(target=lambda k=k: [both[k].mark(20*k + i, 'drop') for i in range(20)]) for k in range(2)]
+    for one in threads: one.start()
+    for one in threads: one.join()
+    for one in both: one.refresh()
+    assert len(both[0])==40==len(both[1]) and [file.name for file in tmp_path.iterdir()]==['marks.json']
+
+
+@pytest.mark.slow
+def test_two_processes_lose_nothing(tmp_path):
+    code = "from fastai_cam.explore import Marks; import sys; marks = Marks([f'{i}.jpg' for i in range(80)], file=sys.argv[1]); [marks.mark(i, 'drop') for i in range(int(sys.argv[2]), 80, 2)]"
+    both = [subprocess.Popen([sys.executable, '-c', code, tmp_path/'marks.json', str(k)]) for k in range(2)]
+    assert [one.wait(120) for one in both]==[0, 0] and len(Marks([f'{i}.jpg' for i in range(80)], file=tmp_path/'marks.json'))==80
+
+
+def test_somebody_who_holds_the_folder_is_not_waited_for_forever(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+    monkeypatch.setattr(marks_room, '_alone_with', partial(marks_room._alone_with, patience=.1))
+    marks = marks_of(tmp_path/'marks.json')
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(TimeoutError, match='somebody else has been writing'): marks.mark(0, 'drop')
+    os.close(folder)
+    assert len(marks)==1 and not (tmp_path/'marks.json').exists()
+    marks.mark(1, 'keep')
+    assert len(marks_of(tmp_path/'marks.json'))==2
+    monkeypatch.setattr(fcntl, 'flock', lambda *args: (_ for _ in ()).throw(OSError('no locks here')))
+    marks.mark(2, 'keep')
+    assert len(marks_of(tmp_path/'marks.json'))==3
 
 
 def test_marks_wait_for_a_file_that_cannot_be_written(tmp_path):
@@ -135,9 +211,9 @@ def test_marks_wait_for_a_file_that_cannot_be_written(tmp_path):
 def test_hostile_names_in_a_file(tmp_path):
     names = [f'/data/pets/{name}' for name in ('\ud800broken\udcff', '"quoted"\n', "'; --", '\u202egpj', 'x'*10_000, '<script>', 'a', 'a')]
     marks = marks_of(tmp_path/'marks.json', names, HOSTILE + ['y']*3, classes=HOSTILE)
-    for i in range(len(names)): marks.mark(i, 'relabel', i%5)
+    for i in range(len(names)): marks.mark(i, 'relabel', (i + 1)%5)
     again = marks_of(tmp_path/'marks.json', names, HOSTILE + ['y']*3, classes=HOSTILE)
-    assert again.said()=={i: ('relabel', HOSTILE[i%5]) for i in range(8)} and again.keys[-2:]==['a', 'a (2)']
+    assert again.said()=={i: ('relabel', HOSTILE[(i + 1)%5]) for i in range(8)} and again.keys[-2:]==['a', 'a (2)']
     (tmp_path/'marks.json').read_text(encoding='ascii')
 
 
@@ -215,6 +291,15 @@ def test_a_table_of_files_is_cleaned(name):
 
 
 # -- the explorer, without a page
+
+def test_two_items_in_one_row_are_not_cleaned():
+    marks = marks_of(photos=['/data/pets/cat/0.jpg', '/data/pets/dog/0.jpg', '/data/pets/cat/1.jpg'], labels=LABELS[:3])
+    table = pd.DataFrame(dict(file=['0.jpg', '1.jpg'], y=['cat', 'cat']))
+    marks.mark(2, 'drop')
+    assert list(marks.cleaned(table, item='file').file)==['0.jpg']
+    marks.mark(1, 'drop')
+    with pytest.raises(ValueError, match="'cat/0.jpg' and 'dog/0.jpg' are found in the same row of the table"): marks.cleaned(table, item='file')
+
 
 def talk(explorer):
     "What the kernel says, in order"
@@ -307,8 +392,8 @@ def test_marks_of_the_page(interp, explorer):
     ask(explorer, 'marks', marks=[dict(id='a-1', item=3, mark='relabel', label=1), dict(id='a-2', item=4, mark='drop', label=None), dict(id='a-3', item=3, mark='keep', label=None)])
     assert explorer.marks.said()=={3: ('keep', None), 4: ('drop', None)} and said==[dict(taken=['a-1', 'a-2', 'a-3'], problem=None)]
     assert explorer.widget.marked=={'3': ['keep', None], '4': ['drop', None]}
-    ask(explorer, 'marks', marks=[dict(id='a-4', item=3, mark='relabel', label=2)])
-    assert explorer.change()==[(3, interp.vocab[2])] and explorer.delete()==[4] and explorer.widget.marked['3']==['relabel', 2]
+    ask(explorer, 'marks', marks=[dict(id='a-4', item=3, mark='relabel', label=4)])
+    assert explorer.change()==[(3, interp.vocab[4])] and explorer.delete()==[4] and explorer.widget.marked['3']==['relabel', 4]
     assert explorer.to_df().equals(explorer.marks.to_df()) and explorer.fns[4].name==Path(explorer.to_df()['item'][1]).name
     ask(explorer, 'marks', marks=[dict(id='a-5', item=99, mark='drop')])
     assert said[-1]['taken']==['a-5'] and 'there is no item 99' in said[-1]['problem']
@@ -410,9 +495,12 @@ def test_a_mask_is_not_relabelled(tmp_path):
     learn.remove_cb(learn.progress)
     explorer = interpretation(learn).explore()
     F, said = explorer.widget.facts, talk(explorer)
-    assert F['kind']=='classes' and F['relabel'] is False and explorer.marks.classes is None and F['names']==['ground', 'sky']
+    assert F['kind']=='classes' and F['relabel'] is False and explorer.marks.classes==[] and F['names']==['ground', 'sky']
     ask(explorer, 'marks', marks=[dict(id='a-1', item=1, mark='relabel', label=None)])
     assert said==[dict(taken=['a-1'], problem=None)] and explorer.change()==[] and explorer.marks[1]==('relabel', None)
+    for label in ('sky', 1, (.1, .2)):
+        with pytest.raises(ValueError, match="these items have no class to be relabelled to, mark them 'suspicious' or 'drop'"): explorer.marks.mark(0, 'relabel', label)
+    assert explorer.marks[0] is None
     explorer.close()
 
 

@@ -2,11 +2,13 @@
 import gc
 import json
 import random
+import re
 import weakref
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.patches import ConnectionPatch
@@ -15,7 +17,7 @@ from torch import nn
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Resize, resnet18, vision_learner
+from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, IndexSplitter, Resize, resnet18, vision_learner
 
 from fastai_cam.all import Versus
 from fastai_cam.similar import alike, evidence_features, match_cells, SimilarIndex, typical_evidence
@@ -262,9 +264,23 @@ def test_files_that_are_none(tmp_path):
     header = json.loads(str(arrays['header']))
     np.savez(tmp_path/'newer.npz', **arrays | dict(header=np.array(json.dumps(header | dict(format=99)))))
     np.savez(tmp_path/'odd.npz', **arrays | dict(header=np.array('[1, 2]')))
-    for name in ('torn', 'text', 'pickled', 'short', 'far', 'lacking', 'newer', 'odd'):
+    for name, more in (('unsaid', dict(made_of={})), ('half', dict(made_of=dict(method='gradcam'))), ('nobody', dict(names=None)), ('deep', None)):
+        np.savez(tmp_path/f'{name}.npz', **arrays | dict(header=np.array('['*100_000 if more is None else json.dumps(header | more))))
+    np.savez(tmp_path/'nan.npz', **arrays | dict(features=arrays['features']*np.nan))
+    np.savez(tmp_path/'classless.npz', **arrays | dict(labels=arrays['labels'] - 9))
+    content = bytearray(file.read_bytes())
+    packed = content.index(b'features.npy') + 40
+    content[packed:packed + 60] = bytes(60)
+    (tmp_path/'rotten.npz').write_bytes(content) # zlib.error
+    content = bytearray(file.read_bytes())
+    place = content.index(b'PK\x01\x02')
+    content[place + 10:place + 12] = b'\x63\x00'
+    (tmp_path/'foreign.npz').write_bytes(content) # a compression that Python does not know
+    for name in ('torn', 'text', 'pickled', 'short', 'far', 'lacking', 'newer', 'odd', 'unsaid', 'half', 'nobody', 'deep', 'nan', 'classless', 'rotten', 'foreign'):
         with pytest.raises(ValueError, match='is no index that can be read') as caught: SimilarIndex.load(tmp_path/f'{name}.npz')
-        assert '\n' not in str(caught.value), name
+        assert '\n' not in str(caught.value) and ('it is damaged, or was not written by' in str(caught.value))==(name != 'newer'), name
+    np.savez(tmp_path/'wide.npz', **arrays | dict(features=np.repeat(arrays['features'], 2, 1)))
+    with pytest.raises(ValueError, match='the index is damaged: it has 6 channels, and the layer has 3'): learner().get_like(0, index=tmp_path/'wide.npz')
     with pytest.raises(ValueError, match='it would unpack to'): SimilarIndex.load(file, max_bytes=100)
 
 
@@ -308,6 +324,21 @@ def test_more_items_than_are_shown():
     with pytest.warns(UserWarning, match='the first 1 of these 2 items are shown'): assert len(learn.show_like([0, 1], k=1, method='gradcam', max_n=1))==4
 
 
+def test_pictures_of_different_sizes():
+    large = torch.zeros(3, 16, 24)
+    large[:, :12, :12] = REDS[1]
+    learn = learner([(large, RED)] + TRAIN, [(large + 0, RED)] + VALID)
+    for i in (0, 1): learn.dls.loaders[i] = learn.dls.loaders[i].new(bs=1)
+    assert len(learn.show_like([0, 1], k=3, cls='red', method='gradcam'))==8 and len(learn.get_like([0, 1], k=3, cls='red', method='gradcam').to_df())==6
+
+
+def test_a_table_of_maps_is_refused(tmp_path):
+    learn = learner()
+    pytest.importorskip('pyarrow')
+    store = learn.get_cams([0, 1], method='gradcam').to_table(tmp_path/'maps')
+    with pytest.raises(TypeError, match=re.escape("ask for its items, table.where(...).to_pandas()['item']")): learn.get_like(store.where('right'))
+
+
 def test_pytorchs_own_loader():
     learn = learner()
     learn.dls.loaders[0] = torch.utils.data.DataLoader([(x, torch.tensor(y)) for x, y in TRAIN], batch_size=3, shuffle=True)
@@ -319,7 +350,12 @@ def test_where_nothing_speaks_for_a_class():
     learn = learner(valid=[(painted(((1, 0, 0), 1, 1)), RED)])
     axs = learn.show_like(0, k=2, method='gradcam')
     assert len(axs)==3 + 2 and axs[-1].texts[0].get_text()=='nothing in it speaks for green' and len(learn.get_like(0, k=2, method='gradcam').to_df())==2
+    legend = lambda axs: ' '.join(text.get_text() for text in axs[0].figure.texts)
+    assert '⚠' not in legend(learn.show_like(0, k=2, cls='red', method='gradcam')) and 'lines join' in legend(learn.show_like(0, k=2, cls='red', method='gradcam'))
+    with_wrong = learn.show_like(0, k=9, cls='green', method='gradcam', n_places=0), learner().show_like(1, k=9, cls='green', method='gradcam', n_places=0)
+    assert ['⚠' in legend(axs) for axs in with_wrong]==['⚠' in ' '.join(ax.get_title(loc='left') for ax in axs) for axs in with_wrong] and 'lines' not in legend(with_wrong[0])
     learn = learner(train=[(x, RED) for x in REDS])
+    assert learn.show_like(TRAIN[0], k=1, cls='green', method='gradcam')[-1].texts[0].get_text()=='no training picture is labelled green' # though nothing in it speaks for green, either
     axs = learn.show_like(1, k=2, method='gradcam')
     assert axs[1].texts[0].get_text()=='no training picture is labelled green' and axs[2].get_title(loc='left').startswith('runner-up red')
 
@@ -391,6 +427,33 @@ def test_a_training_picture_is_not_its_own_neighbour(files, monkeypatch):
     monkeypatch.chdir(files[0].parent)
     found = learn.get_like(files[1].name, k=9, cls='red', method='gradcam').to_df()['position'].tolist()
     assert sorted(found)==[0, 2, 3] # by another path
+
+
+def neighbours(learn, item, **options): return learn.get_like(item, k=9, cls='red', method='gradcam', **options).to_df().groupby('item', sort=False)['position'].apply(lambda found: sorted(set(found))).tolist()
+
+
+def test_a_file_that_is_there_twice_is_not_its_own_neighbour(files):
+    labels = ['red']*4 + ['green']*4
+    table = pd.DataFrame(dict(name=[file.name for file in files[:8]] + [files[1].name, files[8].name], label=labels + ['red']*2))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=['red', 'green'], sort=False)), get_x=ColReader('name', pref=files[0].parent), get_y=ColReader('label'), splitter=IndexSplitter([9]), item_tfms=Resize(12))
+    learn = Learner(block.dataloaders(table, bs=4, num_workers=0), Colours(), loss_func=CrossEntropyLossFlat())
+    learn.remove_cb(learn.progress)
+    for item in (files[1], table.iloc[1], table.iloc[[1]]): assert neighbours(learn, item)==[[0, 2, 3]]
+    assert neighbours(learn, learn.dls.train)[:2]==[[1, 2, 3, 8], [0, 2, 3]] and neighbours(learn, 0)==[[0, 1, 2, 3, 8]]
+    assert learn.get_like(0, method='gradcam').to_df()['item'][0]==str(files[8])
+
+
+def test_a_picture_in_memory_is_not_its_own_neighbour():
+    learn = learner()
+    assert neighbours(learn, learn.dls.train)[:4]==[[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert neighbours(learn, TRAIN[2])==[[0, 1, 3]] and neighbours(learn, [TRAIN[2], VALID[0]])==[[0, 1, 3], [0, 1, 2, 3]]
+    assert neighbours(learn, learn.dls.train.new(get_idxs=lambda: [2, 5, 1]))==[[0, 1, 3], [0, 2, 3]] # nothing in the green one speaks for red
+    assert neighbours(learn, [0, 1])==[[0, 1, 2, 3]]*2
+    ds = torch.utils.data.TensorDataset(torch.stack([x for x, _ in TRAIN]), torch.tensor([y for _, y in TRAIN]))
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(ds, batch_size=3, shuffle=True)
+    assert neighbours(learn, learn.dls.loaders[0])[:4]==[[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]] and neighbours(learn, [0, 1])==[[0, 1, 2, 3]]*2
+    chosen = torch.utils.data.DataLoader(ds, batch_size=3, sampler=torch.utils.data.SubsetRandomSampler([3, 1]))
+    assert sorted(neighbours(learn, chosen))==[[0, 1, 2], [0, 2, 3]]
 
 
 def test_a_label_or_a_transform_that_changed(files):

@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 from weakref import WeakKeyDictionary, WeakMethod
 
 import pandas as pd
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.xtras import is_listy
 from ..checks import check_choice, is_int
 from ..files import as_path, write_file
 
@@ -54,13 +55,21 @@ def _prints(keys, labels):
     "A fingerprint of each item"
     return [_print(f'{key} {label}' if _is_unnamed(key) else key) for key,label in zip(keys, labels)]
 
+def _is_list(values, is_right): return isinstance(values, list) and all(map(is_right, values))
+
+def _is_line(one):
+    "Is it a mark as a file has it?"
+    is_named = isinstance(one, dict) and isinstance(one.get('item'), str) and isinstance(one.get('mark'), str)
+    return is_named and isinstance(one.get('label', ''), str)
+
 def _read_file(file):
     "What is in a file of marks; `ValueError` for any other file"
     try: said = json.loads(file.read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError): said = None
-    is_marks = isinstance(said, dict) and said.get('format')==FORMAT and isinstance(said.get('marks'), list)
-    if is_marks: return said
-    raise ValueError(f'{str(file)!r} holds no marks: interp.explore(file=...) writes them, and gives a file of its own a name that is free')
+    except (ValueError, RecursionError): said = None # no text, no JSON, or too deep
+    is_own = isinstance(said, dict) and said.get('format')==FORMAT
+    if is_own and _is_list(said.get('marks'), _is_line) and _is_list(said.get('items', []), lambda one: isinstance(one, str)): return said
+    raise ValueError(f'{str(file)!r} holds no marks: it is damaged, or was not written by interp.explore(file=...). '
+                     'Give a file of its own a name that is free')
 
 # %% ../../nbs/96_explore.marks.ipynb #c016f464
 class Marks:
@@ -69,7 +78,7 @@ class Marks:
         items:Sequence, # Their names or files, in the order of the set
         labels:Sequence|None=None, # What they are labelled
         predictions:Sequence|None=None, # What a model says
-        classes:Sequence|None=None, # What they can be relabelled to; `None`: whatever is given
+        classes:Sequence|None=None, # What they can be relabelled to; empty: to nothing; `None`: whatever is given
         root:str|Path='.', # Folder of the data set
         file:str|Path|None=None, # JSON, where marks are kept; it is made with the first of them
         table:pd.DataFrame|None=None # The rows that the items come from, if they come from any
@@ -113,10 +122,22 @@ def said(self:Marks) -> dict[int,tuple]: # Mark and new label by position
     with self._lock: return dict(sorted(self._said.items()))
 
 # %% ../../nbs/96_explore.marks.ipynb #cc468f4a
+def _positions(items, n):
+    "Which of `n` items are meant"
+    def plain(value): return value.tolist() if hasattr(value, 'tolist') else value # of tensors, arrays and NumPy's numbers
+    items = plain(items)
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes)): return [items]
+    found = [plain(one) for one in items]
+    if not found or not all(isinstance(one, bool) for one in found): return found
+    if len(found)==n: return [i for i,is_meant in enumerate(found) if is_meant]
+    raise ValueError(f'a mask has a bool for each of the {n} items, and this one has {len(found)}')
+
 @patch
 def _as_class(self:Marks, label):
     "The class that is meant"
-    if self.classes is None: return label
+    if self.classes is None or label is None and not self.classes: return label
+    if not self.classes:
+        raise ValueError(f"label={label!r}: these items have no class to be relabelled to, mark them 'suspicious' or 'drop'")
     if label in self.classes: return self.classes[self.classes.index(label)]
     if is_int(label) and 0 <= label < len(self.classes): return self.classes[label]
     raise ValueError(f'relabel to what? label={label!r} is none of the {len(self.classes)} classes')
@@ -127,24 +148,26 @@ def checked(self:Marks,
     mark:str|None, # 'keep', 'relabel', 'drop' or 'suspicious'; `None`: none
     label:Any=None # With 'relabel': the right class, by name or index
 ) -> tuple|None: # Mark and new label
-    "What is said of an item; `ValueError` for what makes no sense"
+    "What is said of an item; `ValueError` for what makes no sense. To be relabelled as it is labelled already is to be kept"
     if not is_int(i) or not 0 <= i < len(self.keys):
         raise ValueError(f'there is no item {i!r}: the set has {len(self.keys)}, 0 to {len(self.keys) - 1}')
     if mark is None: return None
     check_choice(mark, MARKS, f'a mark is one of {", ".join(map(repr, MARKS))}, or None for no mark')
     if mark != 'relabel' and label is not None: raise ValueError(f"only 'relabel' has a label, not {mark!r}")
-    return mark,self._as_class(label) if mark=='relabel' else None
+    if mark != 'relabel': return mark,None
+    to = self._as_class(label)
+    is_same = to is not None and str(to)==str(self.items.label[i])
+    return ('keep', None) if is_same else (mark, to)
 
 # %% ../../nbs/96_explore.marks.ipynb #b0d6b365
 @patch
 def mark(self:Marks,
-    items:int|Sequence[int], # Positions in the set
+    items:int|Sequence[int], # Positions in the set, e.g. of `interp.select('wrong')`, or a mask: a bool for each of its items
     mark:str|None, # 'keep', 'relabel', 'drop' or 'suspicious'; `None`: none
     label:Any=None # With 'relabel': the right class, by name or index
 ) -> None:
-    "Say something of items"
-    positions = [int(i) for i in items] if is_listy(items) or isinstance(items, range) else [items]
-    self.take({i: self.checked(i, mark, label) for i in positions})
+    "Say of items that they are right ('keep'), labelled wrong, to be taken out of the set ('drop'), or to be looked at again ('suspicious')"
+    self.take({i: self.checked(i, mark, label) for i in _positions(items, len(self.keys))})
 
 @patch
 def take(self:Marks,
@@ -159,6 +182,32 @@ def take(self:Marks,
             self._listeners = [heard for heard in self._listeners if heard() is not None]
             for heard in self._listeners: heard()()
 
+# %% ../../nbs/96_explore.marks.ipynb #4c0b9d17
+try: import fcntl
+except ImportError: fcntl = None # on Windows
+
+def _lock(folder, file, patience):
+    "Wait until nobody else has the folder locked"
+    until = time.monotonic() + patience
+    while True:
+        try: return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError(f'somebody else has been writing {str(file)!r} for {patience:.0f} seconds') from None
+        except OSError: return # a file system without locks
+        time.sleep(.02)
+
+@contextmanager
+def _alone_with(file, patience=20.):
+    "Nobody else writes meanwhile: the folder is locked, which leaves nothing behind; where there are no locks, all go on"
+    try: folder = None if fcntl is None else os.open(Path(os.path.realpath(file)).parent, os.O_RDONLY)
+    except OSError: folder = None
+    try:
+        if folder is not None: _lock(folder, file, patience)
+        yield
+    finally:
+        if folder is not None: os.close(folder)
+
 # %% ../../nbs/96_explore.marks.ipynb #a4348255
 @patch
 def _put(self:Marks):
@@ -170,12 +219,17 @@ def _put(self:Marks):
 @patch
 def _save(self:Marks):
     if self.file is not None:
-        self.refresh()
-        lines = [dict(item=self.keys[i], position=i, mark=mark, **({} if label is None else dict(label=str(label))))
-                 for i,(mark,label) in self.said().items()]
-        text = json.dumps(dict(format=FORMAT, n=len(self.keys), items=sorted(self._known)[:64], marks=lines + self._elsewhere), indent=1)
-        with write_file(self.file) as out: out.write(text.encode('ascii'))
+        with _alone_with(self.file):
+            self.refresh()
+            self._write()
     self._unsaved = {}
+
+@patch
+def _write(self:Marks):
+    lines = [dict(item=self.keys[i], position=i, mark=mark, **({} if label is None else dict(label=str(label))))
+             for i,(mark,label) in self.said().items()]
+    text = json.dumps(dict(format=FORMAT, n=len(self.keys), items=sorted(self._known)[:64], marks=lines + self._elsewhere), indent=1)
+    with write_file(self.file) as out: out.write(text.encode('ascii'))
 
 @patch
 def refresh(self:Marks) -> None:
@@ -271,6 +325,12 @@ def _label_column(self:Marks, df, rows):
 def _check_rows(self:Marks, df, rows, label):
     "`ValueError` where a table is not the one that the items come from"
     touched = [*self.delete(), *(i for i,_ in self.change())]
+    items_of = {row: [] for row in rows.values()}
+    for i,row in rows.items(): items_of[row].append(i)
+    shared = next((items_of[rows[i]] for i in touched if i in rows and len(items_of[rows[i]]) > 1), None)
+    if shared is not None:
+        raise ValueError(f'{self.keys[shared[0]]!r} and {self.keys[shared[1]]!r} are found in the same row of the table: give a column '
+                         'that tells them apart')
     lacking = next((self.keys[i] for i in touched if i not in rows), None)
     if lacking is not None: raise ValueError(f'{lacking!r} is marked, and is not in the table')
     if self.table is None or df is self.table: return

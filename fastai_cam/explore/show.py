@@ -218,7 +218,7 @@ def explore(self:CAMInterpretation,
     answers,kind,classes = _answers_of(self)
     names,table = _names_of(self)
     is_of_classes = kind=='classes' and answers.share_right is None # a mask is not put right by naming a class
-    marks = _marks_of(self, classes if is_of_classes else None, names, table, file)
+    marks = _marks_of(self, classes if is_of_classes else [], names, table, file)
     layers,layer_names = _layers_of(self, layer)
     first = _pictures(self, idxs[:n_page], image)
     if not any(first.values()): _refuse_volumes(self, idxs[0], image)

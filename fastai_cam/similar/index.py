@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Sequence
 from weakref import WeakKeyDictionary
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ..tasks import BinaryLabel, MultiLabel, Segmentation, Task, Values
 from ..targets.kinds import Actual
 from ..methods.registry import method_name
 from ..state import preserve_state
-from ..source.passes import n_inputs
+from ..source.passes import n_inputs, reason
 from ..source.loaders import as_loader, dl_source, says_its_items, Source
 from ..learner.arguments import check_words
 from ..learner.query import CaptureCallback, Query, query_of, run_query
@@ -81,6 +81,8 @@ def nearest(self:SimilarIndex,
     without:Sequence[int]=() # Items of the set that are left out
 ) -> tuple[Tensor,Tensor]: # Rows of the index, the most alike first, and how alike they are
     "The items labelled `c` in which what speaks for it is most like it is in a picture"
+    size = self.features.shape[1]
+    if size != len(features): raise ValueError(f'the index is damaged: it has {size} channels, and the layer has {len(features)}')
     rows = ((self.labels==c) & ~torch.isin(self.positions, torch.tensor(list(without), dtype=torch.long))).nonzero()[:,0]
     similarity = alike(features[None], self.features[rows], self.centre(c))[0]
     order = similarity.argsort(descending=True, stable=True)[:k]
@@ -206,10 +208,12 @@ def evidence_of_batch(
 # %% ../../nbs/88a_similar.index.ipynb #fb0f300f
 def joined(
     batches:list[dict] # As `evidence_of_batch` gives them
-) -> dict:
+) -> dict: # Activations and maps as lists, one an item
     "The same of all batches"
-    names = [name for name in batches[0] if name != 'task']
-    return dict({name: torch.cat([batch[name] for batch in batches]) for name in names}, task=batches[-1]['task'])
+    def whole(name):
+        parts = [batch[name] for batch in batches]
+        return list(chain.from_iterable(parts)) if name in ('acts', 'maps') else torch.cat(parts) # pictures may be of different sizes
+    return dict({name: whole(name) for name in batches[0] if name != 'task'}, task=batches[-1]['task'])
 
 # %% ../../nbs/88a_similar.index.ipynb #4fd1e1b3
 _kept = WeakKeyDictionary() # the latest index of each learner
@@ -266,21 +270,30 @@ def save(self:SimilarIndex,
         np.savez_compressed(out, header=header, **{name: getattr(self, name).to(dtype).numpy() for name,dtype in _ARRAYS.items()})
     return path
 
+def _is_index(arrays, names, made_of):
+    "Do the parts of a file belong together?"
+    features,positions,n = arrays['features'],arrays['positions'],len(arrays['features'])
+    is_told = isinstance(names, list) and isinstance(made_of, dict) and all(isinstance(made_of.get(name), str) for name in (*_CHANGES, *_ASKED))
+    is_right = features.dim()==2 and all(array.shape==(n,) for name,array in arrays.items() if name != 'features')
+    if not is_told or not is_right: return False
+    is_there = (positions >= 0) & (positions < len(names)) & (arrays['labels'] >= 0) & (arrays['predicted'] >= -1)
+    return bool(is_there.all()) and bool(features.isfinite().all())
+
 def _parts(path, max_bytes):
-    "Header and arrays of a file that `save` wrote; `ValueError` where they do not belong together"
-    with ZipFile(path) as archive: n_bytes = sum(part.file_size for part in archive.infolist())
+    "Header and arrays of a file that `save` wrote; `ValueError` for any other file"
+    newest = _format
+    try:
+        with ZipFile(path) as archive: n_bytes = sum(part.file_size for part in archive.infolist())
+        if n_bytes <= max_bytes:
+            with np.load(path, allow_pickle=False) as archive:
+                header = json.loads(str(archive['header']))
+                newest,known = header['format'],(header['names'],header['made_of'])
+                arrays = {name: torch.from_numpy(archive[name]).to(dtype) for name,dtype in _ARRAYS.items()}
+            if newest <= _format and not _is_index(arrays, *known): raise ValueError('its parts do not belong together')
+    except PermissionError: raise
+    except Exception as e: raise ValueError(f'it is damaged, or was not written by SimilarIndex.save ({reason(e)})') from None
     if n_bytes > max_bytes: raise ValueError(f'it would unpack to {n_bytes/1e9:.1f} GB: if you trust it, load it with max_bytes={n_bytes}')
-    with np.load(path, allow_pickle=False) as archive:
-        header = json.loads(str(archive['header']))
-        if header['format'] > _format: raise ValueError(f'its format {header["format"]} is newer than {_format}: update fastai_cam')
-        arrays = {name: torch.from_numpy(archive[name]).to(dtype) for name,dtype in _ARRAYS.items()}
-    n = len(arrays['features'])
-    is_right = arrays['features'].dim()==2 and all(array.shape[:1]==(n,) for array in arrays.values())
-    is_right = is_right and all(arrays[name].dim()==1 for name in _ARRAYS if name != 'features')
-    known = header['names'],header['made_of']
-    is_told = isinstance(known[0], list) and isinstance(known[1], dict)
-    if not is_right or not is_told or n and not bool(((arrays['positions'] >= 0) & (arrays['positions'] < len(known[0]))).all()):
-        raise ValueError('its parts do not belong together')
+    if newest > _format: raise ValueError(f'its format {newest} is newer than {_format}: update fastai_cam')
     return arrays,known
 
 # %% ../../nbs/88a_similar.index.ipynb #3bd3c3bb
@@ -293,6 +306,5 @@ def load(cls:SimilarIndex,
     path = as_path(file)
     if not path.is_file(): raise FileNotFoundError(f'there is no file {str(path)!r}: make an index with learn.similar_index(), and save it')
     try: arrays,known = _parts(path, max_bytes)
-    except (BadZipFile, ValueError, KeyError, TypeError, EOFError) as e:
-        raise ValueError(f'{str(path)!r} is no index that can be read: {e}') from None
+    except ValueError as e: raise ValueError(f'{str(path)!r} is no index that can be read: {e}') from None
     return SimilarIndex(**arrays, names=[str(name) for name in known[0]], made_of=known[1])

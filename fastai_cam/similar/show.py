@@ -34,6 +34,8 @@ from ..state import preserve_state
 from ..source.loaders import Source
 from ..source.images import FILE_TYPES
 from ..source.items import as_source
+from ..data.items import ItemList
+from ..data.store import CAMStore
 from ..learner.arguments import check_words
 from ..learner.query import run_query
 from ..learner.task import class_names
@@ -71,6 +73,7 @@ class LikeRow:
     probability:float
     actual:str # what the item is labelled; empty where that is not known
     silent:bool # does nothing in the item speak for the class?
+    unlabelled:bool # is no training picture labelled so?
     rows:Tensor # of the index, most alike first
     similarity:Tensor
 
@@ -122,14 +125,35 @@ def _words_of(learn, task):
     names = task.class_names(class_names(learn.dls))
     return lambda c: as_text(names[c]) if names is not None and c < len(names) else f'class {c}'
 
-def _name_of(item, i): return str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}'
+def _names_of(learn, source):
+    "What items are called: their files, or their positions"
+    if hasattr(source.dl, 'get_idxs'): return list(map(ItemList(source, learn=learn).name, range(len(source.items))))
+    return [str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}' for i,item in enumerate(source.items)]
 
-def _own_positions(index, items):
-    "Where each item is in the training set itself, as a list: a picture is not its own neighbour"
-    def file_of(name): return os.path.abspath(Path(name).expanduser())
-    if not any(isinstance(item, FILE_TYPES) for item in items): return [[]]*len(items)
-    positions = {file_of(name): [position] for position,name in enumerate(index.names)}
-    return [positions.get(file_of(item), []) if isinstance(item, FILE_TYPES) else [] for item in items]
+def _places_of(source):
+    "Where each item is in the data set that it is from, be it through a part of that"
+    ds,places = getattr(source.dl, 'dataset', None),source.dl.get_idxs() if hasattr(source.dl, 'get_idxs') else []
+    while 'idxs' in getattr(ds, '__dict__', ()) and hasattr(ds, 'dataset'): ds,places = ds.dataset,[ds.idxs[i] for i in places]
+    return [(id(ds), int(i)) for i in places]
+
+def _held(items):
+    "Items that are objects in memory; rows of a table are none"
+    return [None]*len(items) if hasattr(items, 'iloc') else [items[i] for i in range(len(items))]
+
+def _known_by(items, names, places):
+    "By what each item is found in another list: its file, itself where it is in memory, and its place in a data set"
+    places = places if len(places)==len(items) else [] # some were skipped
+    def file(i): return [] if isinstance(items[i], int) or names[i]==f'item {i}' else [os.path.abspath(Path(names[i]).expanduser())]
+    def itself(i): return [] if isinstance(items[i], (int, type(None), *FILE_TYPES)) else [id(items[i])]
+    return [[*file(i), *itself(i), *places[i:i + 1]] for i in range(len(names))]
+
+def _own_positions(learn, source, names, index, image):
+    "Where each item is in the training set itself, as often as it is there: a picture is not its own neighbour"
+    training,positions = training_source(learn, image=image),{}
+    items,others = _held(source.items),_held(training.items) # as long as both are compared
+    for position,known in enumerate(_known_by(others, index.names, _places_of(training))):
+        for one in known: positions.setdefault(one, set()).add(position)
+    return [sorted(set().union(*(positions.get(one, ()) for one in known))) for known in _known_by(items, names, _places_of(source))]
 
 # %% ../../nbs/88c_similar.show.ipynb #c328f9b8
 def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
@@ -140,19 +164,24 @@ def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
     index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
-    own = _own_positions(index, source.items)
+    with preserve_state(learn):
+        names = _names_of(learn, source)
+        own = _own_positions(learn, source, names, index, query.image)
+    known = set(index.labels.tolist())
     def row(i, j):
-        c,one,feature = int(found['classes'][i,j]),source.items[i],found['features'][i,j]
+        c,feature = int(found['classes'][i,j]),found['features'][i,j]
         silent = not bool(feature.any())
         rows,similarity = index.nearest(feature, c, 0 if silent else k, own[i])
         actual = ', '.join(words(label) for label in found['actual'][i].tolist() if label >= 0) if 'actual' in found else ''
         role = query.target.labels[j] if isinstance(query.target, MostProbable) else ''
-        return LikeRow(i, _name_of(one, i), c, words(c), role, found['probability'][i,j].item(), actual, silent, rows, similarity)
+        return LikeRow(i, names[i], c, words(c), role, found['probability'][i,j].item(), actual, silent, c not in known, rows, similarity)
     return Alike([row(*one) for one in (found['classes'] >= 0).nonzero().tolist()], index, words),found,source.images
 
 # %% ../../nbs/88c_similar.show.ipynb #8ccfd2f7
-def _check_words(kwargs, method, k, max_n):
+def _check_words(item, kwargs, method, k, max_n):
     check_words(kwargs, method, ('cls', 'layer', 'method', 'item', 'k'))
+    if isinstance(item, CAMStore):
+        raise TypeError("a table of maps has no pictures in it: ask for its items, table.where(...).to_pandas()['item']")
     check_int(k, 'k', 1, 'leaves nothing to show: give at least 1')
     check_count(max_n, 'max_n', 'look up')
 
@@ -169,7 +198,7 @@ def get_like(self:Learner,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> Alike:
     "The training pictures that the decisions about `item` are most like, by what speaks for a class among those that are labelled so"
-    _check_words(kwargs, method, k, max_n)
+    _check_words(item, kwargs, method, k, max_n)
     if kwargs:
         raise TypeError(f'get_like has no argument {next(iter(kwargs))!r}: it has item, k, cls, method, layer, image, index and max_n')
     return _alike_of(self, _asked(self, cls, method, layer, image), method, layer, item, k, index, max_n)[0]
@@ -197,7 +226,7 @@ def _neighbours(learn, found, method, layer, image):
         columns = (now['classes'][i]==c).nonzero()[:,0].tolist()
         then,is_same = index.features[place],False
         if columns: is_same = bool(torch.cosine_similarity(now['features'][i,columns[0]], then, dim=0) > .99) or not bool(then.any())
-        if is_same: return now['maps'][i,columns[0]],now['acts'][i],source.images[i]
+        if is_same: return now['maps'][i][columns[0]],now['acts'][i],source.images[i]
         raise ValueError(f'{index.names[positions[i]]!r} is not what it was when the index was made of it: make it anew, '
                          'with learn.similar_index()')
     return {place: of_place(place) for place in places}
@@ -214,18 +243,18 @@ def _title_of(found, row, rank):
     return f'{title}\n⚠ the model {says}'
 
 def _rows_of(found, asked, images, neighbours):
-    "For each item and class the pictures that are shown, the item first, and why there are none beside it"
+    "For each item and class the pictures that are shown, the item first, why there are none beside it, and whether one has a ⚠"
     rows = []
     for row in found.rows:
         j = (asked['classes'][row.item]==row.cls).nonzero()[0,0]
         what,name = f'{row.role} {row.words} {row.probability:.2f}'.strip(),cut(as_text(Path(row.name).name), 60)
         title = f'{what}\n{name}' + (f' · actual {row.actual}' if row.actual else '')
-        own = Shown(CAMMap(asked['maps'][row.item,j], images[row.item]), asked['acts'][row.item], title)
+        own = Shown(CAMMap(asked['maps'][row.item][j], images[row.item]), asked['acts'][row.item], title)
         def shown(rank):
             values,acts,image = neighbours[int(row.rows[rank])]
             return Shown(CAMMap(values, image), acts, _title_of(found, row, rank))
         pictures = [own, *map(shown, range(len(row.rows)))]
-        rows.append((pictures, why_none(row)))
+        rows.append((pictures, why_none(row), any(map(found.doubt, row.rows.tolist()))))
     return rows
 
 def why_none(
@@ -233,7 +262,7 @@ def why_none(
 ) -> str:
     "Why no neighbour is shown; empty where one is"
     if len(row.rows): return ''
-    return f'nothing in it speaks for {row.words}' if row.silent else f'no training picture is labelled {row.words}'
+    return f'no training picture is labelled {row.words}' if row.unlabelled else f'nothing in it speaks for {row.words}'
 
 # %% ../../nbs/88c_similar.show.ipynb #3866ccdd
 _COLOURS = ('#00e5ff', '#ff4df5', '#ff7a1a', '#b6ff3d', '#7da0ff') # of a neighbour's lines
@@ -288,14 +317,14 @@ def show_like(self:Learner,
 ) -> list: # Axes, one a panel
     """The training pictures that the decision about `item` is most like: a row of those labelled as is predicted, and one of those labelled
     as the runner-up; lines join places that match, and ⚠ marks a label that the model itself does not believe"""
-    _check_words(kwargs, method, k, max_n)
+    _check_words(item, kwargs, method, k, max_n)
     check_page(kwargs)
     check_int(n_places, 'n_places', 0, 'is no number of places: 0 draws no lines')
     query = _asked(self, cls, method, layer, image)
     if isinstance(item, (list, tuple)) and len(item) > max_n:
         warnings.warn(f'the first {max_n} of these {len(item)} items are shown: max_n says how many, and get_like takes any number')
     found,asked,images = _alike_of(self, query, method, layer, item, k, index, max_n, cells=True)
-    if asked['maps'].dim() > 4: raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
+    if asked['maps'][0].dim() > 3: raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
     rows = _rows_of(found, asked, images, _neighbours(self, found, method, layer, image))
     return _draw(rows, n_places, kwargs)
 
@@ -307,10 +336,12 @@ def _draw(rows, n_places, options):
         return [*[Panel(one.map, title=one.title) for one in pictures], *none]
     rest,written = dict(options),{name: options[name] for name in ('save', 'dpi', 'text') if name in options}
     for name in written: rest.pop(name)
-    page = [Row(panels(pictures, why_none)) for pictures,why_none in rows]
-    legend = 'training pictures labelled so, most alike first   lines join places that are alike   ⚠ the model does not believe the label'
+    page = [Row(panels(pictures, why_none)) for pictures,why_none,_ in rows]
+    is_doubted = any(has_doubt for *_,has_doubt in rows)
+    legend = '   '.join(['training pictures labelled so, most alike first', *['lines join places that are alike']*(n_places > 0),
+                         *['⚠ the model does not believe the label']*is_doubted])
     axs,start = draw_page(page, rest, legend),0
-    for (pictures,_),row in zip(rows, page):
+    for (pictures,*_),row in zip(rows, page):
         if n_places: _draw_matches(pictures, axs[start:start + len(pictures)], n_places)
         start += len(row.panels)
     save_figure(axs[0].figure, **{'save': None, **written})
