@@ -99,11 +99,31 @@ def test_maps_keep_the_places_of_the_set(interp, oracle, tmp_path):
     ('wrng', "names 'wrng'"), ('loss >', 'cannot be read'), ('loss > "a"', 'cannot be read'), ('loss > 1e9', "of the 14 items none is left by where='loss > 1e9'"),
     (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', "where='loss' is a column and no condition: compare it, as in 'loss > "), (lambda df: df.loss, 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
     ('index', "is a column and no condition"), ('label = "cat"', 'has a single =, which compares nothing: write =='), ('probability > "high"', 'numbers are compared with numbers'), ('label == cat', "names 'cat', which is no column"),
+    ('wrong AND loss > 1', "has AND: write and"), ("file like '%a%'", r"found by item.str.contains\('…'\)"), ("label == 'cta'", "; no label is 'cta': did you mean 'cat'"),
+    ('`los` > 1', "names 'los', which is no column"), ('loss > @x', 'knows no variables'), ('`loss > 1', 'is one line'),
     ([14], 'where chooses among the 14 items'), ([True]*3, 'where chooses among the 14 items'), ('share_outside > .5', 'needs to know where the objects are')])
 def test_what_chooses_nothing(interp, where, message):
     interp.learn.model.requires_grad_(True)
     with pytest.raises(ValueError, match=message) as caught: interp.plot_top_losses_cam(3, where=where)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('where', [
+    "loss.__init__.__globals__.get('sys').modules.get('os').system('touch {}') == loss", "loss.to_pickle('{}') == loss", "loss.to_csv('{}') == loss",
+    "loss.values.tofile('{}') == loss", "loss.to_numpy().dump('{}') == loss", "\"`\" + loss.to_csv('{}') == \"`\"", '"""\nloss.to_csv("{}")\n""" == label',
+    "__pd_eval_local_open('{}', 'w') == loss", "item.str._parent.to_csv('{}') == loss", "[loss.to_csv('{}')] == loss", "loss.isin([loss.to_csv('{}')])"])
+def test_a_condition_runs_no_code(interp, where, tmp_path):
+    with pytest.raises(ValueError, match='which a condition may not|is one line'): interp.select(where.format(tmp_path/'made'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_condition_may_ask(interp, oracle):
+    of = lambda mask: oracle.index[mask].tolist()
+    assert interp.select('`loss` >= loss.median() and label.str.contains("o")').tolist()==of((oracle.loss >= oracle.loss.median()) & oracle.label.str.contains('o'))
+    assert interp.select('loss > 0 & label == "cat"').tolist()==of(oracle.label=='cat') # pandas' own order of & and ==
+    assert interp.select('label.isin(["cat"]) or abs(loss - 1) < .05').tolist()==of((oracle.label=='cat') | ((oracle.loss - 1).abs() < .05))
+    assert interp.select('not label.str.upper().str.startswith("C", na=False) and probability.between(0, 1)').tolist()==of(oracle.label=='dog')
+    assert interp.select('-loss < loss.quantile(.1)**2/2').tolist()==list(range(14))
 
 
 def test_classes_that_are_none(interp):

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..core import evenly_spaced
-from ..conditions import listed_columns, missing_name, names_in, no_column, rows_that_hold
+from ..conditions import listed_columns, missing_name, names_in, no_column, readable_condition, rows_that_hold, unknown_value
 from ..captions import as_text
 from ..tasks import MultiLabel, Segmentation, Values
 from ..targets.kinds import ClassIndex, Predicted
@@ -165,7 +165,8 @@ def _on_demand(df):
 @patch
 def _that_hold(self:CAMInterpretation, where):
     "Of which items a condition holds; a column that it names and that needs maps is made first"
-    names = names_in(where)
+    names,what = names_in(where),f'where={where!r}'
+    if '`' not in where and {*names} & {*ON_DEMAND}: readable_condition(where, what) # before maps are made for it
     for name in ON_DEMAND:
         if name in names: self._measure(name)
     df = self.to_df()
@@ -174,7 +175,7 @@ def _that_hold(self:CAMInterpretation, where):
         raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {listed}, so "
                          "write e.g. where='loss > 1'")
     words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
-    return rows_that_hold(df, where, f'where={where!r}', list(df), words, _on_demand(df), ', or a function of the table')
+    return rows_that_hold(df, where, what, list(df), words, _on_demand(df), ', or a function of the table')
 
 @patch
 def _evaluated(self:CAMInterpretation, where):
@@ -230,6 +231,7 @@ def items_of_class(self:CAMInterpretation,
     def of_side(values): return values[:,c].bool() if values.dim()==2 else values==c
     return torch.stack([of_side(getattr(self.answers, side)) for side in sides]).any(0)
 
+# %% ../../nbs/65b_interpret.selection.ipynb #8e78284a
 @patch
 def select(self:CAMInterpretation,
     where:str|Callable|Sequence|None=None, # 'wrong', 'right', a condition on columns of `to_df()`, a function of it, a mask, indices
@@ -244,7 +246,8 @@ def select(self:CAMInterpretation,
         idxs = [i for i in idxs if kept[i]]
     if len(idxs)==0:
         words = ' and '.join(f'{name}={value!r}' for name,value in (('where', where), ('cls', cls)) if value is not None)
-        raise ValueError(f'of the {len(self.losses)} items none is left by {words}')
+        meant = unknown_value(self.to_df(), where) if isinstance(where, str) else ''
+        raise ValueError(f'of the {len(self.losses)} items none is left by {words}{meant}')
     return torch.tensor(list(idxs))
 
 # %% ../../nbs/65b_interpret.selection.ipynb #a6bcf395

@@ -18,7 +18,9 @@ from ..conditions import listed_columns
 from ..conditions import missing_name
 from ..conditions import names_in
 from ..conditions import no_column
+from ..conditions import readable_condition
 from ..conditions import rows_that_hold
+from ..conditions import unknown_value
 from ..captions import as_text
 from ..tasks import MultiLabel
 from ..tasks import Segmentation
