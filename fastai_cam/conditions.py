@@ -151,8 +151,8 @@ def unknown_value(
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id in frame): continue
         known = {text for text in frame[node.left.id].dropna().unique() if isinstance(text, str)}
-        texts = [one.value for side in node.comparators for one in ast.walk(side) if isinstance(one, ast.Constant)]
-        for text in texts:
+        sides = ast.walk(ast.Tuple(node.comparators))
+        for text in [one.value for one in sides if isinstance(one, ast.Constant)]:
             near = get_close_matches(text, known, 1) if isinstance(text, str) and text not in known else []
             if near: return f'; no {node.left.id} is {text!r}: did you mean {near[0]!r}?'
     return ''

@@ -157,6 +157,18 @@ def test_values():
     with pytest.raises(ValueError, match='this learner predicts no classes'): interp.select(cls=0)
 
 
+def test_rows_of_a_table_are_called_by_their_files(pictures):
+    from fastai.vision.all import ImageDataLoaders, Resize, get_image_files
+    files = sorted(get_image_files(pictures))[:6]
+    frame = pd.DataFrame(dict(file=list(map(str, files)), side=['a', 'b']*3, is_valid=[False]*2 + [True]*4))
+    dls = ImageDataLoaders.from_df(frame, path='/', valid_col='is_valid', label_col='side', item_tfms=Resize(32), bs=2, num_workers=0)
+    found = CAMInterpretation.from_learner(Learner(dls, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), cam_head(8, 2)), loss_func=CrossEntropyLossFlat(), cbs=None))
+    names = list(map(str, files[2:]))
+    assert found.to_df().item.tolist()==names and found.select(f'item.str.contains({files[4].stem!r})').tolist()==[i for i, name in enumerate(names) if files[4].stem in name]
+    assert found.cams_of(torch.tensor([3, 0]), method='gradcam').to_df().item.tolist()==[names[3], names[0]]
+    assert found.cam_trust(n=1).table.item.tolist()==[files[2].name]
+
+
 def test_yes_or_no():
     learn = learner(lambda i: torch.tensor([float(i%2)]), 1, BCEWithLogitsLossFlat(), None)
     with learn.no_bar(): interp, (preds, targs) = CAMInterpretation.from_learner(learn), learn.get_preds()

@@ -10,7 +10,6 @@ __all__ = ['ON_DEMAND', 'rank_disagreement']
 # %% ../../nbs/65b_interpret.selection.ipynb #ad0ed42d
 from itertools import combinations
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -28,6 +27,7 @@ from ..targets.kinds import ClassIndex, Predicted
 from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state, with_bar
 from ..source.loaders import dl_source
+from ..source.images import file_of, item_name
 from ..learner.task import target_of, task_of
 from ..learner.arguments import refuse_arguments
 from .answers import ItemAnswers
@@ -72,9 +72,9 @@ def _answer_columns(self:CAMInterpretation):
 
 @patch
 def _item_names(self:CAMInterpretation):
-    "What the items are called: files by their paths, other things by their type"
+    "What the items are called: files by their paths, other things by their position"
     with preserve_state(self.learn): items = dl_source(self.learn, self.dl).items
-    return [str(item) if isinstance(item, (str, Path)) else type(item).__name__ for item in items]
+    return [item_name(file_of(self.learn, item), i) for i,item in enumerate(items)]
 
 # %% ../../nbs/65b_interpret.selection.ipynb #9733e5d4
 ON_DEMAND = dict(

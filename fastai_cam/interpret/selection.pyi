@@ -2,7 +2,6 @@
 from typing import Any
 from itertools import combinations
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 from typing import Callable
 from typing import Sequence
@@ -31,6 +30,8 @@ from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state
 from ..state import with_bar
 from ..source.loaders import dl_source
+from ..source.images import file_of
+from ..source.images import item_name
 from ..learner.task import target_of
 from ..learner.task import task_of
 from ..learner.arguments import refuse_arguments

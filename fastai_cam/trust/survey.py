@@ -24,6 +24,7 @@ from ..maps.words import plain_html, plain_text
 from ..maps.style import check_style, save_figure
 from ..methods.registry import method_name
 from ..source.loaders import dl_source
+from ..source.images import file_of, item_name
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, query_of
 from ..interpret.base import CAMInterpretation
@@ -86,7 +87,7 @@ def table(self:TrustSurvey) -> pd.DataFrame:
     for index,item,trust in zip(self.indices, self.items, self):
         n,name = trust.numbers,item.name if isinstance(item, Path) else item
         rows.append(dict(
-            index=index, item=name if isinstance(name, (str, int)) else type(name).__name__, label=trust.label, verdict=trust.word,
+            index=index, item=item_name(name, index), label=trust.label, verdict=trust.word,
             placement=n['placement'], placement_low=n['placement_low'], placement_high=n['placement_high'], score=n['score'],
             hidden=n['score'] - n['drop'], hidden_elsewhere=n['score'] - n['drop_elsewhere'], shown=n['shown'],
             shown_elsewhere=n['shown_elsewhere'], randomized_similarity=n['randomized_similarity']))
@@ -167,4 +168,4 @@ def cam_trust(self:CAMInterpretation,
     query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)
     verdicts,found = verdicts_of(self.learn, source, query, share, n_random, steps, seed, 'verdicts on {} pictures')
-    return TrustSurvey(verdicts, chosen, list(found.items), len(self.select(where)), method_name(query.methods[0]))
+    return TrustSurvey(verdicts, chosen, [file_of(self.learn, item) for item in found.items], len(self.select(where)), method_name(query.methods[0]))

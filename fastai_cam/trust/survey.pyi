@@ -19,6 +19,8 @@ from ..maps.style import check_style
 from ..maps.style import save_figure
 from ..methods.registry import method_name
 from ..source.loaders import dl_source
+from ..source.images import file_of
+from ..source.images import item_name
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single
 from ..learner.query import query_of
