@@ -65,6 +65,7 @@ def test_where(interp, oracle):
     assert interp.select(lambda df: df[df.loss > middle]).tolist()==of(oracle.loss > middle)
     assert interp.select(lambda df: df.nlargest(3, 'loss')).tolist()==oracle.nlargest(3, 'loss').index.tolist()
     assert interp.select((oracle.loss > middle).to_numpy()).tolist()==interp.select(torch.tensor((oracle.loss > middle).to_numpy())).tolist()==of(oracle.loss > middle)
+    assert interp.select([5, 1, 5, 1, 2]).tolist()==[5, 1, 2] and interp.select(np.array([1, 1])).tolist()==[1]
     assert interp.select([5, 1]).tolist()==[5, 1] and interp.select(torch.tensor([2])).tolist()==[2] and interp.select().tolist()==list(range(14))
 
 
@@ -101,6 +102,7 @@ def test_maps_keep_the_places_of_the_set(interp, oracle, tmp_path):
     ('index', "is a column and no condition"), ('label = "cat"', 'has a single =, which compares nothing: write =='), ('probability > "high"', 'numbers are compared with numbers'), ('label == cat', "names 'cat', which is no column"),
     ('wrong AND loss > 1', "has AND: write and"), ("file like '%a%'", r"found by item.str.contains\('…'\)"), ("label == 'cta'", "; no label is 'cta': did you mean 'cat'"),
     ('`los` > 1', "names 'los', which is no column"), ('loss > @x', 'knows no variables'), ('`loss > 1', 'is one line'),
+    ([0, 1, 999], 'where chooses among the 14 items: .*, 0 to 13, not 999'), (['wrong', 'loss > 1'], "or one text, as 'wrong and loss > 1': join conditions by and"),
     ([14], 'where chooses among the 14 items'), ([True]*3, 'where chooses among the 14 items'), ('share_outside > .5', 'needs to know where the objects are')])
 def test_what_chooses_nothing(interp, where, message):
     interp.learn.model.requires_grad_(True)

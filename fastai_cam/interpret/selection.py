@@ -192,13 +192,16 @@ def _evaluated(self:CAMInterpretation, where):
 
 # %% ../../nbs/65b_interpret.selection.ipynb #a8833721
 def _positions(found, n):
-    "The indices that a mask, a list of indices or some rows of the table mean"
+    "The indices that a mask, a list of indices or some rows of the table mean, each once"
     if isinstance(found, pd.DataFrame): found = found['index']
     values = np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found)
     if values.dtype==bool and values.shape==(n,): return values.nonzero()[0].tolist()
-    if values.dtype.kind in 'iu' and values.ndim==1 and bool(((values >= 0) & (values < n)).all()): return values.tolist()
-    raise ValueError(f'where chooses among the {n} items: a bool for each of them, or a list of their indices, 0 to {n-1}, '
-                     f'not {values.dtype} {list(values.shape)}')
+    if values.dtype.kind in 'iu' and values.ndim==1 and bool(((values >= 0) & (values < n)).all()):
+        return list(dict.fromkeys(values.tolist()))
+    what = f'where chooses among the {n} items: a bool for each of them, or a list of their indices, 0 to {n-1}, '
+    if values.dtype.kind in 'US': raise ValueError(f"{what}or one text, as 'wrong and loss > 1': join conditions by and")
+    beyond = values[(values < 0) | (values >= n)].tolist() if values.dtype.kind in 'iu' and values.ndim==1 else []
+    raise ValueError(what + f'not {beyond[0] if beyond else f"{values.dtype} {list(values.shape)}"}')
 
 @patch
 def _where(self:CAMInterpretation, where):

@@ -168,4 +168,5 @@ def cam_trust(self:CAMInterpretation,
     query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)
     verdicts,found = verdicts_of(self.learn, source, query, share, n_random, steps, seed, 'verdicts on {} pictures')
-    return TrustSurvey(verdicts, chosen, [file_of(self.learn, item) for item in found.items], len(self.select(where)), method_name(query.methods[0]))
+    items = [file_of(self.learn, item) for item in found.items]
+    return TrustSurvey(verdicts, chosen, items, len(self.select(where)), method_name(query.methods[0]))
