@@ -153,7 +153,9 @@ def item_list(
     source:Any=None # A `DataLoader`, a folder, files, indices into the validation set, a table; `None`: the validation set
 ) -> ItemList:
     "Many items; nothing is opened yet"
-    if isinstance(source, FILE_TYPES): source = _in_folder(as_path(source)) if source != '' and as_path(source).is_dir() else [source]
+    if isinstance(source, FILE_TYPES):
+        if not as_path(source).exists(): raise FileNotFoundError(f'there is no file or folder {str(source)!r}')
+        source = _in_folder(as_path(source)) if source != '' and as_path(source).is_dir() else [source]
     if isinstance(source, pd.DataFrame): return _of_frame(learn, source)
     loader = as_loader(learn, own_valid_loader(learn) if source is None else source)
     if loader is not None:

@@ -119,8 +119,9 @@ def _cams_of(learn, item, query, max_n):
         with_loss = source.labelled and has_item_losses(quiet)
         found,(preds,targs,*losses) = run_query(quiet, source, query, maps_of_batch, True, with_loss=with_loss, act=activation_of(quiet))
         texts = source.texts()
-    return CAMs(images=source.images, items=_files_of(learn, source.items), texts=texts, preds=preds,
-                targs=targs if source.labelled else None, losses=losses[0] if losses else None, vocab=class_names(learn.dls), **join_maps(found, query))
+    return CAMs(images=source.images, items=_files_of(learn, source.items), texts=texts,
+                preds=preds, targs=targs if source.labelled else None,
+                losses=losses[0] if losses else None, vocab=class_names(learn.dls), **join_maps(found, query))
 
 # %% ../../nbs/63_learner.cams.ipynb #600daa83
 @patch
