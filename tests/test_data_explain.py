@@ -179,6 +179,11 @@ def test_what_makes_no_sense_is_said_first(learn, tmp_path):
                                 (dict(cls='zebra'), ValueError, 'zebra'), (dict(method='gradcamm'), ValueError, "did you mean 'gradcam'"), (dict(layer='9'), ValueError, '9'),
                                 (dict(cls='actual', source=['a.png']), ValueError, "cls='actual' needs labels"), (dict(to=tmp_path/'file'), NotADirectoryError, 'is a file, and the table is a folder')):
         with pytest.raises(error, match=words): learn.explain(**(dict(source=None, to=tmp_path/'cams') | asked))
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'no.png').write_text('')
+    for source, words in ((tmp_path/'empty', 'there are no pictures in the folder'), (tmp_path/'nodata', 'there is no file or folder'), ([tmp_path/'no.png'], 'none of the 1 items can be read')):
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as caught: learn.explain(source, tmp_path/'cams')
+        assert 'Errno' not in str(caught.value)
     assert not (tmp_path/'cams').exists()
 
 

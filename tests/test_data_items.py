@@ -93,7 +93,8 @@ def test_loaders_survive_pickling(learn, files, tmp_path):
 
 def test_what_is_refused(learn, files):
     with pytest.raises(ValueError, match='the list of items is empty'): item_list(learn, [])
-    with pytest.raises(ValueError, match='none of the 1 items can be read: .no.png.: FileNotFoundError'): item_list(learn, 'no.png').first_readable()
+    with pytest.raises(ValueError, match='none of the 1 items can be read: .no.png.: FileNotFoundError'): item_list(learn, ['no.png']).first_readable()
+    with pytest.raises(FileNotFoundError, match='^there is no file or folder .nodata.$'): item_list(learn, 'nodata')
     with pytest.raises(ValueError, match='not one of the first 2 of the 3 items can be read'): item_list(learn, ['no.png', 'nor.png', files[0]]).first_readable(most=2)
     with pytest.raises(ValueError, match="a column 'item' with their files, and this one has 'a'"): item_list(learn, pd.DataFrame(dict(a=[1])))
     with pytest.raises(ValueError, match='in memory already: make their maps with learn.get_cams, and write them with to_table'): item_list(learn, [torch.randn(3, 64, 64)])

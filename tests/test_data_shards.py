@@ -89,9 +89,9 @@ def test_a_disk_without_links(tmp_path, monkeypatch):
 
 def test_folders_that_are_something_else(tmp_path):
     (tmp_path/'a.parquet').write_text('')
-    with pytest.raises(ValueError, match='holds Parquet files, but no manifest.json that says what they are of'): check_manifest(tmp_path, WANTED)
+    with pytest.raises(ValueError, match='holds Parquet files, but no _manifest.json that says what they are of'): check_manifest(tmp_path, WANTED)
     for text in ('{', '[]', '{"format": "x"}'):
         (tmp_path/MANIFEST).write_text(text)
-        with pytest.raises(ValueError, match="manifest.json' is damaged"): check_manifest(tmp_path, WANTED)
+        with pytest.raises(ValueError, match="_manifest.json' is damaged"): check_manifest(tmp_path, WANTED)
     (tmp_path/MANIFEST).write_text(json.dumps(WANTED))
     assert check_manifest(tmp_path, WANTED)==WANTED

@@ -2,6 +2,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +86,12 @@ def test_conditions_that_are_none(store):
     with pytest.raises(TypeError, match="a condition is a text, as 'prediction != label and loss > 1'"): store.where(lambda frame: frame.loss > 1)
 
 
+def test_what_was_meant_is_said(store):
+    with pytest.raises(ValueError, match="; the words are 'wrong' and 'right'; did you mean 'wrong'?"): store.where('wrng')
+    with pytest.raises(ValueError, match="there is nothing to show: the table has no row of which 'loss > 0' and then 'loss > 1e9' holds"): store.where('loss > 0').where('loss > 1e9').show()
+    with pytest.raises(TypeError, match='to_cams takes positions of rows, and this is a table'): store.to_cams(store[:2])
+
+
 def test_nothing_holds_of_what_is_not_known(with_errors):
     store = CAMStore.open(with_errors)
     for condition, expected in (('label.isna()', [0, 1, 2, 4, 5]), ('error.notna()', [3]), ("error.str.contains('No such file')", [3]), ('index > 1', [2, 4, 5]), ("prediction != 'x'", [0, 1, 2, 4, 5])):
@@ -123,8 +130,10 @@ def test_only_what_is_asked_for_is_read(store, monkeypatch):
 
 def test_sorted(store, cams):
     order = cams.losses.argsort(descending=True)
-    assert store.sort('loss').read(['index']).column('index').to_pylist()==order.tolist()
-    assert store.sort('loss', ascending=True)[:3].to_cams().items==[str(cams.items[i]) for i in order.flip(0)[:3]]
+    assert store.sort('loss', ascending=False).read(['index']).column('index').to_pylist()==order.tolist()
+    for word in ('reverse', 'descending'):
+        with pytest.raises(TypeError, match=f'no argument .{word}.: ascending=False puts the largest first'): store.sort('loss', **{word: True})
+    assert store.sort('loss')[:3].to_cams().items==[str(cams.items[i]) for i in order.flip(0)[:3]]
     with pytest.raises(ValueError, match="there is no column 'size'"): store.sort('size')
 
 
@@ -191,15 +200,15 @@ def test_what_is_missing_is_said(folder, tmp_path):
 
 def test_what_is_no_table(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no folder .*: learn.explain'): CAMStore.open(tmp_path/'no')
-    with pytest.raises(ValueError, match='is no table of maps: it holds no manifest.json'): CAMStore.open(tmp_path)
+    with pytest.raises(ValueError, match='is no table of maps: it holds no _manifest.json'): CAMStore.open(tmp_path)
     for file in folder.iterdir(): (tmp_path/file.name).write_bytes(file.read_bytes())
     damaged = tmp_path/'maps-00000-of-00003.parquet'
     damaged.write_bytes(damaged.read_bytes()[:-50])
     with pytest.raises(ValueError, match="maps-00000-of-00003.parquet' is damaged .*: delete it, and make it again with the same call"): CAMStore.open(tmp_path)[0]
-    manifest = json.loads((tmp_path/'manifest.json').read_text())
-    (tmp_path/'manifest.json').write_text(json.dumps(manifest | dict(format=99)))
+    manifest = json.loads((tmp_path/'_manifest.json').read_text())
+    (tmp_path/'_manifest.json').write_text(json.dumps(manifest | dict(format=99)))
     with pytest.raises(ValueError, match='has format 99, and this version of fastai_cam reads up to 2: update'): CAMStore.open(tmp_path)
-    (tmp_path/'manifest.json').write_text(json.dumps(manifest | dict(format=1)))
+    (tmp_path/'_manifest.json').write_text(json.dumps(manifest | dict(format=1)))
     with pytest.raises(ValueError, match="called a column 'predicted' that is 'prediction' now: make it again"): CAMStore.open(tmp_path)
 
 
@@ -229,6 +238,17 @@ def test_a_table_of_what_get_cams_gave(learn, dls, cams, tmp_path):
 
 
 # -- without us
+
+def test_pandas_reads_the_folder(folder, cams):
+    frame = pd.read_parquet(folder)
+    assert frame['index'].tolist()==list(range(12)) and np.allclose(frame['loss'], cams.losses)
+    assert [file.name for file in folder.iterdir() if file.suffix != '.parquet']==['_manifest.json']
+
+
+def test_a_table_that_was_made_before_is_opened(folder, tmp_path):
+    for file in folder.iterdir(): (tmp_path/file.name.lstrip('_')).write_bytes(file.read_bytes())
+    assert CAMStore.open(tmp_path).to_pandas().equals(CAMStore.open(folder).to_pandas()) and (tmp_path/'manifest.json').is_file()
+
 
 def test_pandas_and_pyarrow_read_it(folder, cams):
     import pyarrow.parquet

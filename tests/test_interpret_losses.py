@@ -11,7 +11,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import MSELossFlat, resnet18, vision_learner
 
 from fastai_cam.all import CAMInterpretation, CAMs, cam_head
-from fastai_cam.interpret.losses import with_difference
+from fastai_cam.interpret.losses import difference_rows, with_difference
 
 
 def learner(n=8, vocab=('cat', 'dog', 'cow'), loss=None, targets=lambda i: i%3, n_out=3):
@@ -106,6 +106,15 @@ def test_a_network_that_draws_has_a_difference():
         interp = CAMInterpretation.from_learner(learn, method='gradcam', layer='0')
         assert len(interp.plot_top_losses_cam(2, show='diff'))==8
         assert interp.select(cls='sky').tolist()==[0, 1, 2, 3]
+
+
+@pytest.mark.parametrize('is_same', [False, True])
+def test_one_class_at_other_places_is_another_question(is_same):
+    regions = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    regions[0, 0, :2], regions[0, 1, :2 if is_same else 3] = True, True
+    cams = CAMs(torch.rand(1, 2, 4, 4), torch.rand(1, 3, 16, 16), torch.tensor([[1, 1]]), ['predicted', 'actual'], vocab=['sky', 'ground'], method=['gradcam'], regions=regions)
+    row, = difference_rows(with_difference(cams))
+    assert [bool(panel.words) for panel in row.panels]==[False, False, is_same, False] and (row.panels[2].map is None)==is_same
 
 
 # -- several layers

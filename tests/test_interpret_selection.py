@@ -65,6 +65,7 @@ def test_where(interp, oracle):
     assert interp.select(lambda df: df[df.loss > middle]).tolist()==of(oracle.loss > middle)
     assert interp.select(lambda df: df.nlargest(3, 'loss')).tolist()==oracle.nlargest(3, 'loss').index.tolist()
     assert interp.select((oracle.loss > middle).to_numpy()).tolist()==interp.select(torch.tensor((oracle.loss > middle).to_numpy())).tolist()==of(oracle.loss > middle)
+    assert interp.select([5, 1, 5, 1, 2]).tolist()==[5, 1, 2] and interp.select(np.array([1, 1])).tolist()==[1]
     assert interp.select([5, 1]).tolist()==[5, 1] and interp.select(torch.tensor([2])).tolist()==[2] and interp.select().tolist()==list(range(14))
 
 
@@ -99,11 +100,32 @@ def test_maps_keep_the_places_of_the_set(interp, oracle, tmp_path):
     ('wrng', "names 'wrng'"), ('loss >', 'cannot be read'), ('loss > "a"', 'cannot be read'), ('loss > 1e9', "of the 14 items none is left by where='loss > 1e9'"),
     (lambda df: df['lss'] > 1, "names 'lss', which is no column"), (lambda df: 3, 'where chooses among the 14 items'), ('loss', "where='loss' is a column and no condition: compare it, as in 'loss > "), (lambda df: df.loss, 'a bool for each of them, or a list of their indices, 0 to 13, not float64'),
     ('index', "is a column and no condition"), ('label = "cat"', 'has a single =, which compares nothing: write =='), ('probability > "high"', 'numbers are compared with numbers'), ('label == cat', "names 'cat', which is no column"),
+    ('wrong AND loss > 1', "has AND: write and"), ("file like '%a%'", r"found by item.str.contains\('…'\)"), ("label == 'cta'", "; no label is 'cta': did you mean 'cat'"),
+    ('`los` > 1', "names 'los', which is no column"), ('loss > @x', 'knows no variables'), ('`loss > 1', 'is one line'),
+    ([0, 1, 999], 'where chooses among the 14 items: .*, 0 to 13, not 999'), (['wrong', 'loss > 1'], "or one text, as 'wrong and loss > 1': join conditions by and"),
     ([14], 'where chooses among the 14 items'), ([True]*3, 'where chooses among the 14 items'), ('share_outside > .5', 'needs to know where the objects are')])
 def test_what_chooses_nothing(interp, where, message):
     interp.learn.model.requires_grad_(True)
     with pytest.raises(ValueError, match=message) as caught: interp.plot_top_losses_cam(3, where=where)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('where', [
+    "loss.__init__.__globals__.get('sys').modules.get('os').system('touch {}') == loss", "loss.to_pickle('{}') == loss", "loss.to_csv('{}') == loss",
+    "loss.values.tofile('{}') == loss", "loss.to_numpy().dump('{}') == loss", "\"`\" + loss.to_csv('{}') == \"`\"", '"""\nloss.to_csv("{}")\n""" == label',
+    "__pd_eval_local_open('{}', 'w') == loss", "item.str._parent.to_csv('{}') == loss", "[loss.to_csv('{}')] == loss", "loss.isin([loss.to_csv('{}')])"])
+def test_a_condition_runs_no_code(interp, where, tmp_path):
+    with pytest.raises(ValueError, match='which a condition may not|is one line'): interp.select(where.format(tmp_path/'made'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_condition_may_ask(interp, oracle):
+    of = lambda mask: oracle.index[mask].tolist()
+    assert interp.select('`loss` >= loss.median() and label.str.contains("o")').tolist()==of((oracle.loss >= oracle.loss.median()) & oracle.label.str.contains('o'))
+    assert interp.select('loss > 0 & label == "cat"').tolist()==of(oracle.label=='cat') # pandas' own order of & and ==
+    assert interp.select('label.isin(["cat"]) or abs(loss - 1) < .05').tolist()==of((oracle.label=='cat') | ((oracle.loss - 1).abs() < .05))
+    assert interp.select('not label.str.upper().str.startswith("C", na=False) and probability.between(0, 1)').tolist()==of(oracle.label=='dog')
+    assert interp.select('-loss < loss.quantile(.1)**2/2').tolist()==list(range(14))
 
 
 def test_classes_that_are_none(interp):
@@ -135,6 +157,18 @@ def test_values():
     assert interp.ranked(2, by='error')[1].tolist()==df.nlargest(2, 'error').index.tolist()
     with pytest.raises(ValueError, match="where='wrong' is about answers that are right or wrong, and here there are none"): interp.select('wrong')
     with pytest.raises(ValueError, match='this learner predicts no classes'): interp.select(cls=0)
+
+
+def test_rows_of_a_table_are_called_by_their_files(pictures):
+    from fastai.vision.all import ImageDataLoaders, Resize, get_image_files
+    files = sorted(get_image_files(pictures))[:6]
+    frame = pd.DataFrame(dict(file=list(map(str, files)), side=['a', 'b']*3, is_valid=[False]*2 + [True]*4))
+    dls = ImageDataLoaders.from_df(frame, path='/', valid_col='is_valid', label_col='side', item_tfms=Resize(32), bs=2, num_workers=0)
+    found = CAMInterpretation.from_learner(Learner(dls, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), cam_head(8, 2)), loss_func=CrossEntropyLossFlat(), cbs=None))
+    names = list(map(str, files[2:]))
+    assert found.to_df().item.tolist()==names and found.select(f'item.str.contains({files[4].stem!r})').tolist()==[i for i, name in enumerate(names) if files[4].stem in name]
+    assert found.cams_of(torch.tensor([3, 0]), method='gradcam').to_df().item.tolist()==[names[3], names[0]]
+    assert found.cam_trust(n=1).table.item.tolist()==[files[2].name]
 
 
 def test_yes_or_no():

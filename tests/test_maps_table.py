@@ -30,7 +30,7 @@ def test_a_row_a_map():
     cams = CAMs(torch.stack([WHERE, WHERE.flip(1)]), [torch.rand(3, 20, 30)]*2, torch.tensor([1, 0]), preds=torch.tensor([[.1, .9, 0.], [.5, .3, .2]]), targs=torch.tensor([1, 2]), losses=torch.tensor([.1, 1.5]),
                 items=['x/a.png', torch.zeros(1)], vocab=VOCAB)
     table = cams.to_df()
-    assert table[['item', 'index', 'prediction', 'label', 'explains', 'peak']].values.tolist()==[['x/a.png', 0, 'dog', 'dog', 'dog', 3.], ['Tensor', 1, 'cat', 'car', 'cat', 3.]]
+    assert table[['item', 'index', 'prediction', 'label', 'explains', 'peak']].values.tolist()==[['x/a.png', 0, 'dog', 'dog', 'dog', 3.], ['item 1', 1, 'cat', 'car', 'cat', 3.]]
     assert np.allclose(table[['probability', 'loss']], [[.9, .1], [.5, 1.5]]) and [peak for peak in zip(table.peak_x, table.peak_y)]==[(peak.x, peak.y) for peak, in cams.peaks(max_n=1)]
     assert table.boxes.tolist()==[[list(box[:4]) for box in boxes] for boxes in cams.boxes()] and cams.to_df(threshold=.9).boxes[0] != table.boxes[0]
     assert not {'share_outside', 'carried', 'method'} & set(table)

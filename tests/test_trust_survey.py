@@ -35,7 +35,7 @@ def test_the_interval_of_a_share_is_wilsons(n_found, n):
 def test_the_most_believable_come_first(survey):
     assert [trust.label for trust in survey]==['d', 'b', 'e', 'c', 'a'] and survey.counts=={'believed': 2, 'with care': 2, 'not': 1}
     table = survey.table
-    assert list(table['index'])==[15, 5, 20, 10, 0] and list(table['item'])==['y', 'w', 'z', 'x', 'v'] and list(table['verdict'])==['believed']*2 + ['with care']*2 + ['not']
+    assert list(table['index'])==[15, 5, 20, 10, 0] and list(table['item'])==['y', 'w', 'z', 'x', 'v'] and list(table['explains'])==['d', 'b', 'e', 'c', 'a'] and 'label' not in table and list(table['verdict'])==['believed']*2 + ['with care']*2 + ['not']
     assert table['hidden'].tolist()==[pytest.approx(.4)]*5 and table['placement'].tolist()==[1.4, 1., 3., .5, .1]
     assert len(survey)==5 and survey[0].label=='d' and survey.share==share_interval(2, 5)
     assert survey.verdict=='The maps of 2 of 5 pictures, taken from 21, can be believed: 40% (95% interval 12% to 77%). With care: 2; not at all: 1.'
@@ -54,6 +54,7 @@ def test_the_figure_of_a_survey(survey, tmp_path):
 def test_verdicts_are_those_of_the_items_alone(interp):
     before = learner_state(interp.learn)
     survey = interp.cam_trust(n=3, n_random=2, steps=1, method='gradcam')
+    assert survey.to_df().equals(survey.table) and survey.table.label.tolist()==[('a', 'b', 'c')[item%3] for item in survey.items] and survey.table.explains.tolist()==[trust.label for trust in survey]
     assert sorted(survey.indices)==[0, 3, 6] and same(before, learner_state(interp.learn)) and len(survey.table)==3
     for index, trust in zip(survey.indices, survey):
         alone = interp.learn.cam_trust(index, n_random=2, steps=1, method='gradcam').numbers
@@ -62,7 +63,7 @@ def test_verdicts_are_those_of_the_items_alone(interp):
 
 
 @pytest.mark.parametrize('options, error, says', [
-    (dict(n=0), ValueError, 'n=0'), (dict(method=['gradcam', 'cam']), TypeError, 'about one method'), (dict(share=2), ValueError, 'share is a part'), (dict(cls=['a', 'b']), ValueError, 'one question at a time'),
+    (dict(n=0), ValueError, 'n=0'), (dict(n='4'), ValueError, "n is a whole number, not the text '4'"), (dict(method=['gradcam', 'cam']), TypeError, 'about one method'), (dict(share=2), ValueError, 'share is a part'), (dict(cls=['a', 'b']), ValueError, 'one question at a time'),
     (dict(target=1), TypeError, "it is called 'cls'"), (dict(nonsense=1), TypeError, 'the arguments are')])
 def test_wrong_input_is_refused(interp, options, error, says):
     with pytest.raises(error, match=says): interp.cam_trust(**options)

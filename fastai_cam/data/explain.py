@@ -39,7 +39,7 @@ from ..learner.arguments import refuse_arguments
 from ..learner.query import CaptureCallback, check_rows, NO_BATCH, Query, query_of
 from ..learner.cams import maps_of_batch
 from .fingerprint import describe, digests_of_names, model_digest, without_addresses
-from .shards import check_manifest, claim_folder, make_folder, rank_and_world, ShardPlan, write_whole
+from .shards import check_folder, check_manifest, claim_folder, make_folder, rank_and_world, ShardPlan, write_whole
 from .schema import FORMAT, import_pyarrow, kept_shape, parquet_bytes, shard_table
 from .items import item_list, ItemList, unread
 from .store import CAMStore
@@ -317,7 +317,7 @@ def explain(self:Learner,
             raise ValueError("cls='actual' needs labels, and these items have none: pass a labelled DataLoader such as "
                              'learn.dls.test_dl(items, with_labels=True), or indices into the validation set')
         wanted = manifest_of(self, query, items, cls, layer, shard, boxes)
-        folder = make_folder(to)
+        folder = check_folder(to)
         _explain_into(quiet, items, query, folder, wanted, check_manifest(folder, wanted), on_error, bs)
     return CAMStore.open(folder, self)
 
@@ -333,7 +333,7 @@ def _explain_into(quiet, items, query, folder, wanted, there, on_error, bs):
     place,sample = items.first_readable()
     if there is None:
         rows = first_rows(quiet, items, query, place, sample)
-        there = claim_folder(folder, dict(wanted, bs=bs or items.bs, found=found_in(rows, query, items.dl)))
+        there = claim_folder(make_folder(folder), dict(wanted, bs=bs or items.bs, found=found_in(rows, query, items.dl)))
     todo = _todo(folder, there)
     query = at_layers(query, there['found']['layers'], quiet)
     if todo: _make_shards(quiet, items, query, folder, there, todo, bs or there['bs'], on_error, sample)

@@ -47,6 +47,7 @@ from .fingerprint import describe
 from .fingerprint import digests_of_names
 from .fingerprint import model_digest
 from .fingerprint import without_addresses
+from .shards import check_folder
 from .shards import check_manifest
 from .shards import claim_folder
 from .shards import make_folder

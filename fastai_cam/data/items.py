@@ -20,7 +20,8 @@ from ..files import as_path, image_files_in
 from ..source.passes import is_fastai_data, n_inputs, reason
 from ..source.loaders import (
     as_loader, ChosenItems, class_with, dl_source, HeldBatches, in_no_circle, LoaderMixin, own_valid_loader, says_its_items, Source)
-from ..source.images import entry_of, FILE_TYPES, first_pipeline, opens_pictures, refuse_item, through_pipeline
+from ..source.images import (
+    entry_of, file_of, FILE_TYPES, first_pipeline, item_name, opens_pictures, refuse_item)
 from ..source.items import as_source
 from .fingerprint import without_addresses
 
@@ -69,16 +70,7 @@ class ItemList:
     ) -> str:
         "What an item is called in a table: its file, or its position"
         item = self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i]
-        if isinstance(item, (pd.Series, tuple)) and self.learn is not None: item = _file_in(self.learn, item)
-        return str(item) if isinstance(item, (*FILE_TYPES, int)) and not isinstance(item, bool) else f'item {i}'
-
-def _file_in(learn, row):
-    "The file that a row of the learner's own table (or a tuple) names, as its first getter reads it; else the row itself"
-    if not is_fastai_data(learn): return row
-    tl = first_pipeline(learn)
-    stage = opens_pictures(tl)
-    try: return row if stage is None else through_pipeline(tl, row, 0, stage)
-    except ValueError: return row
+        return item_name(item if self.learn is None else file_of(self.learn, item), i)
 
 # %% ../../nbs/87d_data.items.ipynb #d853964f
 @patch
@@ -161,7 +153,9 @@ def item_list(
     source:Any=None # A `DataLoader`, a folder, files, indices into the validation set, a table; `None`: the validation set
 ) -> ItemList:
     "Many items; nothing is opened yet"
-    if isinstance(source, FILE_TYPES): source = _in_folder(as_path(source)) if source != '' and as_path(source).is_dir() else [source]
+    if isinstance(source, FILE_TYPES):
+        if not as_path(source).exists(): raise FileNotFoundError(f'there is no file or folder {str(source)!r}')
+        source = _in_folder(as_path(source)) if source != '' and as_path(source).is_dir() else [source]
     if isinstance(source, pd.DataFrame): return _of_frame(learn, source)
     loader = as_loader(learn, own_valid_loader(learn) if source is None else source)
     if loader is not None:

@@ -26,11 +26,12 @@ from ..source.loaders import own_valid_loader
 from ..source.loaders import says_its_items
 from ..source.loaders import Source
 from ..source.images import entry_of
+from ..source.images import file_of
 from ..source.images import FILE_TYPES
 from ..source.images import first_pipeline
+from ..source.images import item_name
 from ..source.images import opens_pictures
 from ..source.images import refuse_item
-from ..source.images import through_pipeline
 from ..source.items import as_source
 from .fingerprint import without_addresses
 __all__ = ['SteadyLoader', 'ItemList', 'unread', 'item_list']

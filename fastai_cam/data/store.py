@@ -9,6 +9,7 @@ __all__ = ['CAMStore', 'BestOnly']
 
 # %% ../../nbs/87e_data.store.ipynb #c8973d41
 import re
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
@@ -46,7 +47,8 @@ class CAMStore:
         folder:Path, # Folder of the shards
         manifest:dict, # What they are of
         rows:np.ndarray|None=None, # Which of the rows that are there; `None`: all
-        learn:Learner|None=None # Learner that reads the pictures as the model saw them
+        learn:Learner|None=None, # Learner that reads the pictures as the model saw them
+        chosen:str='' # The conditions that hold of these rows
     ):
         store_attr()
         self.plan = ShardPlan(manifest['n_items'], manifest['shard'])
@@ -90,7 +92,8 @@ def __repr__(self:CAMStore) -> str:
 def _rows(self:CAMStore): return np.arange(len(self)) if self.rows is None else self.rows
 
 @patch
-def _of(self:CAMStore, rows): return CAMStore(self.folder, self.manifest, np.asarray(rows, dtype=np.int64), self.learn)
+def _of(self:CAMStore, rows, chosen=None):
+    return CAMStore(self.folder, self.manifest, np.asarray(rows, dtype=np.int64), self.learn, self.chosen if chosen is None else chosen)
 
 # %% ../../nbs/87e_data.store.ipynb #3235b535
 @patch
@@ -147,8 +150,10 @@ def _named_in(self:CAMStore, condition):
     words |= {'prediction', 'label'} if verdicts else set()
     found = [name for name in self.columns if name in words]
     if found and not {'map', 'output'} & set(found): return found
+    known = [*self._readable(), 'wrong', 'right']
+    near = sum([get_close_matches(word, known, 1) for word in names_in(condition)], [])
     raise ValueError(f"the condition {condition!r} has to be about some of the columns {', '.join(self._readable())}; "
-                     "the words are 'wrong' and 'right'")
+                     f"the words are 'wrong' and 'right'{f'; did you mean {near[0]!r}?' if near else ''}")
 
 def _verdicts(frame):
     "What the words mean, where both sides are there"
@@ -183,15 +188,18 @@ def where(self:CAMStore,
         n_known['rows'] += int(frame['error'].isna().sum())
         for name in named: n_known[name] += int(frame[name].notna().sum())
     self._check_known(condition, n_known)
-    return self._of(rows[np.sort(np.concatenate(kept))] if kept else rows[:0])
+    found,chosen = rows[np.sort(np.concatenate(kept))] if kept else rows[:0],repr(condition)
+    return self._of(found, f'{self.chosen} and then {chosen}' if self.chosen else chosen)
 
 # %% ../../nbs/87e_data.store.ipynb #b77638f8
 @patch
 def sort(self:CAMStore,
     column:str, # Name of a column of numbers or texts
-    ascending:bool=False # The smallest first?
+    ascending:bool=True, # The smallest first, as in pandas, or the largest?
+    **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> 'CAMStore':
-    "The rows in the order of a column, the largest first; rows of which it is not known come last"
+    "The rows in the order of a column, the smallest first; rows of which it is not known come last"
+    if kwargs: raise TypeError(f'sort has no argument {next(iter(kwargs))!r}: ascending=False puts the largest first')
     if column not in self.columns: raise ValueError(f'there is no column {column!r}: they are {", ".join(self.columns)}')
     values = self.read([column]).column(column).to_pandas(types_mapper=pd.ArrowDtype)
     return self._of(self._rows()[values.sort_values(ascending=ascending, kind='stable').index.to_numpy()])
@@ -260,6 +268,7 @@ def to_cams(self:CAMStore,
     idxs:Sequence[int]|None=None # Which of the rows; `None`: all that have maps
 ) -> CAMs:
     "The maps of some rows with all that is known about them; all of it is in memory then"
+    if isinstance(idxs, CAMStore): raise TypeError('to_cams takes positions of rows, and this is a table: its own maps are table.to_cams()')
     chosen = self.where('index >= 0') if idxs is None else self[list(idxs)]
     names = [name for name in self.columns if name not in ('map', 'scale', 'boxes')]
     table = chosen.read(names)
@@ -314,6 +323,8 @@ def show(self:CAMStore,
     **kwargs # Passed to `CAMs.show`
 ) -> None:
     "The first rows, each map over its picture"
+    if not len(self):
+        raise ValueError(f'there is nothing to show: the table has no row{f" of which {self.chosen} holds" if self.chosen else ""}')
     self[:max_n].to_cams().show(max_n, **kwargs)
 
 # %% ../../nbs/87e_data.store.ipynb #00b81aa4

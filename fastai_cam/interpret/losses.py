@@ -127,6 +127,11 @@ def top_losses_cams(self:CAMInterpretation,
     return self.cams_of(self.ranked(k, largest, where, cls, by)[1], show, method, layer, image, fuse)
 
 # %% ../../nbs/65d_interpret.losses.ipynb #d9a1ab76
+def _is_one_map(cams, i):
+    "Are prediction and label one question? Of masks only where both are of the same places"
+    is_one_region = cams.regions is None or torch.equal(cams.regions[i,0], cams.regions[i,1])
+    return bool(cams.classes[i,0]==cams.classes[i,1]) and is_one_region
+
 def _difference_row(cams, i):
     "Photo, prediction, label and difference of an item; of one that is predicted right there is nothing to compare"
     maps,image = [cams[i,k] for k in range(3)],None if cams.images is None else cams.images[i]
@@ -134,7 +139,7 @@ def _difference_row(cams, i):
     for one in maps: one.peak = full
     panels = [] if image is None else [Panel(image=image)]
     panels.append(Panel(maps[0], title='▸ ' + cams.question(i, 0, 60, side=True)))
-    if cams.classes[i,0]==cams.classes[i,1]: panels += [Panel(words='predicted right:\nthe label has the same map'), Panel()]
+    if _is_one_map(cams, i): panels += [Panel(words='predicted right:\nthe label has the same map'), Panel()]
     else:
         panels.append(Panel(maps[1], title='▸ ' + cams.question(i, 1, 60, side=True)))
         panels.append(Panel(maps[2], title='▸ predicted − actual', signed=True, bar='red: prediction, blue: label'))

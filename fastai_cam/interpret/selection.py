@@ -10,7 +10,6 @@ __all__ = ['ON_DEMAND', 'rank_disagreement']
 # %% ../../nbs/65b_interpret.selection.ipynb #ad0ed42d
 from itertools import combinations
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -21,13 +20,14 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..core import evenly_spaced
-from ..conditions import listed_columns, missing_name, names_in, no_column, rows_that_hold
+from ..conditions import listed_columns, missing_name, names_in, no_column, readable_condition, rows_that_hold, unknown_value
 from ..captions import as_text
 from ..tasks import MultiLabel, Segmentation, Values
 from ..targets.kinds import ClassIndex, Predicted
 from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state, with_bar
 from ..source.loaders import dl_source
+from ..source.images import file_of, item_name
 from ..learner.task import target_of, task_of
 from ..learner.arguments import refuse_arguments
 from .answers import ItemAnswers
@@ -72,9 +72,9 @@ def _answer_columns(self:CAMInterpretation):
 
 @patch
 def _item_names(self:CAMInterpretation):
-    "What the items are called: files by their paths, other things by their type"
+    "What the items are called: files by their paths, other things by their position"
     with preserve_state(self.learn): items = dl_source(self.learn, self.dl).items
-    return [str(item) if isinstance(item, (str, Path)) else type(item).__name__ for item in items]
+    return [item_name(file_of(self.learn, item), i) for i,item in enumerate(items)]
 
 # %% ../../nbs/65b_interpret.selection.ipynb #9733e5d4
 ON_DEMAND = dict(
@@ -165,7 +165,8 @@ def _on_demand(df):
 @patch
 def _that_hold(self:CAMInterpretation, where):
     "Of which items a condition holds; a column that it names and that needs maps is made first"
-    names = names_in(where)
+    names,what = names_in(where),f'where={where!r}'
+    if '`' not in where and {*names} & {*ON_DEMAND}: readable_condition(where, what) # before maps are made for it
     for name in ON_DEMAND:
         if name in names: self._measure(name)
     df = self.to_df()
@@ -174,7 +175,7 @@ def _that_hold(self:CAMInterpretation, where):
         raise ValueError(f"where={where!r} is about answers that are right or wrong, and here there are none: {listed}, so "
                          "write e.g. where='loss > 1'")
     words = dict(right=df.is_right, wrong=~df.is_right) if 'is_right' in df else {}
-    return rows_that_hold(df, where, f'where={where!r}', list(df), words, _on_demand(df), ', or a function of the table')
+    return rows_that_hold(df, where, what, list(df), words, _on_demand(df), ', or a function of the table')
 
 @patch
 def _evaluated(self:CAMInterpretation, where):
@@ -191,13 +192,16 @@ def _evaluated(self:CAMInterpretation, where):
 
 # %% ../../nbs/65b_interpret.selection.ipynb #a8833721
 def _positions(found, n):
-    "The indices that a mask, a list of indices or some rows of the table mean"
+    "The indices that a mask, a list of indices or some rows of the table mean, each once"
     if isinstance(found, pd.DataFrame): found = found['index']
     values = np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found)
     if values.dtype==bool and values.shape==(n,): return values.nonzero()[0].tolist()
-    if values.dtype.kind in 'iu' and values.ndim==1 and bool(((values >= 0) & (values < n)).all()): return values.tolist()
-    raise ValueError(f'where chooses among the {n} items: a bool for each of them, or a list of their indices, 0 to {n-1}, '
-                     f'not {values.dtype} {list(values.shape)}')
+    if values.dtype.kind in 'iu' and values.ndim==1 and bool(((values >= 0) & (values < n)).all()):
+        return list(dict.fromkeys(values.tolist()))
+    what = f'where chooses among the {n} items: a bool for each of them, or a list of their indices, 0 to {n-1}, '
+    if values.dtype.kind in 'US': raise ValueError(f"{what}or one text, as 'wrong and loss > 1': join conditions by and")
+    beyond = values[(values < 0) | (values >= n)].tolist() if values.dtype.kind in 'iu' and values.ndim==1 else []
+    raise ValueError(what + f'not {beyond[0] if beyond else f"{values.dtype} {list(values.shape)}"}')
 
 @patch
 def _where(self:CAMInterpretation, where):
@@ -230,6 +234,7 @@ def items_of_class(self:CAMInterpretation,
     def of_side(values): return values[:,c].bool() if values.dim()==2 else values==c
     return torch.stack([of_side(getattr(self.answers, side)) for side in sides]).any(0)
 
+# %% ../../nbs/65b_interpret.selection.ipynb #8e78284a
 @patch
 def select(self:CAMInterpretation,
     where:str|Callable|Sequence|None=None, # 'wrong', 'right', a condition on columns of `to_df()`, a function of it, a mask, indices
@@ -244,7 +249,8 @@ def select(self:CAMInterpretation,
         idxs = [i for i in idxs if kept[i]]
     if len(idxs)==0:
         words = ' and '.join(f'{name}={value!r}' for name,value in (('where', where), ('cls', cls)) if value is not None)
-        raise ValueError(f'of the {len(self.losses)} items none is left by {words}')
+        meant = unknown_value(self.to_df(), where) if isinstance(where, str) else ''
+        raise ValueError(f'of the {len(self.losses)} items none is left by {words}{meant}')
     return torch.tensor(list(idxs))
 
 # %% ../../nbs/65b_interpret.selection.ipynb #a6bcf395

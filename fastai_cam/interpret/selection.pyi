@@ -2,7 +2,6 @@
 from typing import Any
 from itertools import combinations
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 from typing import Callable
 from typing import Sequence
@@ -18,7 +17,9 @@ from ..conditions import listed_columns
 from ..conditions import missing_name
 from ..conditions import names_in
 from ..conditions import no_column
+from ..conditions import readable_condition
 from ..conditions import rows_that_hold
+from ..conditions import unknown_value
 from ..captions import as_text
 from ..tasks import MultiLabel
 from ..tasks import Segmentation
@@ -29,6 +30,8 @@ from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state
 from ..state import with_bar
 from ..source.loaders import dl_source
+from ..source.images import file_of
+from ..source.images import item_name
 from ..learner.task import target_of
 from ..learner.task import task_of
 from ..learner.arguments import refuse_arguments

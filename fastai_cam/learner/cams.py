@@ -27,6 +27,7 @@ from ..maps.style import check_count, check_style
 from ..maps.cams import CAMs
 from ..state import bar_of_long_work, check_learner, has_bar, preserve_state
 from ..source.loaders import Source
+from ..source.images import file_of
 from ..source.items import as_source, n_shown
 from .task import activation_of, class_names, has_item_losses
 from .arguments import check_words, refuse_arguments
@@ -104,6 +105,10 @@ class CAMCallback(CaptureCallback):
         self.results = []
 
 # %% ../../nbs/63_learner.cams.ipynb #8104bf6a
+def _files_of(learn, items):
+    "Items, with the files that rows of the learner's own table name"
+    return None if items is None else [file_of(learn, item) for item in items]
+
 def _cams_of(learn, item, query, max_n):
     "The maps of `item`, at most `max_n` of them, by a query that was checked"
     with preserve_state(learn) as quiet:
@@ -114,7 +119,8 @@ def _cams_of(learn, item, query, max_n):
         with_loss = source.labelled and has_item_losses(quiet)
         found,(preds,targs,*losses) = run_query(quiet, source, query, maps_of_batch, True, with_loss=with_loss, act=activation_of(quiet))
         texts = source.texts()
-    return CAMs(images=source.images, items=source.items, texts=texts, preds=preds, targs=targs if source.labelled else None,
+    return CAMs(images=source.images, items=_files_of(learn, source.items), texts=texts,
+                preds=preds, targs=targs if source.labelled else None,
                 losses=losses[0] if losses else None, vocab=class_names(learn.dls), **join_maps(found, query))
 
 # %% ../../nbs/63_learner.cams.ipynb #600daa83

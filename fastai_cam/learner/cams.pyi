@@ -27,6 +27,7 @@ from ..state import check_learner
 from ..state import has_bar
 from ..state import preserve_state
 from ..source.loaders import Source
+from ..source.images import file_of
 from ..source.items import as_source
 from ..source.items import n_shown
 from .task import activation_of

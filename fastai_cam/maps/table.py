@@ -75,9 +75,10 @@ def _item_columns(self:CAMs, i):
     answers = self.task.answers(row) if self.task.reads(row) and row.is_finite else []
     pred,probabilities = self._predicted(i) if answers else None,self.task.row_probabilities(row) if answers else None
     loss = None if self.losses is None else self.losses[i].float().mean().item()
-    named = str(item) if isinstance(item, (str, Path)) else type(item).__name__
+    index = i if self.index is None else self.index[i]
+    named = str(item) if isinstance(item, (str, Path)) else f'item {index}'
     return dict(
-        item=None if item is None else named, index=i if self.index is None else self.index[i],
+        item=None if item is None else named, index=index,
         prediction=answers[0] if answers else None, label=answers[1] if len(answers) > 1 else None,
         probability=probabilities[pred].item() if pred is not None and probabilities is not None else None, loss=loss)
 

@@ -18,6 +18,7 @@ from ..captions import as_text
 from ..tasks import MultiLabel, NoAnswer, Points, Segmentation, Task, Values
 from ..state import preserve_state
 from ..source.loaders import dl_source
+from ..source.images import file_of
 from ..learner.task import class_names, task_of
 from ..interpret.answers import ItemAnswers
 from ..interpret.base import CAMInterpretation
@@ -128,7 +129,7 @@ def answers_of(
     kind:str # As `check_reported` gives it
 ) -> list[dict]: # `key`, `label` and `answers` (with one) of each item
     "What the learner says of each item of its set, in the order of the set: what the interpretation kept"
-    with preserve_state(interp.learn): keys = item_keys(dl_source(interp.learn, interp.dl).items)
+    with preserve_state(interp.learn): keys = item_keys([file_of(interp.learn, item) for item in dl_source(interp.learn, interp.dl).items])
     losses = interp.losses.float().flatten(1).mean(1).tolist() if interp.losses.dim() > 1 else interp.losses.tolist()
     told = [item_answer(kind, interp.answers, i, loss) for i,loss in enumerate(losses)]
     return [dict(key=key, label=label, answers=[answer]) for key,(label,answer) in zip(keys, told)]

@@ -15,6 +15,7 @@ from ..tasks import Task
 from ..tasks import Values
 from ..state import preserve_state
 from ..source.loaders import dl_source
+from ..source.images import file_of
 from ..learner.task import class_names
 from ..learner.task import task_of
 from ..interpret.answers import ItemAnswers

@@ -6,7 +6,7 @@ Docs: https://fastai-cam.example/docs/source.images.html.md"""
 
 # %% auto #0
 __all__ = ['FILE_TYPES', 'check_finite', 'first_pipeline', 'is_picture', 'is_of_types', 'entry_of', 'opens_pictures',
-           'through_pipeline', 'refuse_item', 'as_item']
+           'through_pipeline', 'refuse_item', 'is_row', 'file_of', 'item_name', 'as_item']
 
 # %% ../../nbs/53_source.images.ipynb #de7744e5
 import io
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
 from fastai.data.core import Datasets
 from fastai.learner import Learner
 from fastai.vision.core import PILBase, PILImage
-from .passes import reason, shortened
+from .passes import is_fastai_data, reason, shortened
 
 # %% ../../nbs/53_source.images.ipynb #50a7ce28
 def check_finite(
@@ -184,6 +185,37 @@ def refuse_item(
                          'the validation set, or a float tensor that is a model input')
     return TypeError('an item is a path, image, array, tensor, bytes, an index into the validation set, a list of these or a DataLoader, '
                      f'not {kind}: other things can be put into learn.dls.test_dl(...), which gives a DataLoader')
+
+# %% ../../nbs/53_source.images.ipynb #6c1d0a02
+def _file_in(learn, row):
+    "The file that a row of the learner's own table (or a tuple) names, as its first getter reads it; else the row itself"
+    if not (is_fastai_data(learn) and is_row(row)): return row
+    tl = first_pipeline(learn)
+    stage = opens_pictures(tl)
+    try: return row if stage is None else through_pipeline(tl, row, 0, stage)
+    except ValueError: return row
+
+def is_row(
+    item:Any # As a data set has it
+) -> bool:
+    "Is it a row of a table, or a tuple?"
+    return isinstance(item, (pd.Series, tuple))
+
+def file_of(
+    learn:Learner, # Learner that reads it
+    item:Any # As its data set has it
+) -> Any: # The item itself where it names no file
+    "The file of an item"
+    file = _file_in(learn, item)
+    if not isinstance(file, FILE_TYPES): return item
+    return Path(file) if is_row(item) else file # a reader that joins folders writes '///' before a whole path
+
+def item_name(
+    item:Any, # As `file_of` has it
+    i:int # Its position
+) -> str:
+    "What an item is called in a table: its file, or its position"
+    return str(item) if isinstance(item, (*FILE_TYPES, int)) and not isinstance(item, bool) else f'item {i}'
 
 # %% ../../nbs/53_source.images.ipynb #9b0afa36
 def as_item(

@@ -24,6 +24,7 @@ from ..maps.words import plain_html, plain_text
 from ..maps.style import check_style, save_figure
 from ..methods.registry import method_name
 from ..source.loaders import dl_source
+from ..source.images import file_of, item_name
 from ..learner.arguments import refuse_arguments
 from ..learner.query import check_single, query_of
 from ..interpret.base import CAMInterpretation
@@ -51,11 +52,13 @@ class TrustSurvey:
         indices:Sequence[int], # Which item of the set each is about
         items:Sequence, # These items: files, …
         n_set:int, # How many items they were taken from
-        method:str='' # What made the maps
+        method:str='', # What made the maps
+        labels:Sequence|None=None # What the items are labelled; `None`: not known
     ):
         placed = [np.nan_to_num(trust.numbers['placement'], nan=-np.inf) for trust in verdicts]
         order = sorted(range(len(verdicts)), key=lambda i: (WORDS.index(verdicts[i].word), -placed[i]))
         self.verdicts,self.indices,self.items = ([some[i] for i in order] for some in (verdicts, indices, items))
+        self.labels = None if labels is None else [labels[i] for i in order]
         self.n_set,self.method = n_set,method
 
 @patch
@@ -86,11 +89,18 @@ def table(self:TrustSurvey) -> pd.DataFrame:
     for index,item,trust in zip(self.indices, self.items, self):
         n,name = trust.numbers,item.name if isinstance(item, Path) else item
         rows.append(dict(
-            index=index, item=name if isinstance(name, (str, int)) else type(name).__name__, label=trust.label, verdict=trust.word,
+            index=index, item=item_name(name, index), explains=trust.label, verdict=trust.word,
             placement=n['placement'], placement_low=n['placement_low'], placement_high=n['placement_high'], score=n['score'],
             hidden=n['score'] - n['drop'], hidden_elsewhere=n['score'] - n['drop_elsewhere'], shown=n['shown'],
             shown_elsewhere=n['shown_elsewhere'], randomized_similarity=n['randomized_similarity']))
-    return pd.DataFrame(rows)
+    found = pd.DataFrame(rows)
+    if self.labels is not None: found.insert(list(found).index('explains'), 'label', self.labels)
+    return found
+
+@patch
+def to_df(self:TrustSurvey) -> pd.DataFrame:
+    "`table`, as maps and interpretations call it"
+    return self.table
 
 @patch(as_prop=True)
 def verdict(self:TrustSurvey) -> str:
@@ -167,4 +177,6 @@ def cam_trust(self:CAMInterpretation,
     query,chosen = check_single(query_of(self.learn, cls, method, layer)),self.spread(n, where)
     source = lambda: dl_source(self.learn, self.dl, chosen)
     verdicts,found = verdicts_of(self.learn, source, query, share, n_random, steps, seed, 'verdicts on {} pictures')
-    return TrustSurvey(verdicts, chosen, list(found.items), len(self.select(where)), method_name(query.methods[0]))
+    items,known = [file_of(self.learn, item) for item in found.items],self.to_df()
+    labels = list(known['label'].iloc[chosen]) if 'label' in known else None
+    return TrustSurvey(verdicts, chosen, items, len(self.select(where)), method_name(query.methods[0]), labels)
