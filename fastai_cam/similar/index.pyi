@@ -7,7 +7,6 @@ from typing import Any
 from typing import Callable
 from typing import Sequence
 from weakref import WeakKeyDictionary
-from zipfile import BadZipFile
 from zipfile import ZipFile
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from ..targets.kinds import Actual
 from ..methods.registry import method_name
 from ..state import preserve_state
 from ..source.passes import n_inputs
+from ..source.passes import reason
 from ..source.loaders import as_loader
 from ..source.loaders import dl_source
 from ..source.loaders import says_its_items
