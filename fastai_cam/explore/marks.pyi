@@ -4,17 +4,19 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from typing import Callable
+from typing import Iterable
 from typing import Sequence
 from weakref import WeakKeyDictionary
 from weakref import WeakMethod
 import pandas as pd
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.xtras import is_listy
 from ..checks import check_choice
 from ..checks import is_int
 from ..files import as_path

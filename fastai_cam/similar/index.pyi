@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 from typing import Callable
 from typing import Sequence
+from weakref import ref
 from weakref import WeakKeyDictionary
-from zipfile import BadZipFile
 from zipfile import ZipFile
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
+from torch.utils.data import Subset
+from torch.utils.data import TensorDataset
 from fastcore.basics import patch
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
@@ -32,6 +35,7 @@ from ..targets.kinds import Actual
 from ..methods.registry import method_name
 from ..state import preserve_state
 from ..source.passes import n_inputs
+from ..source.passes import reason
 from ..source.loaders import as_loader
 from ..source.loaders import dl_source
 from ..source.loaders import says_its_items

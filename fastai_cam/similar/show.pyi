@@ -34,6 +34,8 @@ from ..state import preserve_state
 from ..source.loaders import Source
 from ..source.images import FILE_TYPES
 from ..source.items import as_source
+from ..data.items import ItemList
+from ..data.store import CAMStore
 from ..learner.arguments import check_words
 from ..learner.query import run_query
 from ..learner.task import class_names
@@ -63,6 +65,7 @@ class LikeRow():
     probability: float
     actual: str
     silent: bool
+    unlabelled: bool
     rows: Tensor
     similarity: Tensor
 class Alike():
