@@ -114,6 +114,7 @@ def _label_words(learn, loader):
     while 'idxs' in getattr(ds, '__dict__', ()) and hasattr(ds, 'dataset'): ds = ds.dataset # of PyTorch's loader
     return list(map(str, _labels_in(ds)))
 
+# %% ../../nbs/88a_similar.index.ipynb #7d2e90b4
 def _transform_words(loader):
     "What is done to a picture"
     pipelines = [getattr(loader, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
@@ -291,6 +292,7 @@ def save(self:SimilarIndex,
         np.savez_compressed(out, header=header, **{name: getattr(self, name).to(dtype).numpy() for name,dtype in _ARRAYS.items()})
     return path
 
+# %% ../../nbs/88a_similar.index.ipynb #5f8c13a6
 def _is_index(arrays, names, made_of):
     "Do the parts of a file belong together?"
     features,positions,n = arrays['features'],arrays['positions'],len(arrays['features'])
