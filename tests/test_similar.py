@@ -14,6 +14,7 @@ import torch
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
@@ -217,6 +218,48 @@ def test_the_index_in_memory_goes_with_its_learner():
     del learn
     gc.collect()
     assert index() is None
+
+
+def test_another_training_set_with_the_same_labels_is_another_one():
+    learn = learner()
+    index = learn.similar_index('gradcam')
+    assert index_for(learn, 'gradcam') is index
+    valid = learn.dls.valid
+    learn.dls = DataLoaders(TfmdDL([TRAIN[i] for i in (3, 2, 1, 0, 4, 5, 6, 7)], bs=3, num_workers=0), valid)
+    learn.dls.vocab = ['red', 'green']
+    assert index_for(learn, 'gradcam') is not index and learn.get_like(0, k=2, cls='red', method='gradcam').to_df()['position'].tolist()==[2, 0]
+    xs, ys = (torch.stack([torch.as_tensor(sample[i]) for sample in TRAIN]) for i in (0, 1))
+    sets = [TensorDataset(*(part[order] for part in (xs, ys))) for order in (range(8), [3, 2, 1, 0, 4, 5, 6, 7])]
+    found = []
+    for ds in (sets[0], sets[0], sets[1]):
+        learn.dls.loaders[0] = torch.utils.data.DataLoader(ds, batch_size=3)
+        found.append(index_for(learn, 'gradcam'))
+    assert found[0] is found[1] is not found[2] # another loader of the same set asks nothing again
+
+
+class OfTargets(torch.utils.data.Dataset):
+    def __init__(self): self.targets = [y for _, y in TRAIN]
+    def __len__(self): return len(TRAIN)
+    def __getitem__(self, i): return TRAIN[i][0], torch.tensor(self.targets[i])
+
+
+def mend_tensors(ds): ds.tensors[1][7] = RED
+def mend_targets(ds): ds.targets[7] = RED
+def mend_part(ds): ds.dataset.targets[7] = RED
+def mend_parts(ds): ds.datasets[1].dataset.targets[7] = RED
+
+
+@pytest.mark.parametrize('make, mend', [
+    (lambda: TensorDataset(*(torch.stack([torch.as_tensor(sample[i]) for sample in TRAIN]) for i in (0, 1))), mend_tensors), (OfTargets, mend_targets),
+    (lambda: Subset(OfTargets(), range(8)), mend_part), (lambda: ConcatDataset([Subset(OfTargets(), [0, 1, 2, 3]), Subset(OfTargets(), [4, 5, 6, 7])]), mend_parts)])
+def test_labels_of_pytorchs_sets_that_change_in_place(make, mend):
+    learn, ds = learner(), make()
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(ds, batch_size=3)
+    index = learn.similar_index('gradcam')
+    assert index_for(learn, 'gradcam') is index and index.labels[7]==GREEN
+    mend(ds)
+    assert index_for(learn, 'gradcam').labels[7]==RED
+    with pytest.raises(ValueError, match='since this index was made, the labels of the training set changed'): index_for(learn, 'gradcam', index=index)
 
 
 # -- what an index is of

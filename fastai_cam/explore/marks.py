@@ -166,7 +166,7 @@ def mark(self:Marks,
     mark:str|None, # 'keep', 'relabel', 'drop' or 'suspicious'; `None`: none
     label:Any=None # With 'relabel': the right class, by name or index
 ) -> None:
-    "Say of items that they are right ('keep'), labelled wrong, to be taken out of the set ('drop'), or to be looked at again ('suspicious')"
+    "Say that items are right ('keep'), labelled wrong ('relabel'), to be taken out ('drop'), or to be looked at again ('suspicious')"
     self.take({i: self.checked(i, mark, label) for i in _positions(items, len(self.keys))})
 
 @patch

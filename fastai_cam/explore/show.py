@@ -207,7 +207,9 @@ def explore(self:CAMInterpretation,
     n_page:int=48, # Pictures a page
     image:int=0 # Which of the images, where several go into the model for one item
 ) -> Explorer: # Its `marks`, and `fns`, `delete()` and `change()` as fastai's cleaner has them
-    "Look through the set in the notebook, with predictions and maps, and mark items: keep, relabel, drop, suspicious"
+    """Look through the set in the notebook, with predictions and maps, and mark items: keep, relabel, drop, suspicious; from Python with
+    `cleaner.marks.mark(interp.select('wrong'), 'suspicious')`. Of the training set:
+    `CAMInterpretation.from_learner(learn, ds_idx=0)`"""
     check_installed()
     _check_file(file)
     check_int(n_page, 'n_page', 1, 'leaves nothing to show: give at least 1')

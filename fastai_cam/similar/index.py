@@ -13,12 +13,13 @@ import json
 from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Sequence
-from weakref import WeakKeyDictionary
+from weakref import ref, WeakKeyDictionary
 from zipfile import ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from fastcore.basics import patch, store_attr
 from fastcore.xtras import is_listy
 from fastai.data.load import DataLoader
@@ -94,13 +95,26 @@ _CHANGES = dict(
     transforms='what is done to the pictures', answers='what the classes are, or what counts as predicted')
 _ASKED = 'method', 'layer', 'image'
 
+def _labels_in(ds):
+    "The labels that PyTorch's sets say: those of lists of samples, of tensors, of torchvision's sets, and of parts of these"
+    if isinstance(ds, Subset):
+        labels = _labels_in(ds.dataset)
+        return [labels[i] for i in ds.indices] if len(labels)==len(ds.dataset) else []
+    if isinstance(ds, ConcatDataset): return list(chain.from_iterable(map(_labels_in, ds.datasets)))
+    if isinstance(ds, (list, tuple)): return [sample[-1] for sample in ds if isinstance(sample, (list, tuple))]
+    if isinstance(ds, TensorDataset): return ds.tensors[-1].tolist()
+    found = next((getattr(ds, name) for name in ('targets', 'labels') if hasattr(ds, name)), [])
+    found = found.tolist() if hasattr(found, 'tolist') else found
+    return list(found) if is_listy(found) else []
+
 def _label_words(learn, loader):
     "The labels as far as they can be read without the pictures"
     ds = loader.dataset
     if hasattr(ds, 'tls'): return list(map(str, chain.from_iterable(ds.tls[n_inputs(learn):])))
-    if not isinstance(ds, (list, tuple)): return []
-    return [str(sample[-1]) for sample in ds if isinstance(sample, (list, tuple))]
+    while 'idxs' in getattr(ds, '__dict__', ()) and hasattr(ds, 'dataset'): ds = ds.dataset # of PyTorch's loader
+    return list(map(str, _labels_in(ds)))
 
+# %% ../../nbs/88a_similar.index.ipynb #7d2e90b4
 def _transform_words(loader):
     "What is done to a picture"
     pipelines = [getattr(loader, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
@@ -216,7 +230,12 @@ def joined(
     return dict({name: whole(name) for name in batches[0] if name != 'task'}, task=batches[-1]['task'])
 
 # %% ../../nbs/88a_similar.index.ipynb #4fd1e1b3
-_kept = WeakKeyDictionary() # the latest index of each learner
+_kept = WeakKeyDictionary() # the latest index of each learner, and what it was made from
+
+def _training_set(learn):
+    "The training set, or the loader of one that is a list, which takes no weak reference: another one may have the same labels"
+    loader = learn.dls.loaders[0]
+    return loader.dataset if hasattr(loader.dataset, '__weakref__') else loader
 
 @patch
 def similar_index(self:Learner,
@@ -226,7 +245,8 @@ def similar_index(self:Learner,
     **kwargs # Nothing else: an argument of another name is refused with the right one
 ) -> SimilarIndex:
     """What speaks for the labels of the training set, from one pass without augmentation: what `show_like` looks pictures up in.
-    It is kept in memory as long as the learner is, and `save` writes it to a file"""
+    It is kept in memory as long as the learner is, and `save` writes it to a file. It is made anew for another model, other items, labels
+    or transforms; of a data set of one's own, which says its labels by neither `targets` nor `labels`, make it anew when these change"""
     check_words(kwargs, method, ('method', 'layer'))
     if kwargs: raise TypeError(f'similar_index has no argument {next(iter(kwargs))!r}: it has method, layer and image')
     query = similar_query(self, Actual(), method, layer, image)
@@ -237,7 +257,8 @@ def similar_index(self:Learner,
     positions,columns = (found['classes'] >= 0).nonzero(as_tuple=True)
     rows = [found[name][positions,columns] for name in ('classes', 'predicted', 'probability')]
     names = [items.name(i) for i in range(len(items))]
-    _kept[self] = index = SimilarIndex(found['features'][positions,columns], positions, *rows, names, facts)
+    index = SimilarIndex(found['features'][positions,columns], positions, *rows, names, facts)
+    _kept[self] = index,ref(_training_set(self))
     return index
 
 # %% ../../nbs/88a_similar.index.ipynb #e3ac0109
@@ -252,8 +273,9 @@ def index_for(
     query = similar_query(learn, Actual(), method, layer, image)
     with preserve_state(learn): wanted = made_of(learn, query, layer, training_source(learn, image=image))
     if index is not None: return (index if isinstance(index, SimilarIndex) else SimilarIndex.load(index)).check(wanted)
-    known = _kept.get(learn)
-    return known if known is not None and known.made_of==wanted else learn.similar_index(method, layer, image)
+    known,training_set = _kept.get(learn, (None, lambda: None))
+    if training_set() is _training_set(learn) and known.made_of==wanted: return known
+    return learn.similar_index(method, layer, image)
 
 # %% ../../nbs/88a_similar.index.ipynb #03f3dd5d
 _format = 1 # raised when a file can no longer be read by an earlier version
@@ -270,10 +292,12 @@ def save(self:SimilarIndex,
         np.savez_compressed(out, header=header, **{name: getattr(self, name).to(dtype).numpy() for name,dtype in _ARRAYS.items()})
     return path
 
+# %% ../../nbs/88a_similar.index.ipynb #5f8c13a6
 def _is_index(arrays, names, made_of):
     "Do the parts of a file belong together?"
     features,positions,n = arrays['features'],arrays['positions'],len(arrays['features'])
-    is_told = isinstance(names, list) and isinstance(made_of, dict) and all(isinstance(made_of.get(name), str) for name in (*_CHANGES, *_ASKED))
+    is_told = isinstance(names, list) and isinstance(made_of, dict)
+    is_told = is_told and all(isinstance(made_of.get(name), str) for name in (*_CHANGES, *_ASKED))
     is_right = features.dim()==2 and all(array.shape==(n,) for name,array in arrays.items() if name != 'features')
     if not is_told or not is_right: return False
     is_there = (positions >= 0) & (positions < len(names)) & (arrays['labels'] >= 0) & (arrays['predicted'] >= -1)

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 from typing import Callable
 from typing import Sequence
+from weakref import ref
 from weakref import WeakKeyDictionary
 from zipfile import ZipFile
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
+from torch.utils.data import Subset
+from torch.utils.data import TensorDataset
 from fastcore.basics import patch
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy

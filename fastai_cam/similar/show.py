@@ -324,7 +324,8 @@ def show_like(self:Learner,
     if isinstance(item, (list, tuple)) and len(item) > max_n:
         warnings.warn(f'the first {max_n} of these {len(item)} items are shown: max_n says how many, and get_like takes any number')
     found,asked,images = _alike_of(self, query, method, layer, item, k, index, max_n, cells=True)
-    if asked['maps'][0].dim() > 3: raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
+    if asked['maps'][0].dim() > 3:
+        raise ValueError('places are joined over flat pictures, and these are volumes: get_like has the neighbours')
     rows = _rows_of(found, asked, images, _neighbours(self, found, method, layer, image))
     return _draw(rows, n_places, kwargs)
 
