@@ -31,7 +31,8 @@ def check_int(
     why:str # How the sentence goes on: what comes of less, and what to give instead
 ):
     "`ValueError` for what is no whole number of at least `low`"
-    if isinstance(value, str): raise ValueError(f'{name} is a whole number, not the text {value!r}: leave out the quotation marks')
+    if isinstance(value, str) and value.strip().isdigit():
+        raise ValueError(f'{name} is a whole number, not the text {value!r}: leave out the quotation marks')
     if not is_int(value) or value < low: raise ValueError(f'{name}={value!r} {why}')
 
 # %% ../nbs/02_checks.ipynb #92c80e94

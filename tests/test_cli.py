@@ -199,6 +199,12 @@ WRONG = [
     (['top-losses', 'EXPORT', '--data', 'SOME', '--k', '0'], '--k 0 leaves nothing to show'),
     (['compare', 'EXPORT', '--data', 'SOME', '--method', 'layercm'], "did you mean 'layercam'?"),
     (['layers'], 'there is no model'),
+    (['explain', 'SOME', 'EXPORT', '--out', 'OUT'], 'is a folder: the model comes first (the file export.pkl), then the photos'),
+    (['report', 'EXPORT', '--data', 'SOME', '--out', 'r.txt'], "a report is a page: name it --out *.html, not 'r.txt'"),
+    (['report', 'EXPORT', '--data', 'SOME', '--where', 'wrong AND loss > 1'], "--where 'wrong AND loss > 1' has AND: write and"),
+    (['report', 'EXPORT', '--data', 'SOME', '--where', "loss.to_csv('OUT') == loss"], "asks for \"loss.to_csv('"),
+    (['report', 'EXPORT', '--data', 'SOME', '--json', 'EXPORT/facts.json'], '--json'),
+    (['report', 'EXPORT', '--data', 'OUT'], "there is no folder"),
     (['explan'], "there is no command 'explan': did you mean 'explain'?"),
     ([], 'a command is missing: the commands are explain, top-losses')]
 
@@ -347,7 +353,8 @@ def test_a_page_from_the_shell(exported, pictures, tmp_path, capsys):
     interp = CAMInterpretation.from_learner(learn, dl=learn.dls.test_dl(sorted(get_image_files(pictures)), with_labels=True))
     told = json.loads(facts.read_text())
     assert {item['position'] for item in told['items'] if item['shown']}==set(interp.select('wrong').tolist()) and len(told['items'])==24
-    assert told['models'][0]['methods']==['gradcam'] and '24 photos' in capsys.readouterr().out and page.stat().st_size > 10_000
+    n_shown = len(interp.select('wrong'))
+    assert told['models'][0]['methods']==['gradcam'] and f'24 photos, of which {n_shown} are shown: ' in capsys.readouterr().out and page.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize('wrong, words', [(['--n', '0'], '--n 0 leaves nothing to show'), (['--where', 'loss >'], 'where'), (['--out', 'page.pdf'], 'a report is a page')])
@@ -355,6 +362,27 @@ def test_a_page_that_makes_no_sense(exported, pictures, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert main(['report', str(exported), '--data', str(pictures), *wrong])==2 and words in capsys.readouterr().err
     assert not list(tmp_path.glob('*.*'))
+
+
+def test_an_empty_folder_is_said_once(exported, tmp_path, capsys):
+    assert main(['report', str(exported), '--data', str(tmp_path)])==2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said)==2 and said[0].endswith(f"--data {str(tmp_path)!r}: there are no photos in this folder")
+
+
+def test_a_file_that_is_no_learner_says_what_to_do(dls, some, tmp_path, monkeypatch, capsys):
+    code = types.ModuleType('common_labels')
+    exec('def label(file): return file.parent.name', code.__dict__)
+    monkeypatch.setitem(sys.modules, 'common_labels', code)
+    learn = Learner(dls, network(2), loss_func=CrossEntropyLossFlat())
+    learn.model.label = code.label
+    learn.export(tmp_path/'mine.pkl')
+    torch.save(network(2).state_dict(), tmp_path/'weights.pth')
+    monkeypatch.delitem(sys.modules, 'common_labels')
+    for name, words in (('mine.pkl', "cannot import module 'common_labels'; functions that it was made with, as a labelling function"), ('weights.pth', '--builder module:function, the function that builds')):
+        assert explain(tmp_path/name, some, '--out', tmp_path/'maps')==2
+        said = capsys.readouterr().err
+        assert words in said and "'res'" not in said and "'dls'" not in said
 
 
 def test_a_row_an_item():

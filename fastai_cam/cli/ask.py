@@ -29,16 +29,22 @@ def _own_words() -> Iterator[None]:
     try: yield
     except (ValueError, TypeError, IndexError) as e: raise UsageError(str(e)) from None
 
-def _folder(out):
+def _folder(out, option='--out'):
     "A folder to write to"
     folder = Path(out).expanduser()
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UsageError(f'--out {out!r} cannot be a folder of results: {e.strerror}') from None
+    except OSError as e: raise UsageError(f'{option} {str(out)!r} cannot be a folder of results: {e.strerror}') from None
     return folder
 
-def _labelled(learn, data):
-    "A loader of the photos in a folder, with the labels that the learner's own function gives them; and what was left out"
+def _photos_of(data):
+    "The photos in a folder, and what was left out"
+    if not Path(data).is_dir(): raise UsageError(f'--data is a folder of photos, and there is no folder {data!r}')
     photos,problems = find_photos([data])
+    if not photos: raise UsageError('; '.join(f'--data {name!r}: {why}' for name,why in problems))
+    return photos,problems
+
+def _labelled(learn, data, photos, problems):
+    "A loader of photos, with the labels that the learner's own function gives them; and what was left out"
     kept = []
     for photo in photos:
         path = Path(photo.path)
@@ -57,10 +63,10 @@ def _labelled(learn, data):
 def _interpretation(model, data, told, **asked):
     "The learner's losses on a folder of photos, and what was left out"
     from fastai_cam.interpret import CAMInterpretation
-    if not Path(data).is_dir(): raise UsageError(f'--data is a folder of photos, and there is no folder {data!r}')
+    found = _photos_of(data)
     learn = open_learner(model, **told._asdict())
     with _own_words(), learn.no_bar(), learn.no_logging():
-        dl,problems = _labelled(learn, data)
+        dl,problems = _labelled(learn, data, *found)
         return CAMInterpretation.from_learner(learn, dl=dl, **asked),problems
 
 def _checked(model, methods, kwargs):
@@ -141,6 +147,13 @@ def compare(
     return SOME_UNREADABLE if problems else DONE
 
 # %% ../../nbs/95e_cli.ask.ipynb #b4fd3285
+def _check_page(out, where):
+    "`UsageError` for what makes no page, before a model is opened"
+    if Path(out).suffix.lower() not in ('.html', '.htm'): raise UsageError(f'a report is a page: name it --out *.html, not {out!r}')
+    if where is None: return
+    from fastai_cam.conditions import readable_condition
+    with _own_words(): readable_condition(where, f'--where {where!r}')
+
 @call_parse
 @delegates(model_options)
 def report(
@@ -157,16 +170,18 @@ def report(
     "Write one page that needs nothing else: how good the model is, and the photos, to be sorted, filtered and opened, with their maps"
     told = _checked(model, method, kwargs)
     if n is not None and n < 1: raise UsageError(f'--n {n} leaves nothing to show: give at least 1')
-    for file in (out, json):
-        if file is not None: _folder(Path(file).expanduser().parent)
+    _check_page(out, where)
+    for option,file in (('--out', out), ('--json', json)):
+        if file is not None: _folder(Path(file).expanduser().parent, option)
     interp,problems = _interpretation(model, data, told, method=one_or_list(method), layer=one_or_list(layer))
     with _own_words(), interp.learn.no_bar(), interp.learn.no_logging():
         try:
             import fastai_cam.report
             page = interp.report(out, n=n, where=where, json=json)
+            n_all,n_shown = len(interp.losses),len(interp.ranked(n, where=where)[1])
         except ImportError as e: raise UsageError(str(e)) from None
     list_problems(problems)
-    say(f'{len(interp.losses)} photos: {page}', sys.stdout)
+    say(f'{n_all} photos{"" if n_shown==n_all else f", of which {n_shown} are shown"}: {page}', sys.stdout)
     return SOME_UNREADABLE if problems else DONE
 
 # %% ../../nbs/95e_cli.ask.ipynb #e82453d1

@@ -41,6 +41,18 @@ def model_options(
 PICKLE_WARNING = ('{} is a pickle: loading it runs the code in it, so it must come from someone you trust '
                   '(--weights FILE --builder module:function is the safe way)')
 
+def _first_error(file):
+    "Why a file cannot be loaded, where fastai says only that it has no result"
+    import torch
+    try: torch.load(file, map_location='cpu', weights_only=False)
+    except Exception as e: return e
+    return ValueError('fastai gives no learner for it')
+
+def _no_learner(file):
+    "What to do with a file that holds something else, as weights"
+    return (f'{file!r} holds no learner, which learn.export() writes: for a file of weights write --weights {file} '
+            '--builder module:function, the function that builds the learner')
+
 def _exported(file):
     "The learner in a file that `learn.export()` wrote"
     from fastai.learner import load_learner
@@ -50,7 +62,10 @@ def _exported(file):
             warnings.simplefilter('ignore') # fastai's own words about pickles, and torch's about versions
             learn = load_learner(file, cpu=True)
     except Exception as e:
+        e = _first_error(file) if isinstance(e, UnboundLocalError) else e
         why = ' '.join(str(e).split()) or type(e).__name__
+        if isinstance(e, AttributeError) and why.endswith("no attribute 'dls'"): raise UsageError(_no_learner(file)) from None
+        if isinstance(e, ModuleNotFoundError): why = f'cannot import module {e.name!r}'
         advice = ('; functions that it was made with, as a labelling function of a notebook, have to be where they were: '
                   '--weights and --builder do without') if isinstance(e, (AttributeError, ModuleNotFoundError)) else ''
         raise UsageError(f'{file!r} is no learner that can be loaded, as learn.export() writes it: {why}{advice}') from None
@@ -99,6 +114,7 @@ def check_model(
         raise UsageError('--weights and --builder go together: a file of weights, and module:function that gives the learner without them')
     found = file if weights is None else weights
     if found is None: raise UsageError('there is no model: name the file that learn.export() wrote, or --weights and --builder')
+    if os.path.isdir(found): raise UsageError(f'{found!r} is a folder: the model comes first (the file export.pkl), then the photos')
     if not os.path.isfile(found): raise UsageError(f'there is no file {found!r}: name the model first, then the photos')
     return found
 
