@@ -3,6 +3,7 @@
 Every case runs its ways in turns in one process, on the same model, inputs and layer, after checking that they give the same maps.
 Ratios are taken round by round; the table gives their median, minimum and maximum. Peak memory is taken in a process for each way.
 Named cases only: `python tests/bench/bench.py scorecam eigencam`. The table of each case that ran is written into nbs/stories/benchmarks.ipynb."""
+import gc
 import inspect
 import io
 import json
@@ -54,11 +55,12 @@ def body_head(build, n_out=1000):
 def images(n): return torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 
 
-def in_turns(ways, rounds, warm_up=1):
-    "Seconds of each way in each round, run one after the other; the first `warm_up` rounds are not counted"
+def in_turns(ways, rounds, warm_up=1, between=None):
+    "Seconds of each way in each round, run one after the other; the first `warm_up` rounds are not counted, nor what is done `between`"
     times = {name: [] for name in ways}
     for i in range(rounds + warm_up):
         for name, way in ways.items():
+            if between is not None: between()
             start = perf_counter()
             way()
             if i >= warm_up: times[name].append(perf_counter() - start)
@@ -484,7 +486,7 @@ def case_losses(n=9):
                 plt.gcf().canvas.draw()
                 plt.close('all')
             times = in_turns({'fastai': lambda: drawn(lambda: theirs.plot_top_losses(n)), 'gradcam': lambda: drawn(lambda: mine.plot_top_losses_cam(n, method='gradcam')),
-                              'default': lambda: drawn(lambda: mine.plot_top_losses_cam(n)), 'forward': lambda: learn.get_preds(dl=learn.dls.test_dl(files[:n]))}, 11)
+                              'default': lambda: drawn(lambda: mine.plot_top_losses_cam(n)), 'forward': lambda: learn.get_preds(dl=learn.dls.test_dl(files[:n]))}, 11, between=gc.collect) # figures are circles: whose are collected when is chance
     same = f'of which the forward pass is {median(ratios(times, "forward", "fastai")):.2f}'
     for way, asked, required in (('gradcam', "method='gradcam'", 1.1), ('default', 'the default map', 1.2)):
         row(f'`interp.plot_top_losses_cam({n})` ÷ `plot_top_losses({n})`, {asked}', 'fastai', required, ratios(times, way, 'fastai'), same)
