@@ -240,7 +240,9 @@ def test_stopped_with_ctrl_c_and_taken_up_again(exported, some, tmp_path, monkey
         calls.append(photo.path)
         real(self, photo, *args)
     monkeypatch.setattr(Results, 'add', add)
-    assert explain(exported, some, '--out', out)==130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts something in the background has it ignored
+    try: assert explain(exported, some, '--out', out)==130
+    finally: signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert f'stopped: 4 photos are finished and stay in {str(out)!r}, 2 are left; the same command, given again, does these' in said
     assert len(table(out))==4 and len(list(out.rglob('*.png')))==4
