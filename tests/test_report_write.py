@@ -20,7 +20,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai_cam.captions import cut
 from fastai_cam.report import check_report, report_schema
 from fastai_cam.report.page import block
-from fastai_cam.report.pictures import encoded, MOST_BYTES, packed, Room
+from fastai_cam.report.pictures import encoded, encoded_by_position, MOST_BYTES, packed, Room
 from fastai_cam.source.passes import PassRecord
 from helpers.reports import body, HOSTILE, hostile_learner, interpretation, pictures, plain
 
@@ -174,6 +174,19 @@ def test_pictures_stand_under_their_items_where_losses_are_equal(tmp_path):
 def test_page_and_facts_are_two_files(tmp_path, interp):
     with pytest.raises(ValueError, match='is the page itself'): interp.report(tmp_path/'page.html', json=tmp_path/'page.html')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_read_takes_none_with_it():
+    asked = []
+    def read(idxs):
+        asked.append(idxs)
+        if 3 in idxs: raise OSError('gone')
+        return [torch.full((3, 8, 8), i/10) for i in idxs]
+    found = encoded_by_position(read, [5, 3, 9], 2000, 64)
+    assert list(found)==[5, 3, 9] and found[3] is None and asked==[[5, 3, 9], [5], [3], [9]]
+    grey = {i: np.asarray(Image.open(io.BytesIO(base64.b64decode(one['data'])))).mean() for i, one in found.items() if one}
+    assert grey=={5: pytest.approx(127.5, abs=2), 9: pytest.approx(229.5, abs=2)}
+    assert encoded_by_position(read, [], 2000, 64)=={}
 
 
 def test_the_maps_in_the_page_are_the_learners_own(tmp_path):

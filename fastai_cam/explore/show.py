@@ -33,15 +33,13 @@ from ..probe.layers import check_layers
 from ..tasks import MultiLabel, Values
 from ..methods.registry import as_methods, DEFAULT_METHOD, method_name
 from ..maps.colours import heat_colours
-from ..maps.export import as_bytes
-from ..maps.pixels import to_pixels
 from ..state import check_learner, preserve_state
+from ..source.images import item_names
 from ..source.loaders import dl_source
 from ..interpret.base import CAMInterpretation
-from ..data.items import ItemList
 from ..report.facts import number
 from ..report.answers import item_keys
-from ..report.pictures import encoded, maps_of_item, palettes
+from ..report.pictures import encoded_by_position, maps_of_item, palettes
 from ..report.write import MOST_ITEMS
 from .marks import Marks, remembered_marks
 from .widget import check_installed, Explorer
@@ -97,8 +95,7 @@ def _names_of(interp):
     with preserve_state(interp.learn):
         source = dl_source(interp.learn, interp.dl)
         items = list(source.items)
-        listed = ItemList(source, items, interp.learn) if hasattr(source.dl, 'get_idxs') else None
-        names = [f'item {i}' if listed is None else listed.name(i) for i in range(len(items))]
+        names = item_names(interp.learn, items) if hasattr(source.dl, 'get_idxs') else [f'item {i}' for i in range(len(items))]
     table = pd.DataFrame(items).infer_objects() if items and all(isinstance(item, pd.Series) for item in items) else None
     return names,table
 
@@ -137,14 +134,7 @@ def _refuse_volumes(interp, i, image):
 
 def _pictures(interp, idxs, image):
     "Pictures by position, `None` for those that cannot be read"
-    def small(pixels): return encoded(Image.fromarray(pixels), 7000, 256)
-    with _without_bars(interp.learn):
-        try: return {i: small(as_bytes(to_pixels(seen))) for i,seen in zip(idxs, _images(interp, idxs, image))}
-        except Exception:
-            if len(idxs)==1: return {idxs[0]: None}
-    found = {}
-    for i in idxs: found.update(_pictures(interp, [i], image)) # one that cannot be read takes none with it
-    return found
+    with _without_bars(interp.learn): return encoded_by_position(partial(_images, interp, image=image), idxs, 7000, 256)
 
 # %% ../../nbs/96b_explore.show.ipynb #f2575e24
 def _palette(pictures):

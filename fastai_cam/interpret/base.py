@@ -31,7 +31,7 @@ from ..source.loaders import dl_source
 from ..learner.task import class_names, has_item_losses, task_of
 from ..learner.arguments import check_words
 from ..learner.query import check_rows
-from .answers import answers_callback, answers_of, ItemAnswers
+from .answers import answers_callback, answers_of, counts_of_pairs, ItemAnswers
 
 # %% ../../nbs/65a_interpret.base.ipynb #d23128f7
 _no_item_losses = ("the loss function is neither the mean nor the sum of the items' losses, so no item has a loss of its own: "
@@ -162,8 +162,7 @@ def class_counts(self:CAMInterpretation) -> Tensor: # `[n, n]`: actual by predic
     n = found.n_classes
     if self.vocab is None or len(self.vocab) != n: self.vocab = list(range(n)) # classes without names have numbers
     if found.counts is not None: return found.counts
-    known = (found.actual >= 0) & (found.actual < n)
-    return (found.actual*n + found.predicted)[known].bincount(minlength=n*n).reshape(n, n)
+    return counts_of_pairs(found.actual, found.predicted, n)
 
 @patch
 def confusion_matrix(self:CAMInterpretation) -> np.ndarray: # `[n, n]`: actual by predicted class

@@ -42,6 +42,7 @@ from ..learner.arguments import check_words
 from ..learner.query import check_rows
 from .answers import answers_callback
 from .answers import answers_of
+from .answers import counts_of_pairs
 from .answers import ItemAnswers
 __all__ = ['check_loader', 'CAMInterpretation']
 class _ItemLosses():

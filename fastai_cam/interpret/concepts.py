@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.xtras import is_listy
 from ..core import at_least_float, evenly_spaced
-from ..captions import as_text
+from ..captions import class_in_words
 from ..checks import check_int
 from ..probe.layers import is_found_by_pass
 from ..targets.kinds import ClassIndex
@@ -119,7 +119,7 @@ def concepts(self:CAMInterpretation,
     classes = self.class_indices(cls)
     if len(classes) != 1: raise ValueError(f'concepts are those of one class, not of {len(classes)}: ask for each by itself')
     names = self.answers.task.class_names(self.vocab)
-    name = as_text(names[classes[0]]) if names is not None and classes[0] < len(names) else f'class {classes[0]}'
+    name = class_in_words(names, classes[0])
     idxs = self.labelled_so(classes[0], where)
     idxs = idxs[evenly_spaced(len(idxs), n)].tolist()
     _warn_of_few(len(idxs), k, name)

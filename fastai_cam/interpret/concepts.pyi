@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
 from ..core import at_least_float
 from ..core import evenly_spaced
-from ..captions import as_text
+from ..captions import class_in_words
 from ..checks import check_int
 from ..probe.layers import is_found_by_pass
 from ..targets.kinds import ClassIndex

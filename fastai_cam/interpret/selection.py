@@ -27,7 +27,7 @@ from ..targets.kinds import ClassIndex, Predicted
 from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state, with_bar
 from ..source.loaders import dl_source
-from ..source.images import file_of, item_name
+from ..source.images import item_names
 from ..learner.task import target_of, task_of
 from ..learner.arguments import refuse_arguments
 from .answers import ItemAnswers
@@ -74,7 +74,7 @@ def _answer_columns(self:CAMInterpretation):
 def _item_names(self:CAMInterpretation):
     "What the items are called: files by their paths, other things by their position"
     with preserve_state(self.learn): items = dl_source(self.learn, self.dl).items
-    return [item_name(file_of(self.learn, item), i) for i,item in enumerate(items)]
+    return item_names(self.learn, items)
 
 # %% ../../nbs/65b_interpret.selection.ipynb #9733e5d4
 ON_DEMAND = dict(

@@ -30,8 +30,7 @@ from ..methods.registry import DEFAULT_METHOD
 from ..state import preserve_state
 from ..state import with_bar
 from ..source.loaders import dl_source
-from ..source.images import file_of
-from ..source.images import item_name
+from ..source.images import item_names
 from ..learner.task import target_of
 from ..learner.task import task_of
 from ..learner.arguments import refuse_arguments

@@ -28,6 +28,7 @@ from ..source.loaders import dl_source
 from ..learner.arguments import check_words
 from ..learner.cams import join_maps, maps_of_batch
 from ..learner.query import query_of, run_query
+from .answers import counts_of_pairs
 from .base import CAMInterpretation
 from .page import check_page, draw_page, made_by, Panel, Row
 from .losses import DIFFERENCE_LEGEND, difference_rows
@@ -42,12 +43,10 @@ def _check_one_class(self:CAMInterpretation, what):
                          'a class is')
 
 @patch
-def _confusions(self:CAMInterpretation, where):
+def _confusions(self:CAMInterpretation, chosen):
     "How many of the items that are meant are of which class and taken for which other"
-    chosen,found,n = self.select(where),self.answers,len(self.class_counts())
-    actual,predicted = found.actual[chosen],found.predicted[chosen]
-    known = (actual >= 0) & (actual < n)
-    return (actual*n + predicted)[known].bincount(minlength=n*n).reshape(n, n).fill_diagonal_(0)
+    found,n = self.answers,len(self.class_counts())
+    return counts_of_pairs(found.actual[chosen], found.predicted[chosen], n).fill_diagonal_(0)
 
 def _most(counts, n):
     "The pairs of an actual and a predicted class that are there most often, each with how often"
@@ -55,9 +54,9 @@ def _most(counts, n):
     return [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]
 
 @patch
-def _pairs(self:CAMInterpretation, a, b, n, where):
+def _pairs(self:CAMInterpretation, a, b, n, chosen, where):
     "The pairs that are looked at, most often confused first"
-    counts = self._confusions(where)
+    counts = self._confusions(chosen)
     rows,cols = ([self.class_indices(one) if one is not None else None for one in (a, b)])
     if rows is not None and rows==cols: raise ValueError(f'{a!r} and {b!r} are the same class: name two, the actual one first')
     kept = torch.zeros_like(counts, dtype=torch.bool)
@@ -68,14 +67,14 @@ def _pairs(self:CAMInterpretation, a, b, n, where):
     names = [f'{as_text(one)!r} ' if one is not None else '' for one in (a, b)]
     known = ', '.join(f'{as_text(self._name_of(pair[0]))!r} for {as_text(self._name_of(pair[1]))!r}' for pair in _most(counts, 3))
     what = f'no item {"of " if names[0] else ""}{names[0]}is taken for {names[1] or "another class"}'.rstrip()
-    here = 'in this set' if where is None else f'among the {len(self.select(where))} items that where={where!r} leaves'
+    here = 'in this set' if where is None else f'among the {len(chosen)} items that where={where!r} leaves'
     raise ValueError(what + (f': most often taken is {known}' if known else f': nothing is confused {here}'))
 
 # %% ../../nbs/65e_interpret.views.ipynb #43a49e60
 @patch
-def _of_pair(self:CAMInterpretation, actual, predicted, where):
-    "Indices of the items of a pair, the largest loss first"
-    found,idxs = self.answers,self.select(where)
+def _of_pair(self:CAMInterpretation, actual, predicted, idxs):
+    "Which items are of a pair, the largest loss first"
+    found = self.answers
     idxs = idxs[(found.actual[idxs]==actual) & (found.predicted[idxs]==predicted)]
     return idxs[self.losses[idxs].as_subclass(Tensor).argsort(descending=True, stable=True)]
 
@@ -99,9 +98,10 @@ def plot_confused_cam(self:CAMInterpretation,
     counts = dict(k=1 if k is None else k, n_pairs=n_pairs)
     for name,value in counts.items(): check_int(value, name, 1, 'leaves nothing to show: give at least 1')
     self._check_one_class('items are confused with each other where each has one class')
-    pairs = self._pairs(a, b, n_pairs, where)
+    among = self.select(where)
+    pairs = self._pairs(a, b, n_pairs, among, where)
     k = k or (5 if len(pairs)==1 else 2)
-    chosen = [self._of_pair(actual, predicted, where)[:k] for actual,predicted,_ in pairs]
+    chosen = [self._of_pair(actual, predicted, among)[:k] for actual,predicted,_ in pairs]
     cams = self.cams_of(torch.cat(chosen), 'diff', method, layer, image)
     rows = difference_rows(cams)
     names = self.answers.task.class_names(self.vocab)

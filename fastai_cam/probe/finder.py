@@ -55,12 +55,17 @@ class _Shown(NamedTuple):
     modules:list # weak references to all modules that the model had then
     settings:tuple # what their names were, and what they were told
 
+    def layout_of(self, name:str, shape:Sequence[int]) -> Layout|None:
+        "Where the places are in what a layer returned, if that has the shape that it had"
+        return next((layout for known,size,layout in self.layers if known==name and size==tuple(shape[1:])), None)
+
     def is_of(self, model:nn.Module) -> bool:
         "Is the model made of the same modules, told the same?"
         now = list(model.modules())
         is_same = len(now)==len(self.modules) and all(one() is module for one,module in zip(self.modules, now))
         return is_same and self.settings==_settings(model)
 
+# %% ../../nbs/16a_probe.finder.ipynb #29aa1597
 def _settings(model):
     "Names of all modules, and their own plain attributes and functions: a stride, a flag that `forward` reads, another `forward`"
     def own(module): return tuple((name, _told(value)) for name,value in vars(module).items() if name != 'training')
@@ -162,8 +167,7 @@ def layouts(self:LayerFinder, state:PassState) -> list[Layout|None]: # `None`: t
 @patch
 def _layout(self:LayerFinder, state, name, module, shape):
     "From the shape, or, where that leaves doubts, from a scan"
-    known = [] if self.remembered is None else self.remembered.layers
-    seen = next((layout for known_name,known_shape,layout in known if (known_name, known_shape)==(name, tuple(shape[1:]))), None)
+    seen = None if self.remembered is None else self.remembered.layout_of(name, shape)
     if seen is not None: return seen
     if len(shape) > 3: # tokens always leave doubts
         size = state.image_size

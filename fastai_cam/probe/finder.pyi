@@ -55,6 +55,7 @@ class PassState():
     out: Any
     recordings: Any
 class _Shown(NamedTuple):
+    def layout_of(self, name: str, shape: Sequence[int]) -> Layout | None: ...
     def is_of(self, model: nn.Module) -> bool: ...
     layers: list
     modules: list

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.xtras import is_listy
 from ..core import evenly_spaced
-from ..captions import as_text, cut
+from ..captions import class_in_words, cut
 from ..checks import check_int
 from ..probe.guard import unwrap_model
 from ..probe.watch import Probe
@@ -308,7 +308,7 @@ def _inputs(self:CAMInterpretation, quiet, idxs, layer):
 @patch
 def _label_names(self:CAMInterpretation, row, given, names):
     "What an item is labelled, in words"
-    def name(c): return cut(as_text(names[c]) if names is not None and c < len(names) else f'class {c}', 40)
+    def name(c): return cut(class_in_words(names, c), 40)
     if given.labels[row] >= 0: return name(given.labels[row])
     return ' and '.join(name(c) for c in self.answers.actual[given.items[row]].nonzero()[:,0].tolist()) or 'nothing'
 
@@ -349,7 +349,7 @@ def reasons(self:CAMInterpretation,
     given = given.rows(looked_over(given, n))
     announce(self.learn, f'reasons of {int(given.wrong.sum())} mistakes among {len(given.wrong)} answers: a pass of each')
     found = self._evidenced(given, method, layer)
-    groups = mistake_groups(found.vectors, found.given.classes, found.given.wrong, found.given.confidence, min_size, seed=seed)
+    groups = mistake_groups(found.vectors, found.given.classes, found.given.wrong, found.given.confidence, min_size=min_size, seed=seed)
     return Reasons(self._tested_reasons(found, groups, layer, test, seed), n_mistakes, n_given, len(found.given.wrong))
 
 # %% ../../nbs/89b_reasons.atlas.ipynb #c4627efd

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.basics import store_attr
 from fastcore.xtras import is_listy
 from ..core import evenly_spaced
-from ..captions import as_text
+from ..captions import class_in_words
 from ..captions import cut
 from ..checks import check_int
 from ..probe.guard import unwrap_model

@@ -211,9 +211,7 @@ def mistake_groups(
     classes:np.ndarray, # What it is evidence for, `[n]`
     wrong:np.ndarray, # Which items are mistakes, bool `[n]`
     confidence:np.ndarray, # How sure the model is of each, `[n]`
-    min_size:int=4, # Mistakes of a group, at least
-    n_deals:int=199, # How often mistakes are dealt out anew
-    seed:int=0 # Of what is drawn
+    **kwargs # As `Excess` takes them: `min_size`, `n_deals`, `seed`
 ) -> list[Group]: # The strongest first
     "Groups of mistakes with evidence in common, beyond what chance makes of as many"
-    return Excess(features, classes, wrong, confidence, min_size, n_deals, seed).groups
+    return Excess(features, classes, wrong, confidence, **kwargs).groups

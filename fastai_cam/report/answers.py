@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from ..core import images_in
-from ..captions import as_text
+from ..captions import as_text, class_in_words
 from ..tasks import MultiLabel, NoAnswer, Points, Segmentation, Task, Values
 from ..state import preserve_state
 from ..source.loaders import dl_source
 from ..source.images import file_of
 from ..learner.task import class_names, task_of
-from ..interpret.answers import ItemAnswers
+from ..interpret.answers import ItemAnswers, MOST_TOP
 from ..interpret.base import CAMInterpretation
 from .facts import is_right, number
 
@@ -72,10 +72,10 @@ def _of_classes(found, i):
     top = [] if found.top is None else _most_probable(found.top[i], found.top_probability[i])
     return label,dict(prediction=found.predicted[i].item(), probability=probability, top=top)
 
-def _of_labels(found, i, n_top=5):
+def _of_labels(found, i):
     label,probabilities = _chosen(found.actual[i]),found.probability[i]
     if not probabilities.isfinite().all(): return label,dict(prediction=None, probability=None, top=[])
-    top = probabilities.topk(min(n_top, len(probabilities)))
+    top = probabilities.topk(min(MOST_TOP, len(probabilities)))
     answer = dict(prediction=_chosen(found.predicted[i]), probability=number(top.values[0].item()))
     return label,dict(answer, top=_most_probable(top.indices, top.values))
 
@@ -107,7 +107,7 @@ def _names(kind, found, vocab):
     if kind=='values': return found.task.column_names(found.predicted)
     names = found.task.class_names(vocab)
     n = found.n_classes
-    return [as_text(name) for name in names] if names is not None and len(names)==n else [f'class {c}' for c in range(n)]
+    return [class_in_words(names if names is not None and len(names)==n else None, c) for c in range(n)]
 
 def check_reported(
     interp:CAMInterpretation # Interpretation to be reported

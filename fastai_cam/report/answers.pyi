@@ -7,6 +7,7 @@ from typing import Any
 from typing import Sequence
 from ..core import images_in
 from ..captions import as_text
+from ..captions import class_in_words
 from ..tasks import MultiLabel
 from ..tasks import NoAnswer
 from ..tasks import Points
@@ -19,6 +20,7 @@ from ..source.images import file_of
 from ..learner.task import class_names
 from ..learner.task import task_of
 from ..interpret.answers import ItemAnswers
+from ..interpret.answers import MOST_TOP
 from ..interpret.base import CAMInterpretation
 from .facts import is_right
 from .facts import number

@@ -9,16 +9,14 @@ __all__ = ['MOST_LIKE', 'check_like', 'Neighbours', 'neighbours_of']
 
 # %% ../../nbs/94b_report.like.ipynb #ca098c6c
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from fastcore.basics import patch
-from PIL import Image
+from fastcore.basics import groupby, patch
 from ..captions import as_text, cut
 from ..checks import check_int
-from ..maps.export import as_bytes
-from ..maps.pixels import to_pixels
 from ..state import preserve_state
 from ..source.loaders import dl_source
 from ..interpret.base import CAMInterpretation
@@ -26,7 +24,7 @@ from ..similar.index import check_classes, training_source
 from ..similar.show import Alike, why_none
 from ..learner.task import task_of
 from .page import training_block
-from .pictures import encoded
+from .pictures import encoded_by_position
 
 # %% ../../nbs/94b_report.like.ipynb #69c97994
 MOST_LIKE = 10 # training pictures of a class beside an item
@@ -51,6 +49,9 @@ class Neighbours:
     found:Alike
     image:int = 0 # which of the images, where several go into the model for one item
     written:set = field(default_factory=set) # positions in the training set
+    rows:dict = field(init=False) # of `found`, by the item
+
+    def __post_init__(self): self.rows = groupby(self.found.rows, 'item')
 
 def neighbours_of(
     interp:CAMInterpretation, # Interpretation to be reported
@@ -68,27 +69,20 @@ def beside(self:Neighbours,
     i:int # Which of the items
 ) -> list[dict]: # For each class `words`, `role`, `none` (why nothing is found) and `found`: `at` (which training picture), `alike`, `says`
     "What stands beside an item"
-    return [self._of_row(row) for row in self.found.rows if row.item==i]
+    return list(map(self._of_row, self.rows.get(i, ())))
 
 @patch
 def _of_row(self:Neighbours, row):
     places,index = row.rows.tolist(),self.found.index
-    def says(place):
-        predicted = int(index.predicted[place])
-        if not self.found.doubt(place): return None
-        return cut(self.found.class_words(predicted), 80) if predicted >= 0 else 'something else'
+    def says(place): return cut(self.found.says(place) or 'something else', 80) if self.found.doubt(place) else None
     pictures = [dict(at=int(index.positions[place]), alike=round(likeness, 3), says=says(place))
                 for place,likeness in zip(places, row.similarity.tolist())]
     return dict(words=cut(row.words, 80), role=row.role, none=why_none(row), found=pictures)
 
 # %% ../../nbs/94b_report.like.ipynb #84a4a1d4
-def _read(images):
-    "All of them; `None` for one that can no longer be read, though it could when the index was made"
-    def one(i):
-        try: return images[i]
-        except Exception: return None
-    try: return images.load()
-    except Exception: return [one(i) for i in range(len(images))]
+@patch
+def _images(self:Neighbours, positions):
+    with preserve_state(self.interp.learn): return training_source(self.interp.learn, positions, self.image).images.load()
 
 @patch
 def blocks(self:Neighbours,
@@ -96,11 +90,10 @@ def blocks(self:Neighbours,
 ) -> Iterator[str]:
     "The training pictures that stand beside these and are not in the page yet, as elements of it"
     index = self.found.index
-    places = [row.rows for row in self.found.rows if row.item in items]
+    places = [row.rows for row in chain.from_iterable(self.rows.get(i, ()) for i in items)]
     new = sorted(set(index.positions[torch.cat(places)].tolist()) - self.written) if places else []
     if not new: return
     self.written.update(new)
-    with preserve_state(self.interp.learn): pictures = _read(training_source(self.interp.learn, new, self.image).images)
-    for position,picture in zip(new, pictures):
-        small = None if picture is None else encoded(Image.fromarray(as_bytes(to_pixels(picture))), _bytes_each, _side)
-        yield training_block(position, dict(picture=small, name=cut(as_text(Path(index.names[position]).name), 120)))
+    # what could be read when the index was made may be gone
+    for position,picture in encoded_by_position(self._images, new, _bytes_each, _side).items():
+        yield training_block(position, dict(picture=picture, name=cut(as_text(Path(index.names[position]).name), 120)))

@@ -2,17 +2,16 @@
 from typing import Any
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from typing import Iterator
 import torch
+from fastcore.basics import groupby
 from fastcore.basics import patch
-from PIL import Image
 from ..captions import as_text
 from ..captions import cut
 from ..checks import check_int
-from ..maps.export import as_bytes
-from ..maps.pixels import to_pixels
 from ..state import preserve_state
 from ..source.loaders import dl_source
 from ..interpret.base import CAMInterpretation
@@ -22,16 +21,18 @@ from ..similar.show import Alike
 from ..similar.show import why_none
 from ..learner.task import task_of
 from .page import training_block
-from .pictures import encoded
+from .pictures import encoded_by_position
 __all__ = ['MOST_LIKE', 'check_like', 'Neighbours', 'neighbours_of']
 MOST_LIKE: Any
 def check_like(interp: CAMInterpretation, k: int | None) -> None: ...
 @dataclass
 class Neighbours():
+    def __post_init__(self) -> Any: ...
     def beside(self, i: int) -> list[dict]: ...
     def blocks(self, items: range) -> Iterator[str]: ...
     interp: CAMInterpretation
     found: Alike
     image: int = ...
     written: set = ...
+    rows: dict = ...
 def neighbours_of(interp: CAMInterpretation, idxs: list[int], k: int, layer: Any=..., image: int=...) -> Neighbours: ...

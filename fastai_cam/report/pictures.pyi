@@ -5,6 +5,8 @@ import io
 import math
 from dataclasses import dataclass
 from typing import Any
+from typing import Callable
+from typing import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from ..maps.cams import CAMs
 from ..maps.export import as_bytes
 from ..maps.original import frame_in
 from ..maps.original import original_of
-__all__ = ['MOST_BYTES', 'Room', 'sharpest', 'encoded', 'packed', 'maps_of_item', 'palettes']
+__all__ = ['MOST_BYTES', 'Room', 'sharpest', 'encoded', 'encoded_by_position', 'packed', 'maps_of_item', 'palettes']
 MOST_BYTES: Any
 @dataclass
 class Room():
@@ -39,6 +41,7 @@ class Room():
     n_all: int = ...
 def sharpest(image: Any, item: Any, n: int) -> Image.Image: ...
 def encoded(picture: Image.Image, n_bytes: float, most_side: int=...) -> dict: ...
+def encoded_by_position(read: Callable, idxs: Sequence[int], n_bytes: float, most_side: int) -> dict[int, dict | None]: ...
 def packed(values: Tensor, side: int) -> dict | None: ...
 def maps_of_item(cams: CAMs, i: int, side: int) -> list[dict]: ...
 def palettes() -> dict[str, str]: ...

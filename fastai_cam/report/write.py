@@ -177,7 +177,7 @@ def _written(path, report, shown_of, chunks, room, neighbours=None):
 # %% ../../nbs/94c_report.write.ipynb #1a7de8d2
 def _ranked(interp, items, n, where, cls):
     "The items, the largest loss first, and the positions of those that are shown"
-    shown = list(dict.fromkeys(interp.ranked(None, where=where, cls=cls)[1].tolist()))[:MOST_ITEMS if n is None else n]
+    shown = interp.ranked(MOST_ITEMS if n is None else n, where=where, cls=cls)[1].tolist()
     chosen = set(shown)
     order = shown + [i for i in interp.top_losses(None)[1].tolist() if i not in chosen] # that of the pictures, of equal losses too
     return [{**items[i], 'position': i, 'shown': i in chosen} for i in order],shown

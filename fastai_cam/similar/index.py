@@ -33,12 +33,12 @@ from ..targets.kinds import Actual
 from ..methods.registry import method_name
 from ..state import preserve_state
 from ..source.passes import n_inputs, reason
+from ..source.images import item_names
 from ..source.loaders import as_loader, dl_source, says_its_items, Source
 from ..learner.arguments import check_words
 from ..learner.query import CaptureCallback, Query, query_of, run_query
 from ..learner.task import class_names, task_of
 from ..data.fingerprint import describe, digest, digest_of, model_digest, without_addresses
-from ..data.items import ItemList
 from .features import alike, evidence_features, typical_evidence
 
 # %% ../../nbs/88a_similar.index.ipynb #abb44ecb
@@ -127,11 +127,11 @@ def made_of(
     source:Source # The training items
 ) -> dict[str,str]:
     "What an index would be of, in texts that are the same in another process"
-    model,items,method = unwrap_model(learn.model),ItemList(source, learn=learn),query.methods[0]
+    model,method = unwrap_model(learn.model),query.methods[0]
     task = task_of(learn)
     is_own = getattr(getattr(method, 'func', method), '__module__', '').startswith('fastai_cam.')
     return dict(
-        model=model_digest(model), items=digest_of(map(items.name, range(len(items)))),
+        model=model_digest(model), items=digest_of(item_names(learn, source.items)),
         labels=digest_of(_label_words(learn, source.dl)), transforms=digest(*_transform_words(source.dl)),
         answers=digest(task.name, str(task.thresh), *map(str, class_names(learn.dls) or ())),
         method=method_name(method) if is_own else f'{method_name(method)} {json.dumps(describe(method))}',
@@ -237,6 +237,15 @@ def _training_set(learn):
     loader = learn.dls.loaders[0]
     return loader.dataset if hasattr(loader.dataset, '__weakref__') else loader
 
+def _made(learn, quiet, query, source, facts):
+    "An index of the training items, which is kept"
+    found = joined(run_query(quiet, source, query, evidence_of_batch)[0])
+    positions,columns = (found['classes'] >= 0).nonzero(as_tuple=True)
+    rows = [found[name][positions,columns] for name in ('classes', 'predicted', 'probability')]
+    index = SimilarIndex(found['features'][positions,columns], positions, *rows, item_names(learn, source.items), facts)
+    _kept[learn] = index,ref(_training_set(learn))
+    return index
+
 @patch
 def similar_index(self:Learner,
     method:str|Callable|None=None, # As `learn.show_cam` takes it
@@ -252,14 +261,7 @@ def similar_index(self:Learner,
     query = similar_query(self, Actual(), method, layer, image)
     with preserve_state(self) as quiet:
         source = training_source(self, image=image)
-        facts,items = made_of(self, query, layer, source),ItemList(source, learn=self)
-        found = joined(run_query(quiet, source, query, evidence_of_batch)[0])
-    positions,columns = (found['classes'] >= 0).nonzero(as_tuple=True)
-    rows = [found[name][positions,columns] for name in ('classes', 'predicted', 'probability')]
-    names = [items.name(i) for i in range(len(items))]
-    index = SimilarIndex(found['features'][positions,columns], positions, *rows, names, facts)
-    _kept[self] = index,ref(_training_set(self))
-    return index
+        return _made(self, quiet, query, source, made_of(self, query, layer, source))
 
 # %% ../../nbs/88a_similar.index.ipynb #e3ac0109
 def index_for(
@@ -271,11 +273,13 @@ def index_for(
 ) -> SimilarIndex:
     "The index of a question; `ValueError` if the one given is of another"
     query = similar_query(learn, Actual(), method, layer, image)
-    with preserve_state(learn): wanted = made_of(learn, query, layer, training_source(learn, image=image))
-    if index is not None: return (index if isinstance(index, SimilarIndex) else SimilarIndex.load(index)).check(wanted)
-    known,training_set = _kept.get(learn, (None, lambda: None))
-    if training_set() is _training_set(learn) and known.made_of==wanted: return known
-    return learn.similar_index(method, layer, image)
+    with preserve_state(learn) as quiet:
+        source = training_source(learn, image=image)
+        wanted = made_of(learn, query, layer, source)
+        if index is not None: return (index if isinstance(index, SimilarIndex) else SimilarIndex.load(index)).check(wanted)
+        known,training_set = _kept.get(learn, (None, lambda: None))
+        if training_set() is _training_set(learn) and known.made_of==wanted: return known
+        return _made(learn, quiet, query, source, wanted)
 
 # %% ../../nbs/88a_similar.index.ipynb #03f3dd5d
 _format = 1 # raised when a file can no longer be read by an earlier version

@@ -36,6 +36,7 @@ from ..methods.registry import method_name
 from ..state import preserve_state
 from ..source.passes import n_inputs
 from ..source.passes import reason
+from ..source.images import item_names
 from ..source.loaders import as_loader
 from ..source.loaders import dl_source
 from ..source.loaders import says_its_items
@@ -52,7 +53,6 @@ from ..data.fingerprint import digest
 from ..data.fingerprint import digest_of
 from ..data.fingerprint import model_digest
 from ..data.fingerprint import without_addresses
-from ..data.items import ItemList
 from .features import alike
 from .features import evidence_features
 from .features import typical_evidence

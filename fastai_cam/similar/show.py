@@ -24,7 +24,7 @@ from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 from fastcore.basics import patch
 from fastai.learner import Learner
-from ..captions import as_text, cut
+from ..captions import as_text, class_in_words, cut
 from ..checks import check_int
 from ..targets.kinds import Actual, AllClasses, ClassIndex, Predicted, Several, Target
 from ..maps.draw import CAMMap
@@ -32,9 +32,8 @@ from ..maps.pixels import to_pixels
 from ..maps.style import check_count, save_figure
 from ..state import preserve_state
 from ..source.loaders import Source
-from ..source.images import FILE_TYPES
+from ..source.images import FILE_TYPES, item_names
 from ..source.items import as_source
-from ..data.items import ItemList
 from ..data.store import CAMStore
 from ..learner.arguments import check_words
 from ..learner.query import run_query
@@ -98,16 +97,22 @@ class Alike:
         "Does the model itself predict something else than the label?"
         return int(self.index.predicted[place]) != int(self.index.labels[place])
 
+    def says(self,
+        place:int # Row of the index
+    ) -> str: # Empty where it predicts no class, as where it only does not give a label
+        "What the model itself predicts"
+        predicted = int(self.index.predicted[place])
+        return self.class_words(predicted) if predicted >= 0 else ''
+
 # %% ../../nbs/88c_similar.show.ipynb #c83c4c49
 def _line_of(alike, row, rank):
     "One neighbour, as a row of a table"
     place,index = int(row.rows[rank]),alike.index
-    predicted = int(index.predicted[place])
     return dict(
         item=row.name, cls=row.words, role=row.role, probability=row.probability, actual=row.actual, rank=rank + 1,
         neighbour=index.names[int(index.positions[place])], position=int(index.positions[place]),
         label=alike.class_words(int(index.labels[place])), similarity=row.similarity[rank].item(),
-        label_probability=index.probability[place].item(), model_says='' if predicted < 0 else alike.class_words(predicted),
+        label_probability=index.probability[place].item(), model_says=alike.says(place),
         suspicious=alike.doubt(place))
 
 _COLUMNS = ('item cls role probability actual rank neighbour position label similarity label_probability model_says suspicious').split()
@@ -120,16 +125,6 @@ def to_df(self:Alike) -> pd.DataFrame:
     return pd.DataFrame(list(lines), columns=_COLUMNS)
 
 # %% ../../nbs/88c_similar.show.ipynb #9117c513
-def _words_of(learn, task):
-    "What each class is called"
-    names = task.class_names(class_names(learn.dls))
-    return lambda c: as_text(names[c]) if names is not None and c < len(names) else f'class {c}'
-
-def _names_of(learn, source):
-    "What items are called: their files, or their positions"
-    if hasattr(source.dl, 'get_idxs'): return list(map(ItemList(source, learn=learn).name, range(len(source.items))))
-    return [str(item) if isinstance(item, (*FILE_TYPES, int)) else f'item {i}' for i,item in enumerate(source.items)]
-
 def _places_of(source):
     "Where each item is in the data set that it is from, be it through a part of that"
     ds,places = getattr(source.dl, 'dataset', None),source.dl.get_idxs() if hasattr(source.dl, 'get_idxs') else []
@@ -163,9 +158,10 @@ def _alike_of(learn, query, method, layer, item, k, index, max_n, cells=False):
         if query.target.needs_labels and not source.labelled:
             raise ValueError("cls='actual' needs labels, and these items have none: name the class")
         found = joined(run_query(quiet, source, query, partial(evidence_of_batch, cells=cells))[0])
-    index,words = index_for(learn, method, layer, query.image, index),_words_of(learn, found['task'])
+    index = index_for(learn, method, layer, query.image, index)
+    words = partial(class_in_words, found['task'].class_names(class_names(learn.dls)))
     with preserve_state(learn):
-        names = _names_of(learn, source)
+        names = item_names(learn, source.items)
         own = _own_positions(learn, source, names, index, query.image)
     known = set(index.labels.tolist())
     def row(i, j):
@@ -238,9 +234,8 @@ def _title_of(found, row, rank):
     name = as_text(Path(index.names[int(index.positions[place])]).name)
     title = f'labelled {row.words}, alike {row.similarity[rank].item():.2f}\n{cut(name, 60)}'
     if not found.doubt(place): return title
-    predicted = int(index.predicted[place])
-    says = f'says {found.class_words(predicted)}' if predicted >= 0 else f'gives it {index.probability[place].item():.2f}'
-    return f'{title}\n⚠ the model {says}'
+    says = found.says(place)
+    return f'{title}\n⚠ the model ' + (f'says {says}' if says else f'gives it {index.probability[place].item():.2f}')
 
 def _rows_of(found, asked, images, neighbours):
     "For each item and class the pictures that are shown, the item first, why there are none beside it, and whether one has a ⚠"

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastai.learner import Learner
 from ..captions import as_text
+from ..captions import class_in_words
 from ..captions import cut
 from ..checks import check_int
 from ..targets.kinds import Actual
@@ -33,8 +34,8 @@ from ..maps.style import save_figure
 from ..state import preserve_state
 from ..source.loaders import Source
 from ..source.images import FILE_TYPES
+from ..source.images import item_names
 from ..source.items import as_source
-from ..data.items import ItemList
 from ..data.store import CAMStore
 from ..learner.arguments import check_words
 from ..learner.query import run_query
@@ -73,6 +74,7 @@ class Alike():
     def __len__(self) -> int: ...
     def __repr__(self) -> str: ...
     def doubt(self, place: int) -> bool: ...
+    def says(self, place: int) -> str: ...
     def to_df(self) -> pd.DataFrame: ...
     class_words: Any
     index: Any

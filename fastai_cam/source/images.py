@@ -6,13 +6,13 @@ Docs: https://fastai-cam.example/docs/source.images.html.md"""
 
 # %% auto #0
 __all__ = ['FILE_TYPES', 'check_finite', 'first_pipeline', 'is_picture', 'is_of_types', 'entry_of', 'opens_pictures',
-           'through_pipeline', 'refuse_item', 'is_row', 'file_of', 'item_name', 'as_item']
+           'through_pipeline', 'refuse_item', 'is_row', 'file_of', 'item_name', 'item_names', 'as_item']
 
 # %% ../../nbs/53_source.images.ipynb #de7744e5
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import pandas as pd
@@ -216,6 +216,14 @@ def item_name(
 ) -> str:
     "What an item is called in a table: its file, or its position"
     return str(item) if isinstance(item, (*FILE_TYPES, int)) and not isinstance(item, bool) else f'item {i}'
+
+def item_names(
+    learn:Learner, # Learner that reads them
+    items:Sequence # As its data set has them
+) -> list[str]:
+    "What items are called in tables"
+    rows = items.iloc if hasattr(items, 'iloc') else items
+    return [item_name(file_of(learn, rows[i]), i) for i in range(len(items))]
 
 # %% ../../nbs/53_source.images.ipynb #9b0afa36
 def as_item(
