@@ -3,9 +3,13 @@ from typing import Any
 import math
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-__all__ = ['Blocks', 'arrange', 'panel_size', 'n_letters', 'panel_axes']
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
+from fastcore.basics import patch
+__all__ = ['Blocks', 'arrange', 'panel_size', 'n_letters', 'PanelLayout', 'panel_axes']
 @dataclass(frozen=True)
 class Blocks():
     def n_rows(self, n: int) -> int: ...
@@ -15,4 +19,9 @@ class Blocks():
 def arrange(n: int, n_panels: int, nrows: int | None=..., ncols: int | None=..., figsize: tuple | None=..., aspect: float=...) -> Blocks: ...
 def panel_size(blocks: Blocks, n: int, figsize: tuple | None=..., cell: float=...) -> tuple[float, int]: ...
 def n_letters(blocks: Blocks, n: int, figsize: tuple, aspect: float, n_lines: int) -> int: ...
+class PanelLayout(ConstrainedLayoutEngine):
+    def __init__(self, compress: bool=..., **kwargs: Any) -> None: ...
+    def execute(self, fig: Figure) -> None: ...
+    compress: Any
+    has_written: Any
 def panel_axes(blocks: Blocks, n: int, n_panels: int, figsize: tuple | None=..., aspect: float=..., n_lines: int=..., cell: float=..., letters: int=...) -> tuple[Figure, list[list[Axes]]]: ...
