@@ -305,7 +305,7 @@ def test_frames_that_are_turned_for_a_conv3d(frames, layer):
     with Probe(Turned(turn=False), layer) as p: assert p(clips.transpose(1, 2)).acts[0].shape==(2, 4, frames, 4, 6)
 
 
-# -- what a scan has shown is remembered where shapes alone decide
+# -- what a scan has shown is remembered where no picture could decide otherwise
 
 def stages(n=10):
     block = lambda c_in, c_out, stride: nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1))
@@ -395,10 +395,74 @@ def test_maps_are_the_same_whether_the_layers_are_remembered_or_not():
     for before, after in zip(maps(), maps(), strict=True): assert torch.equal(before, after)
 
 
-def test_tokens_are_looked_at_each_time():
+class Branches(nn.Module):
+    "Class 0 depends on the first block of tokens alone, class 1 on the second as well"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.a, self.b, self.first, self.second = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+    def forward(self, x):
+        early = self.a(self.patches(x).flatten(2).mT).relu()
+        late = early + self.b(early).relu()
+        return torch.cat([self.first(early.mean(1)), self.second(late.mean(1))], 1)
+
+
+class Asked:
+    def __init__(self, cls, known=True):
+        self.cls = cls
+        if known: self.known_as = 'class', cls
+    def __call__(self, out): return out[:, self.cls]
+
+
+def names_of(model, x, asks=None):
+    "Layer that is found for a question, and how many items each pass had"
+    n = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: n.append(len(inputs[0])))
+    with Probe(model, asks=asks) as probe: names = probe(x).names
+    handle.remove()
+    return names, sorted(n)
+
+
+def test_tokens_are_looked_at_once_for_each_question():
+    model, x = Branches().eval(), torch.rand(3, 3, 24, 32)
+    looked = names_of(model, x)
+    assert looked[0]==['b'] and looked[1][:2]==[1, 1] and looked[1][-1]==3
+    assert names_of(model, x)==(['b'], [3])
+    for cls, name in enumerate('ab'):
+        assert names_of(model, x, Asked(cls))[0]==[name] and names_of(model, x, Asked(cls))==([name], [3])
+    assert names_of(model, x, Asked(0))==(['a'], [3]) and names_of(model, x)==(['b'], [3]), 'they do not drive each other out'
+    for _ in range(2): assert names_of(model, x, Asked(0, known=False))==(['a'], [1, 1, 3]), 'a question that says nothing of itself'
+
+
+@pytest.mark.parametrize('change', ['one weight', 'sign'])
+def test_tokens_of_other_weights_get_another_look(change):
+    model, x = Branches().eval(), torch.rand(3, 3, 24, 32)
+    names_of(model, x)
+    with torch.no_grad():
+        if change=='one weight': model.b.bias.data[0] += 1e-3
+        if change=='sign': model.b.weight.neg_()
+    assert names_of(model, x)[1]==[1, 1, 3] and names_of(model, x)[1]==[3]
+    with torch.no_grad(): model.b.weight.zero_(); model.b.bias.fill_(-1)
+    assert names_of(model, x)[0]==['a'], 'nothing depends on it any more'
+
+
+def test_tokens_whose_order_is_in_doubt_are_looked_at_each_time():
     torch.manual_seed(0)
     model, x = Ordered('rows').eval(), lines(32, 32)
-    assert [rows_of(model, EVIDENCE, x)[0] for _ in range(3)][1:]==[[1, 1, len(x)]]*2, 'what the score depends on decides, too'
+    passes = [rows_of(model, EVIDENCE, x)[0] for _ in range(3)]
+    assert passes[1]==passes[2]==[len(x)]
+
+
+def test_weights_that_cannot_be_read_are_not_remembered(monkeypatch):
+    import fastai_cam.probe.finder as finder
+    model, x = Branches().eval(), torch.rand(3, 3, 24, 32)
+    def packed(*args, **kwargs): raise NotImplementedError('packed')
+    monkeypatch.setattr(torch.linalg, 'vector_norm', packed)
+    assert finder._weights(model) is None
+    names_of(model, x)
+    assert names_of(model, x)==(['b'], [1, 1, 3])
+    monkeypatch.undo()
+    assert finder._weights(model.half()).dtype is torch.float64 and torch.isfinite(finder._weights(model)).all()
 
 
 def test_what_is_remembered_keeps_no_model_alive():

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Any, Callable, NamedTuple, Sequence
 from weakref import ref, WeakKeyDictionary
 
+import torch
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
 from ..core import describe_output, image_size_of, images_in, map_tensors, n_items_of, tensors_in
@@ -54,6 +55,8 @@ class _Shown(NamedTuple):
     layers:list # names, shapes of what they returned for one item, and where the places are in that
     modules:list # weak references to all modules that the model had then
     settings:tuple # what their names were, and what they were told
+    weights:Tensor|None # what tells its weights from others; `None`: they do not matter
+    has_tokens:bool # does the last layer hold tokens?
 
     def layout_of(self, name:str, shape:Sequence[int]) -> Layout|None:
         "Where the places are in what a layer returned, if that has the shape that it had"
@@ -63,7 +66,8 @@ class _Shown(NamedTuple):
         "Is the model made of the same modules, told the same?"
         now = list(model.modules())
         is_same = len(now)==len(self.modules) and all(one() is module for one,module in zip(self.modules, now))
-        return is_same and self.settings==_settings(model)
+        if not is_same or self.settings != _settings(model): return False
+        return self.weights is None or _is_same(self.weights, _weights(model))
 
 # %% ../../nbs/16a_probe.finder.ipynb #29aa1597
 def _settings(model):
@@ -77,7 +81,20 @@ def _told(value):
     if value is None or isinstance(value, (bool, int, float, str)): return value
     return id(value) if callable(value) else type(value)
 
-# of each model, what scans have shown, where shapes alone decided
+def _weights(model):
+    "Sum and length of each of its weights, on the CPU: other weights have others; `None` where they do not say (as packed ones)"
+    def told(t):
+        dtype = torch.float64 if t.dtype is torch.float64 else torch.float32 # half precision would overflow
+        return torch.stack([t.sum(dtype=dtype), torch.linalg.vector_norm(t, dtype=dtype)])
+    state = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.numel()]
+    def of(device): return torch.cat([told(t) for t in state if t.device==device]).cpu().double() # one wait for each device
+    try: return torch.cat([of(device) for device in sorted({t.device for t in state}, key=str)])
+    except (RuntimeError, NotImplementedError): return None
+
+def _is_same(before, now): return before is not None and now is not None and torch.equal(before, now)
+
+# %% ../../nbs/16a_probe.finder.ipynb #2782d525
+# of each model, what scans have shown
 _SHOWN:WeakKeyDictionary = WeakKeyDictionary()
 
 def _key(finder, state):
@@ -85,13 +102,15 @@ def _key(finder, state):
     given = (list(state.args), state.kwargs)
     return finder.wanted,finder.image,tuple(tuple(t.shape[1:]) for t in tensors_in(given)),repr(map_tensors(lambda t: None, given))
 
-def _is_of_shapes(scan, found):
-    "Do shapes alone decide which layers are found? Of tokens, several inputs or outputs, and doubts, weights and pictures do, too"
+def _is_certain(scan, found):
+    "Is what is found the same for every picture? Where there are several inputs or outputs, or doubts, it need not be"
     n_calls = Counter(seen.name for seen in scan.seen)
     if any(n_calls[seen.name] > 1 for seen in found): return False
-    has_tokens = any(seen.layout is not None and seen.layout.is_tokens for seen in scan.seen)
-    is_plain = isinstance(scan.out, Tensor) and not scan.item.has_several_inputs
-    return is_plain and not (has_tokens or scan.shapes.doubts or scan.shapes.lines)
+    return isinstance(scan.out, Tensor) and not (scan.item.has_several_inputs or scan.shapes.doubts or scan.shapes.lines)
+
+def _asked(asks):
+    "What is asked of the output, as far as it can be told from other questions; `None` if it cannot"
+    return ('all of it',) if asks is None else getattr(asks, 'known_as', None)
 
 # %% ../../nbs/16a_probe.finder.ipynb #5d0b6a14
 class LayerFinder:
@@ -130,19 +149,24 @@ def scan(self:LayerFinder, state:PassState) -> LayerScan:
 @patch
 def search(self:LayerFinder, state:PassState) -> None:
     "Let one item show which layer is the last with space (or where each stage ends), unless it has been seen before"
-    shown,key = _SHOWN.setdefault(self.model, {}),_key(self, state)
-    if key in shown and self.remembered is None and shown[key].is_of(self.model): # else what was remembered was wrong
-        self.remembered = shown[key]
-        self.layers = [(name, self.model.get_submodule(name)) for name,*_ in self.remembered.layers]
+    shown,key,asked = _SHOWN.setdefault(self.model, {}),_key(self, state),_asked(self.asks)
+    known = [key, (key, asked)]
+    before = next((shown[one] for one in known if one in shown), None)
+    if before is not None and self.remembered is None and before.is_of(self.model): # else what was remembered was wrong
+        self.remembered = before
+        self.layers = [(name, self.model.get_submodule(name)) for name,*_ in before.layers]
         return
     scan = self.scan(state)
     if self.wanted is None: found = [scan.last]
     else: found = {EVERY_STAGE: scan.stages, LAST_TWO_STAGES: scan.last_two, EVIDENCE: scan.evidence}[self.wanted]()
     self.layers,self.remembered = [(seen.name, seen.module) for seen in found],None
-    shown.pop(key, None)
-    if not _is_of_shapes(scan, found): return
+    for one in known: shown.pop(one, None)
+    has_tokens = any(seen.layout is not None and seen.layout.is_tokens for seen in scan.seen)
+    if not _is_certain(scan, found) or has_tokens and asked is None: return
     layers = [(seen.name, seen.shape[1:], seen.layout) for seen in found]
-    shown[key] = _Shown(layers, [*map(ref, self.model.modules())], _settings(self.model))
+    of_tokens = (_weights(self.model), scan.last.layout.is_tokens) if has_tokens else (None, False)
+    if has_tokens and of_tokens[0] is None: return
+    shown[known[has_tokens]] = _Shown(layers, [*map(ref, self.model.modules())], _settings(self.model), *of_tokens)
 
 # %% ../../nbs/16a_probe.finder.ipynb #3144c843
 @patch
@@ -155,6 +179,7 @@ def has_changed(self:LayerFinder, state:PassState) -> bool:
 def resumes_at(self:LayerFinder, state:PassState) -> bool:
     "Will passes go on from the layers of this one?"
     if self.resumes != 'tokens' or self.is_named: return self.resumes=='all'
+    if self.remembered is not None: return self.remembered.has_tokens
     return state.image_size in self.scans and self.scan(state).last.layout.is_tokens
 
 # %% ../../nbs/16a_probe.finder.ipynb #589ca4dc

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from typing import Sequence
 from weakref import ref
 from weakref import WeakKeyDictionary
+import torch
 from torch import nn
 from torch import Tensor
 from fastcore.basics import patch
@@ -60,6 +61,8 @@ class _Shown(NamedTuple):
     layers: list
     modules: list
     settings: tuple
+    weights: Tensor | None
+    has_tokens: bool
 class LayerFinder():
     def __init__(self, model: nn.Module, layers: Any=..., image: int=..., asks: Callable | None=..., resumes: str=...) -> None: ...
     def look_at_body(self) -> None: ...
