@@ -229,12 +229,13 @@ def channels_first(self:Capture,
 def grads_from(self:Capture,
     act:Tensor, # Activation `[B, C, H, W]` to go on with
     scores:Scores, # The question, `[B, K]`
-    layer:int=0 # Which of the watched layers it is the output of
+    layer:int=0, # Which of the watched layers it is the output of
+    items:Tensor|None=None # The item that each row of `act` is a variant of; `None`: each item once
 ) -> tuple[Tensor,Tensor]: # Scores `[B, K]`, and their gradients with respect to `act`, `[B, K, C, H, W]`
     "The scores had the layer returned `act`, and where they rise from there: what follows the layer is run forwards and backwards"
     with torch.inference_mode(False), torch.enable_grad():
         leaf = act.detach().clone().requires_grad_()
-        values = scores.of(self.run_from(leaf, layer, grad=True))
+        values = scores.of(self.run_from(leaf, layer, items, grad=True), items)
         grads, = self._differentiate(values, [leaf])
     return at_least_float(values.detach().as_subclass(Tensor)),grads
 
