@@ -131,4 +131,4 @@ def test_shares_below_nothing_are_explained():
     maps, directions = torch.rand(3, 2, 4, 4), torch.eye(2)
     for weights, words in (([1., -.5], 'less than 0% speaks against the class, so that others can have more than 100%'), ([1., .5], '')):
         found = CAMConcepts(maps, directions, maps.clone(), torch.tensor([weights]*3), name='dog')
-        assert found.plot(1)[0].figure._supxlabel.get_text()=='where the concept is   the rest carries ' + '   '.join(['0%', words] if words else ['0%'])
+        assert found.plot(1)[0].figure._supxlabel.get_text().split()==f'where the concept is   the rest carries 0% {words}'.split()

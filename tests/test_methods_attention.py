@@ -3,6 +3,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+import torch.nn.functional as F
 
 from fastai_cam.methods.registry import METHODS
 from fastai_cam.probe.watch import Probe
@@ -219,6 +220,34 @@ def test_the_first_block_may_make_the_grid_coarser():
         def forward(self, x): return self.block(x.unflatten(1, (4, 6))[:, ::2, ::2].flatten(1, 2))
     model.blocks = nn.Sequential(model.blocks[0], Halved().double(), *model.blocks[1:])
     assert [(block.name, block.attentions) for block in blocks_of(model, images(2, (16, 24)))]==[('blocks.1', (0,)), ('blocks.2', (1,)), ('blocks.3', (2,))]
+
+
+class Coarse(nn.Module):
+    "Looks at a copy of its places that is as coarse as the next stage; the attention is seen, or made by hand and not seen"
+    def __init__(self, is_seen): super().__init__(); self.is_seen = is_seen
+    def forward(self, x):
+        grid = x.mT.unflatten(2, (8, 12))
+        few = F.avg_pool2d(grid, 2).flatten(2).mT
+        logits = few @ few.mT
+        paid = logits.softmax(-1) if self.is_seen else logits.exp()/logits.exp().sum(-1, keepdim=True)
+        return x + F.interpolate((paid @ few).mT.unflatten(2, (4, 6)), scale_factor=2).flatten(2).mT
+
+
+def test_a_stage_before_may_look_at_a_coarse_copy_of_its_places():
+    def model(is_seen):
+        made = vit(n_extra=0, pool='mean')
+        class Halved(nn.Module):
+            def __init__(self): super().__init__(); self.block = vit(seed=1).blocks[0]
+            def forward(self, x): return self.block(x.unflatten(1, (8, 12))[:, ::2, ::2].flatten(1, 2))
+        made.blocks = nn.Sequential(Coarse(is_seen), Halved().double(), *made.blocks[1:])
+        for parameter in made.blocks.parameters(): parameter.data *= .4 # places stay places
+        return made
+    x = images(2, (32, 48))
+    found = blocks_of(model(True), x)
+    assert [(block.name, block.attentions, block.n_in_pass) for block in found]==[('blocks.1', (1,), 4), ('blocks.2', (2,), 4), ('blocks.3', (3,), 4)]
+    for name in BY_BLOCKS: # the same as if that attention were none
+        one, other = (maps_of(name, model(is_seen), x, layer='blocks.3') for is_seen in (True, False))
+        assert torch.allclose(one, other, rtol=1e-9) and one.shape[-2:]==(4, 6) and one.abs().amax((2, 3)).min() > 0
 
 
 def test_blocks_of_torchvision():

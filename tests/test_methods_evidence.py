@@ -118,37 +118,21 @@ def test_one_step_is_enough_for_a_linear_head(dls):
         assert len(runs)==2 # nothing, and half the way
 
 
-def test_only_items_that_do_not_add_up_yet_take_more_steps():
-    "s = Σ relu(a − 1): straight for an item that stays below 1, with a kink on the way for the others"
-    class Kinked(nn.Module):
+def test_what_belongs_to_a_batch_stays_with_it():
+    "A model may hold a table with a row for each item, and a score, too: steps are taken of the whole batch, as long as one item needs them"
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.keep, self.tail = nn.Conv2d(1, 1, 1, bias=False), nn.Flatten()
             nn.init.ones_(self.keep.weight)
-        def forward(self, x): return (self.tail(self.keep(x)) - 1).relu().sum(1, keepdim=True)
-    model, rows = Kinked().double(), []
-    x = torch.tensor([[.5, .5, .5, .2], [4, 4, 4, 4], [.1, 0, 0, .9], [1.25, 1.25, 1.25, 1.25]]).double().view(4, 1, 2, 2)
-    with Probe(model, 'keep', resumes='all') as p:
+            self.rows = torch.tensor([1., 2, 3]).double()
+        def forward(self, x): return (self.tail(self.keep(x)) - 1).relu()*self.rows[:len(x), None]
+    x = torch.tensor([[.5, .5, .5, .2], [.1, 0, 0, .9], [4, 4, 4, 4]]).double().view(3, 1, 2, 2) # only the last has a kink on its way
+    weights = torch.tensor([[1.], [5], [7]]).double()
+    with Probe(Scaled().double(), 'keep') as p:
         cap = p(x)
-        hook = model.tail.register_forward_hook(lambda module, args, out: rows.append(len(out)))
-        found = pathcam(cap, cap.score(classes))
-        hook.remove()
-        assert rows[:2]==[4, 4] and set(rows[2:])=={2}, 'the start, half the way, then steps of two items'
-        assert (found.flatten(2).sum(-1)[:,0] - (x - 1).relu().flatten(1).sum(1)).abs().max() < .01*12
-    for i, one in enumerate(x):
-        with Probe(model, 'keep') as p:
-            cap = p(one[None])
-            torch.testing.assert_close(found[i:i+1], pathcam(cap, cap.score(classes)), msg='as if it were alone')
-
-
-def test_gradients_from_a_layer_of_some_items():
-    model, x = vit().double(), torch.randn(3, 3, 16, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    with Probe(model, 'blocks.0') as p:
-        cap = p(x)
-        scores, items = cap.score(ClassIndex(1)).columns, torch.tensor([2, 0, 2])
-        values, grads = cap.grads_from(cap.acts[0][items], scores, items=items)
-        torch.testing.assert_close(values, scores.values.detach()[items])
-        torch.testing.assert_close(grads, cap.grads(scores.values)[0][items])
+        found = pathcam(cap, cap.score(lambda out: (out*weights).sum(1)))
+    torch.testing.assert_close(found.flatten(1).sum(1), torch.tensor([0., 0, 12*3*7]).double(), rtol=.01, atol=1e-9)
 
 
 # --- likeness and spreading

@@ -224,7 +224,7 @@ def test_shapleycam_is_gradcam_where_the_tail_is_piecewise_linear():
 
 def test_full_gradients_add_up_to_the_score():
     "What is stretched and added up in FullGrad is complete: gradient × image and gradients × biases are the score, for a network of ReLUs"
-    from fastai_cam.probe.scan import bias_layers, effective_bias
+    from fastai_cam.probe.biases import bias_layers, effective_bias
     model, x = gap(), images().requires_grad_()
     layers, kept = bias_layers(model, x), []
     def keep(module, inputs, out): kept.append(out); return out.clone()

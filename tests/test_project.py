@@ -24,7 +24,7 @@ from readme import render
 WIDE_LINES, LARGE_CELLS, LONG_PARTS, RIDDLES, MOST_LINES = 0, 0, 0, 0, 490 # lines over 140 characters, export cells over 40 lines, functions over 30 and classes over 150 lines, expressions to be read twice, lines of a room
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ['core', 'files', 'checks', 'conditions', 'probe.layout', 'probe.guard', 'probe.layers', 'probe.evidence', 'probe.reasons', 'probe.modes',
-         'probe.readings', 'probe.scan', 'probe.finder', 'probe.blocks', 'probe.rerun', 'probe.capture', 'probe.watch', 'captions', 'tasks',
+         'probe.readings', 'probe.scan', 'probe.finder', 'probe.blocks', 'probe.biases', 'probe.rerun', 'probe.capture', 'probe.watch', 'captions', 'tasks',
          'targets.kinds', 'targets.prompt', 'targets.lookup', 'methods.combine', 'methods.registry', 'methods.catalogue',
          'methods.masking', 'methods.attention', 'methods.evidence', 'methods.baselines', 'methods.table', 'maps.words', 'maps.pixels',
          'maps.style', 'maps.colours', 'maps.layout', 'maps.original', 'maps.draw', 'maps.boxes', 'maps.cams', 'maps.titles', 'maps.grid',

@@ -176,7 +176,7 @@ def test_a_wrong_label_is_marked():
 def test_lines_lie_on_the_places_and_move_no_picture():
     learn = learner()
     def drawn(n_places):
-        axs = learn.show_like(0, k=1, cls='red', method='gradcam', n_places=n_places)
+        axs = learn.show_like(0, k=1, cls='red', method='gradcam', n_places=n_places, figsize=(8, 4)) # as wide as what stands below is long
         axs[0].figure.canvas.draw()
         return axs, [ax.get_position().bounds for ax in axs], [(ax.get_xlim(), ax.get_ylim()) for ax in axs]
     axs, places, limits = drawn(3)

@@ -32,6 +32,14 @@ def test_the_interval_of_a_share_is_wilsons(n_found, n):
     assert share_interval(n_found, n)==pytest.approx((n_found/n, theirs.low, theirs.high), abs=1e-6)
 
 
+def test_what_is_farther_out_than_is_drawn_is_marked(survey):
+    import matplotlib.pyplot as plt
+    ax = survey.plot().axes[0]
+    marked = {line.get_marker(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines if line.get_marker() in '^v' and len(line.get_xdata())}
+    plt.close('all')
+    assert marked=={'^': ([2], [2.5])}, 'the item that is placed at 3'
+
+
 def test_the_most_believable_come_first(survey):
     assert [trust.label for trust in survey]==['d', 'b', 'e', 'c', 'a'] and survey.counts=={'believed': 2, 'with care': 2, 'not': 1}
     table = survey.table

@@ -109,10 +109,11 @@ def channel_terms(
 
 def shares_of(
     parts:Tensor, # What each carries
-    total:float # What all of it adds up to
+    total:float, # What all of it adds up to
+    size:float=0. # What all of it adds up to without its signs
 ) -> list[str]:
-    "Shares in words; where it adds up to nothing, or less, the numbers themselves"
-    return [percent(part/total) if total > 0 else f'{part:+.3g}' for part in parts.tolist()]
+    "Shares in words; the numbers themselves where it adds up to nothing, or less, or to little that is left of much for it and against it"
+    return [percent(part/total) if total > .1*size else f'{part:+.3g}' for part in parts.tolist()]
 
 # %% ../../nbs/65f_interpret.inside.ipynb #0418450c
 @patch
@@ -139,11 +140,12 @@ def plot_channels(self:Learner,
     picture = None if cams.images is None else cams.images[0]
     def panel(one, title, peak=None): return Panel(CAMMap(one, picture, peak=peak), title=title, signed=None if largest else True)
     shown = [CAMMap(terms[c]) for c in order.tolist()]
-    full,shares = full_of(*shown, signed=not largest),shares_of(parts[order], parts.sum().item())
+    ends = parts.sum().item(),parts.abs().sum().item()
+    full,shares = full_of(*shown, signed=not largest),shares_of(parts[order], *ends)
     panels = [panel(one.map, f'channel {c}: {share}', full) for one,c,share in zip(shown, order.tolist(), shares)]
     panels = [*_photo(cams), panel(maps['all'], f'all {len(parts)} channels'), *panels]
     sums = torch.stack([parts[order].sum(), parts.sum() - parts[order].sum()])
-    of_shown,of_others = shares_of(sums, parts.sum().item())
+    of_shown,of_others = shares_of(sums, *ends)
     n_others = len(parts) - len(order)
     legend = f'feature maps × weights   the {len(order)} shown make up {of_shown} of the sum, the other {n_others} make up {of_others}'
     return draw_page(_in_rows(panels, cams.title(0)), kwargs, legend)

@@ -14,7 +14,7 @@ from typing import Any, Sequence
 
 import numpy as np
 from ..captions import rounded
-from ..maps.words import plain_text, wrapped_title
+from ..maps.words import fitted_words, plain_text, wrapped_title
 from ..maps.pixels import as_drawn, full_strength, to_pixels
 from ..maps.style import as_axes, check_style, save_figure
 from ..maps.layout import Blocks, n_letters, panel_axes, panel_size
@@ -130,8 +130,11 @@ def _draw_panel(ax, panel, look, marks):
             draw_colorbar([ax], look, full)
             ax.figure.axes[-1].set_ylabel(panel.bar, fontsize=7) # what its colours mean here
     elif panel.image is not None: draw_picture(ax, to_pixels(panel.image))
-    elif panel.words: plain_text(ax.text(.5, .5, panel.words, ha='center', va='center', fontsize=9, transform=ax.transAxes, color='.35'))
+    elif panel.words:
+        style = dict(ha='center', va='center', fontsize=9, color='.35', clip_on=True)
+        plain_text(ax.text(.5, .5, panel.words, transform=ax.transAxes, **style))
 
+# %% ../../nbs/65c_interpret.page.ipynb #a766f72e
 def draw_page(
     rows:Sequence[Row], # What is drawn
     options:dict, # As `check_page` knows them
@@ -150,7 +153,8 @@ def draw_page(
         for panel,one,words in zip(row.panels, axs, _titles(row, letters, n_cols)):
             _draw_panel(one, panel, look, marks)
             plain_text(one.set_title(words, fontsize=9, loc='left'))
-    if ax is None and title: plain_text(fig.suptitle(title, weight='bold', size=12))
-    if ax is None and legend: plain_text(fig.supxlabel(legend, size=9))
+    width = fig.get_size_inches()[0]
+    if ax is None and title: plain_text(fig.suptitle(fitted_words(title, width, 12), weight='bold', size=12))
+    if ax is None and legend: plain_text(fig.supxlabel(fitted_words(legend, width, 9), size=9))
     save_figure(fig, save, dpi, text)
     return Drawn(chain.from_iterable(axs[:len(row.panels)] for row,axs in zip(rows, places)))

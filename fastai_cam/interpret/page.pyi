@@ -7,6 +7,7 @@ from typing import Any
 from typing import Sequence
 import numpy as np
 from ..captions import rounded
+from ..maps.words import fitted_words
 from ..maps.words import plain_text
 from ..maps.words import wrapped_title
 from ..maps.pixels import as_drawn

@@ -140,7 +140,7 @@ def before_validate(self:CaptureCallback):
     self.n_rows,self.results = [],[]
     self.wrapped = self.learn,self.learn.model # first what `close` needs, then what it ends
     self.learn.model = unwrap_model(self.learn.model)
-    options = dict(image=self.query.image, asks=_OfOne(self), resumes=self.query.resumes)
+    options = dict(image=self.query.image, asks=self._score_of_one, resumes=self.query.resumes)
     self.watcher = Probe(self.model, self.query.layers, self.query.needs_grad, **options)
     self.watcher.attach()
 
@@ -158,10 +158,10 @@ def y(self:CaptureCallback) -> Any:
     "Labels of the batch; a tuple where there are several, `None` where there are none"
     return self.yb[0] if len(self.yb)==1 else self.yb or None
 
-class _OfOne:
-    "The score of the first item of the batch, and what is asked with it"
-    def __init__(self, callback): self.callback,self.known_as = callback,callback.query.target.known_as
-    def __call__(self, out): return self.callback.query.target(out, map_tensors(lambda labels: labels[:1], self.callback.y))
+@patch
+def _score_of_one(self:CaptureCallback, out):
+    "The score of the first item of the batch"
+    return self.query.target(out, map_tensors(lambda labels: labels[:1], self.y))
 
 # %% ../../nbs/62_learner.query.ipynb #602b5e12
 @patch

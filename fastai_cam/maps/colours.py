@@ -31,22 +31,32 @@ def _hues(rgb):
 @lru_cache
 def _hues_of_map(name): return _hues(colormaps[name](np.linspace(.5, .9, 9))[:,:3]) # where it is strong, but not yet white
 
+# %% ../../nbs/41b_maps.colours.ipynb #1f71f897
+def _hues_of_picture(picture):
+    "Of about a thousand of its pixels, `[n, 2]`; `None` where it has no colours"
+    if picture.ndim==2: return None
+    some = picture[::max(1, picture.shape[0]//32),::max(1, picture.shape[1]//32),:3].reshape(-1, 3)
+    return _hues(some/255 if some.dtype==np.uint8 else some.astype(float))
+
+def _share_alike(hues, name):
+    "The share of the colours that are close to those of a colour map"
+    if hues is None: return 0.
+    apart = np.linalg.norm(hues[:,None] - _hues_of_map(name)[None], axis=-1).min(1)
+    return float((apart < 25).mean())
+
 def alike(
     picture:np.ndarray, # `[H, W, 3]` or `[H, W]`, bytes or floats in 0 to 1
     name:str # Of a colour map
 ) -> float: # 0 to 1
     "The share of a picture whose colours are close to those that the colour map has for strong evidence"
-    if picture.ndim==2: return 0.
-    some = picture[::max(1, picture.shape[0]//32),::max(1, picture.shape[1]//32),:3].reshape(-1, 3)
-    hues = _hues(some/255 if some.dtype==np.uint8 else some.astype(float))
-    apart = np.linalg.norm(hues[:,None] - _hues_of_map(name)[None], axis=-1).min(1)
-    return float((apart < 25).mean())
+    return _share_alike(_hues_of_picture(picture), name)
 
 def heat_colours(
     pictures:Sequence # Pictures that maps are drawn over, as arrays; `None` for one that is not there
 ) -> str:
     "The colour map of which the pictures have less"
-    warm,cold = (np.mean([alike(one, name) for one in pictures if one is not None] or [0.]) for name in HEAT)
+    hues = [_hues_of_picture(one) for one in pictures if one is not None]
+    warm,cold = (np.mean([_share_alike(one, name) for one in hues] or [0.]) for name in HEAT)
     return HEAT[1] if warm > cold + .02 else HEAT[0]
 
 # %% ../../nbs/41b_maps.colours.ipynb #a20e8f5c

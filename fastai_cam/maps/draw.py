@@ -311,7 +311,7 @@ def _draw(self:CAMMap, ax, pixels, values, index, look):
     words = silent or self._faintness(look)
     if words:
         ground = dict(facecolor='white', alpha=.85, linewidth=0, pad=2)
-        plain_text(ax.text(.5, .03, words, transform=ax.transAxes, ha='center', va='bottom', fontsize=8, bbox=ground))
+        plain_text(ax.text(.5, .03, words, transform=ax.transAxes, ha='center', va='bottom', fontsize=8, bbox=ground, clip_on=True))
     if not is_over or not silent and look.style != 'contour': _draw_values(ax, values, (h,w), look, pixels if is_over else None)
     outlines = self.outlines or (dict(region=self.region) if self.region is not None else {})
     if not silent: _draw_contours(ax, values, (h,w), look, look.levels(bool(outlines)))

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..captions import n_columns
 from ..captions import rounded
+from .words import fitted_words
 from .words import plain_text
 from .pixels import as_drawn
 from .pixels import as_volume

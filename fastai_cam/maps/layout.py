@@ -89,7 +89,9 @@ def _is_picture(ax, grid):
     "Is there nothing in these axes, or beside them, but a picture with titles above it?"
     place = ax.get_subplotspec()
     if place is None or place.get_gridspec() is not grid or len(place.rowspan)*len(place.colspan) > 1: return False
-    if not ax.get_in_layout() or ax.get_axes_locator() or ax.get_legend() or ax.texts or ax.tables or ax.child_axes: return False
+    if not ax.get_in_layout() or ax.get_axes_locator() or ax.get_legend() or ax.tables or ax.child_axes: return False
+    others = (*ax.patches, *ax.lines, *ax.collections, *ax.texts)
+    if ax.get_adjustable() != 'box' or any(one.get_in_layout() and not one.get_clip_on() for one in others): return False
     return not ax.axison or not (ax.get_xlabel() or ax.get_ylabel() or len(ax.get_xticks()) or len(ax.get_yticks()))
 
 def _sup_words(fig):
@@ -102,13 +104,22 @@ def _is_plain(fig):
     has_more = any(text not in words or not getattr(text, '_autopos', False) for text in fig.texts)
     if not fig.axes or fig.legends or fig.subfigs or has_more: return False
     place = fig.axes[0].get_subplotspec()
-    return place is not None and all(_is_picture(ax, place.get_gridspec()) for ax in fig.axes)
+    if place is None or place.get_topmost_subplotspec() is not place: return False
+    grid = place.get_gridspec()
+    return len(set(grid.get_height_ratios()))==1 and all(_is_picture(ax, grid) for ax in fig.axes)
+
+# %% ../../nbs/41c_maps.layout.ipynb #958f2eeb
+def _extent(text, fig):
+    "Where words are in a figure, as large as they are drawn now (a text remembers who drew it last, with other dots per inch)"
+    return text.get_window_extent(fig._get_renderer())
 
 def _head(ax):
-    "Inches that titles take above a picture"
-    top,dpi = ax.transAxes.transform((0, 1))[1],ax.figure.dpi
+    "Inches that titles take above a picture; `inf` where they are not above it"
+    (_,bottom),(_,top) = ax.transAxes.transform([(0, 0), (0, 1)])
     titles = [one for one in ax.get_children() if isinstance(one, Text) and one.get_visible() and one.get_text().strip()]
-    return max([(one.get_window_extent().y1 - top)/dpi for one in titles] + [0.])
+    extents = [_extent(one, ax.figure) for one in titles]
+    if any(one.y0 < (bottom + top)/2 for one in extents): return math.inf
+    return max([(one.y1 - top)/ax.figure.dpi for one in extents] + [0.])
 
 def _fitted(ax, width, height):
     "Width and height of a picture in a cell of this size"
@@ -140,15 +151,14 @@ class PanelLayout(ConstrainedLayoutEngine):
         **kwargs # Passed to `ConstrainedLayoutEngine`
     ):
         super().__init__(compress=compress, **kwargs)
-        self.compress,self.has_written = compress,False
+        self.compress = compress
 
     def execute(self,
         fig:Figure # Its axes are moved
     ) -> None:
         "Lay out a figure, as matplotlib asks each time that it is drawn"
-        if _is_plain(fig) and self._place_all(fig): return
-        if self.has_written: self._write_back(fig)
-        super().execute(fig)
+        is_whole = tuple(self.get()['rect'])==(0, 0, 1, 1)
+        if not (is_whole and _is_plain(fig) and self._place_all(fig)): super().execute(fig)
 
 # %% ../../nbs/41c_maps.layout.ipynb #6207138e
 @patch
@@ -158,7 +168,7 @@ def _place_all(self:PanelLayout, fig):
     rows,cols = zip(*map(_cell, fig.axes))
     heads,gap = _largest(grid.nrows, rows, [_head(ax) for ax in fig.axes]),max(2*known['h_pad'], known['hspace']*height/grid.nrows)
     gaps = _largest(grid.ncols, cols, max(2*known['w_pad'], known['wspace']*width/grid.ncols)) # columns that part blocks have none
-    above,below = [text.get_window_extent().height/fig.dpi + 2*known['h_pad'] if text else 0. for text in _sup_words(fig)]
+    above,below = [_extent(text, fig).height/fig.dpi + 2*known['h_pad'] if text else 0. for text in _sup_words(fig)]
     ratios = np.array(grid.get_width_ratios())
     widths = (width - gaps.sum())*ratios/ratios.sum()
     heights = np.full(grid.nrows, (height - above - below - heads.sum())/grid.nrows - gap)
@@ -178,20 +188,24 @@ def _place_all(self:PanelLayout, fig):
 @patch
 def _write(self:PanelLayout, fig, height, top, bottom):
     "Put the title of a figure above its pictures, and its last line below them"
-    pad = self.get()['h_pad']
-    ends = ((top - pad, 'bottom'), (bottom + pad, 'top'))
-    for text,(below,alignment) in zip(_sup_words(fig), ends):
-        if text is not None: text.set(y=1 - below/height, verticalalignment=alignment)
-    self.has_written = True
-
-@patch
-def _write_back(self:PanelLayout, fig):
-    "Let both stand on the side of their place that matplotlib takes them to stand on"
-    for text,alignment in zip(_sup_words(fig), ('top', 'bottom')):
-        if text is not None: text.set_verticalalignment(alignment)
-    self.has_written = False
+    pad,dots = self.get()['h_pad'],height*fig.dpi
+    ends = (1 - (top - pad)/height, 'y0'),(1 - (bottom + pad)/height, 'y1') # the lower end of the one, the upper end of the other
+    for text,(wanted,end) in zip(_sup_words(fig), ends):
+        if text is not None: text.set_y(text.get_position()[1] + wanted - getattr(_extent(text, fig), end)/dots)
 
 # %% ../../nbs/41c_maps.layout.ipynb #23b3ff5e
+_least = .05 # inches of a picture that can still be seen
+
+def _check_room(figsize, rows, widths, n_lines):
+    "`ValueError` where hardly anything is left for pictures"
+    for_words = .16*n_lines + .2
+    if min(figsize[0]/sum(widths), figsize[1]/rows - for_words) >= _least: return
+    least = sum(widths),(1 + for_words)*rows # of pictures of an inch
+    wide,high = (math.ceil(2*side)/2 for side in least)
+    raise ValueError(f'figsize={tuple(figsize)} leaves no room for {rows} × {sum(width==1 for width in widths)} pictures with titles: '
+                     f'give about {(wide, high)} inches or more, or show fewer items or classes')
+
+# %% ../../nbs/41c_maps.layout.ipynb #1f96a76c
 def panel_axes(
     blocks:Blocks, # The arrangement
     n:int, # Items
@@ -202,11 +216,12 @@ def panel_axes(
     cell:float=2.7, # Width of a panel in inches, where no size is given
     letters:int=0 # Letters of the longest line of a title
 ) -> tuple[Figure,list[list[Axes]]]: # The figure, and the axes of each item
-    "A figure with a block of axes for each item"
+    "A figure with a block of axes for each item; `ValueError` where the size that was asked for leaves no room for pictures"
     rows,gap = blocks.n_rows(n),[_gap]*(blocks.cols > 1)
     widths = ([1.]*blocks.cols + gap)*min(n, blocks.per_row)
     widths = widths[:-1] if gap else widths
     size = figsize or (cell*sum(widths) + .3, (cell*min(max(aspect, .25), 3) + .16*n_lines + .12)*rows + .3)
+    if figsize is not None: _check_room(figsize, rows, widths, n_lines)
     is_narrow = n_letters(blocks, n, size, aspect, n_lines) < letters - 2 # pictures that move together would push titles into each other
     fig = plt.figure(figsize=size, layout=PanelLayout(compress=not is_narrow))
     grid = fig.add_gridspec(rows, len(widths), width_ratios=widths)

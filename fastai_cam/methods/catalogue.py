@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..core import at_least_float
 from ..probe.layers import EVERY_STAGE
-from ..probe.scan import effective_bias
+from ..probe.biases import effective_bias
 from ..probe.capture import Capture, Scores
 from .combine import enlarge, nan_unless_finite, principal_component, weighted_sum
 from .registry import as_method, cam_method, cam_weights, cam_wrapper, facts_of, for_all_scores, fuse_maps, per_layer

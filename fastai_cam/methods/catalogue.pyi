@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..core import at_least_float
 from ..probe.layers import EVERY_STAGE
-from ..probe.scan import effective_bias
+from ..probe.biases import effective_bias
 from ..probe.capture import Capture
 from ..probe.capture import Scores
 from .combine import enlarge

@@ -48,15 +48,13 @@ def path_evidence(
     scores:Scores, # `[B, K]`, few enough for their gradients to fit in memory
     layer:int=0, # Which of its layers
     start:str='auto', # As `start_of_path` takes it
-    steps:int=3, # Gradients that are taken on the way
-    items:Tensor|None=None # Of these items only
+    steps:int=3 # Gradients that are taken on the way
 ) -> Tensor: # `[B, K, h, w]`
     "Activation less `start`, times the mean of the gradient on the straight way between the two"
     act,begin = cap.acts[layer],start_of_path(cap, layer, start)
-    if items is not None: act,begin = act[items],begin[items]
     way = at_least_float(act) - begin
-    def slope(place): return cap.grads_from((begin + place*way).to(act.dtype), scores, layer, items)[1]
-    return weighted_sum(way, sum(weight*slope(place) for place,weight in _points(steps)))
+    slopes = sum(weight*cap.grads_from((begin + place*way).to(act.dtype), scores, layer)[1] for place,weight in _points(steps))
+    return weighted_sum(way, slopes)
 
 # %% ../../nbs/32c_methods.evidence.ipynb #7ae3019c
 def _complete(cap, scores, layer, start, tol, most):
@@ -69,9 +67,8 @@ def _complete(cap, scores, layer, start, tol, most):
         done = (flat.sum(-1) - gap).abs() <= tol*gap.abs() + 1e-6*flat.abs().sum(-1)
         if done.all() or steps >= most: return _warned(found, done, cap.names[layer])
         steps = 4 if steps==1 else 2*steps # one is enough for a linear head, and two hardly ever
-        left = (~done.all(1)).nonzero()[:,0].cpu()
-        cells = path_evidence(cap, scores, layer, start, steps, left)
-        found[left] = torch.where(done[left][(...,) + (None,)*(cells.dim() - 2)], found[left], cells)
+        cells = path_evidence(cap, scores, layer, start, steps) # of all items: models may hold tables with a row for each
+        found = torch.where(done[(...,) + (None,)*(cells.dim() - 2)], found, cells)
 
 def _warned(found, done, name):
     "`found`, with a word about what does not add up"

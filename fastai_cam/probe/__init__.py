@@ -21,7 +21,8 @@ import fastai_cam.probe.evidence
 import fastai_cam.probe.reasons
 from .modes import AttentionMaps, GuidedReLU
 from .readings import to_spatial
-from .scan import bias_layers, effective_bias, last_spatial_layer, LayerCall, LayerScan, stage_layers
+from .scan import last_spatial_layer, LayerCall, LayerScan, stage_layers
+from .biases import bias_layers, effective_bias
 import fastai_cam.probe.finder
 from .blocks import Block, transformer_blocks
 from .rerun import Pass

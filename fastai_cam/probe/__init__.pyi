@@ -23,12 +23,12 @@ import fastai_cam.probe.reasons
 from .modes import AttentionMaps
 from .modes import GuidedReLU
 from .readings import to_spatial
-from .scan import bias_layers
-from .scan import effective_bias
 from .scan import last_spatial_layer
 from .scan import LayerCall
 from .scan import LayerScan
 from .scan import stage_layers
+from .biases import bias_layers
+from .biases import effective_bias
 import fastai_cam.probe.finder
 from .blocks import Block
 from .blocks import transformer_blocks

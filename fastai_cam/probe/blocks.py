@@ -28,7 +28,8 @@ class Block:
     "A layer that returns all tokens once they have attended to each other"
     name:str # Dotted name
     module:nn.Module # The layer
-    attentions:tuple[int,...]=() # Which attentions of all its tokens to all ran in it, counted from the first of the pass
+    attentions:tuple[int,...]=() # Which attentions of so many tokens to all ran in it, counted from the first of the pass
+    n_in_pass:int=0 # How many there were in the pass
 
 def relates_items(
     attention:Tensor, # What was paid attention to, `[..., N, N]`
@@ -53,6 +54,7 @@ class BlockScan:
         store_attr()
         self.looks = AttentionMaps()
         self.chains:dict[int,tuple[Block,...]] = {} # the longest that ends with a tensor, by the tensor's id
+        self._around:dict[int,torch.Size] = {} # of each attention, the shape that the innermost layer around it returned
         self._running:list[tuple] = [] # of the calls that have begun: attentions until then, and the longest chain that went in
         self._alive:list[Tensor] = [] # ids are those of tensors that are still there
         self._run()
@@ -84,6 +86,9 @@ def _ended(self:BlockScan, module, inputs, out):
     first,chain,shapes = self._running.pop()
     act = activation_in(out, 1)
     if act is None or len(act) != 1: return
+    for i in range(first, len(self.looks.found)):
+        is_attention = act.shape[-2:]==self.looks.found[i].shape[-2:] # as of a softmax that is a layer
+        if not is_attention: self._around.setdefault(i, act.shape)
     held = tuple(i for i in range(first, len(self.looks.found)) if self._relates_all(i, _n_tokens(act.shape)))
     if act.shape not in shapes: chain = () # it has other tokens than went in, and can only be the first
     if held: chain = (*chain, Block('', module, held))
@@ -95,6 +100,12 @@ def _relates_all(self:BlockScan, i, n_tokens):
     "Is an attention one of so many tokens to all of them?"
     paid = self.looks.found[i]
     return paid.shape[-1] in n_tokens and relates_items(paid, 1)
+
+@patch
+def _is_of_a_copy(self:BlockScan, i):
+    "Did an attention relate fewer tokens than the layer around it returns? Layers with many tokens may look at a coarser copy of them"
+    around = self._around.get(i)
+    return around is not None and len(around) > 2 and self.looks.found[i].shape[-1] not in _n_tokens(around)
 
 # %% ../../nbs/16b_probe.blocks.ipynb #b16b0009
 @patch(as_prop=True)
@@ -108,7 +119,8 @@ def blocks(self:BlockScan) -> list[Block]: # From first to last
     last = max(chain[-1].attentions[-1] for chain in chains)
     chain = max((chain for chain in reversed(chains) if chain[-1].attentions[-1]==last), key=len)
     n_tokens = self.looks.found[last].shape[-1]
-    of_all = [i for i in range(len(self.looks.found)) if self._relates_all(i, {n_tokens})]
+    alike = [i for i in range(len(self.looks.found)) if self._relates_all(i, {n_tokens})]
+    of_all = [i for i in alike if not self._is_of_a_copy(i)]
     held = list(sum((block.attentions for block in chain), ()))
     if held != of_all or len({block.module for block in chain}) < len(chain):
         raise ValueError(
@@ -116,7 +128,7 @@ def blocks(self:BlockScan) -> list[Block]: # From first to last
             f'of layers that hand them on to each other holds {len(set(held))} (residuals that are added outside of layers, or layers '
             'that run several times?): use grad_rollout, or a method that needs only the layer, such as gradcam')
     names = {module: name for name,module in self.item.model.named_modules()}
-    return [Block(names[block.module], block.module, tuple(map(of_all.index, block.attentions))) for block in chain]
+    return [Block(names[block.module], block.module, tuple(map(alike.index, block.attentions)), len(alike)) for block in chain]
 
 def transformer_blocks(
     model:nn.Module, # Model to look into

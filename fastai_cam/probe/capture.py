@@ -229,13 +229,12 @@ def channels_first(self:Capture,
 def grads_from(self:Capture,
     act:Tensor, # Activation `[B, C, H, W]` to go on with
     scores:Scores, # The question, `[B, K]`
-    layer:int=0, # Which of the watched layers it is the output of
-    items:Tensor|None=None # The item that each row of `act` is a variant of; `None`: each item once
+    layer:int=0 # Which of the watched layers it is the output of
 ) -> tuple[Tensor,Tensor]: # Scores `[B, K]`, and their gradients with respect to `act`, `[B, K, C, H, W]`
     "The scores had the layer returned `act`, and where they rise from there: what follows the layer is run forwards and backwards"
     with torch.inference_mode(False), torch.enable_grad():
         leaf = act.detach().clone().requires_grad_()
-        values = scores.of(self.run_from(leaf, layer, items, grad=True), items)
+        values = scores.of(self.run_from(leaf, layer, grad=True))
         grads, = self._differentiate(values, [leaf])
     return at_least_float(values.detach().as_subclass(Tensor)),grads
 
@@ -349,14 +348,15 @@ def _heads(self:Capture, attention):
 # %% ../../nbs/18_probe.capture.ipynb #c18a0002
 @patch
 def attend_by_blocks(self:Capture,
-    which:Sequence[Sequence[int]] # For each block, the attentions in it, counted among those that relate all its tokens
+    which:Sequence[Sequence[int]], # For each block, the attentions in it, counted among those of so many tokens to all
+    n_in_pass:int # How many of these there were when one item showed it
 ) -> None:
-    "Say which attention belongs to which of the layers, the last of the blocks; `ValueError` if there are others than these"
+    "Say which attention belongs to which of the layers, the last of the blocks; `ValueError` if there are more or fewer now"
     n_tokens = math.prod(self.layouts[-1].grid) + self.layouts[-1].n_extra
     of_all = [one for one in self._attention if one.shape[-1]==n_tokens and relates_items(one, len(self))]
-    if len(of_all) != sum(map(len, which)):
+    if len(of_all) != n_in_pass:
         raise ValueError(f'this {type(self.model).__name__} attends to all its tokens {len(of_all)} times in this batch, and '
-                         f'{sum(map(len, which))} times with one item: use a method that needs only the layer, such as gradcam')
+                         f'{n_in_pass} times with one item: use a method that needs only the layer, such as gradcam')
     self._of_blocks = [[of_all[i] for i in held] for held in which[-len(self.layers):]]
     self._attention = list(chain.from_iterable(self._of_blocks)) # the others are let go
 

@@ -11,6 +11,7 @@ __all__ = ['PassState', 'LayerFinder']
 import math
 from collections import Counter
 from contextlib import ExitStack
+from itertools import chain, product
 from typing import Any, Callable, NamedTuple, Sequence
 from weakref import ref, WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from ..core import describe_output, image_size_of, images_in, map_tensors, n_ite
 from .layout import find_layout, find_layouts, Layout
 from .layers import (
     EVERY_STAGE, EVIDENCE, is_body_and_head, is_found_by_pass, is_scripted, LAST_TWO_STAGES, resolve_layers)
+from .guard import foreign_hooks, HOOK_KINDS
 from .evidence import channels_first, CHANNELS_FIRST_LAYERS, convolves, ends_channels_last
 from .reasons import words_of_no_space, words_of_one_frame
 from .scan import LayerScan
@@ -55,7 +57,8 @@ class _Shown(NamedTuple):
     layers:list # names, shapes of what they returned for one item, and where the places are in that
     modules:list # weak references to all modules that the model had then
     settings:tuple # what their names were, and what they were told
-    weights:Tensor|None # what tells its weights from others; `None`: they do not matter
+    weights:Tensor|None # what tells its weights from others; `None`: neither they nor hooks matter
+    hooks:tuple # numbers of the hooks of others
     has_tokens:bool # does the last layer hold tokens?
 
     def layout_of(self, name:str, shape:Sequence[int]) -> Layout|None:
@@ -67,29 +70,44 @@ class _Shown(NamedTuple):
         now = list(model.modules())
         is_same = len(now)==len(self.modules) and all(one() is module for one,module in zip(self.modules, now))
         if not is_same or self.settings != _settings(model): return False
-        return self.weights is None or _is_same(self.weights, _weights(model))
+        return self.weights is None or self.hooks==_hooks(model) and _is_same(self.weights, _weights(model))
 
 # %% ../../nbs/16a_probe.finder.ipynb #29aa1597
 def _settings(model):
     "Names of all modules, and their own plain attributes and functions: a stride, a flag that `forward` reads, another `forward`"
-    def own(module): return tuple((name, _told(value)) for name,value in vars(module).items() if name != 'training')
+    def own(module): return tuple((name, _told(value)) for name,value in vars(module).items() if name not in _USUAL)
     return tuple((name, own(module)) for name,module in model.named_modules(remove_duplicate=False))
 
-def _told(value):
+_USUAL = set(vars(nn.Module())) # what every module has: its parts, hooks, whether it is trained
+
+def _hooks(model):
+    "Numbers of the hooks of others, which may change what layers hand on"
+    return tuple(tuple(foreign_hooks(module, kind)) for module,kind in product(model.modules(), HOOK_KINDS))
+
+def _told(value, depth=3):
     "A setting, without what would keep a model alive"
-    if isinstance(value, tuple): return tuple(map(_told, value))
+    if isinstance(value, (list, tuple)) and depth: return tuple(_told(one, depth - 1) for one in value)
+    if isinstance(value, dict) and depth: return tuple((_told(key), _told(one, depth - 1)) for key,one in value.items())
     if value is None or isinstance(value, (bool, int, float, str)): return value
     return id(value) if callable(value) else type(value)
 
+def _sums(t):
+    "Three numbers that tell a tensor from others: sums of its rows and of its columns, each with another weight, and its length"
+    t = torch.view_as_real(t) if t.is_complex() else t
+    t = t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1)
+    if t.dtype is not torch.float64: t = t if t.dtype is torch.float32 else t.float() # half precision would overflow
+    def weighed(sums): return (sums*(1.5 + torch.arange(len(sums), device=t.device, dtype=t.dtype).cos())).sum()
+    return torch.stack([weighed(t.sum(1)), weighed(t.sum(0)), torch.linalg.vector_norm(t)])
+
 def _weights(model):
-    "Sum and length of each of its weights, on the CPU: other weights have others; `None` where they do not say (as packed ones)"
-    def told(t):
-        dtype = torch.float64 if t.dtype is torch.float64 else torch.float32 # half precision would overflow
-        return torch.stack([t.sum(dtype=dtype), torch.linalg.vector_norm(t, dtype=dtype)])
-    state = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.numel()]
-    def of(device): return torch.cat([told(t) for t in state if t.device==device]).cpu().double() # one wait for each device
-    try: return torch.cat([of(device) for device in sorted({t.device for t in state}, key=str)])
-    except (RuntimeError, NotImplementedError): return None
+    "What tells the weights of a model from others, on the CPU; `None` where they do not say (as packed ones)"
+    def held(module): return [t for t in vars(module).values() if isinstance(t, Tensor)] # as a plain attribute
+    try:
+        others = chain.from_iterable(map(held, model.modules()))
+        state = [t.detach().as_subclass(Tensor) for t in (*model.parameters(), *model.buffers(), *others) if t.numel()]
+        def of(device): return torch.cat([_sums(t) for t in state if t.device==device]).cpu().double() # one wait for each device
+        return torch.cat([of(device) for device in sorted({t.device for t in state}, key=str)])
+    except (RuntimeError, NotImplementedError, TypeError, ValueError): return None
 
 def _is_same(before, now): return before is not None and now is not None and torch.equal(before, now)
 
@@ -102,15 +120,14 @@ def _key(finder, state):
     given = (list(state.args), state.kwargs)
     return finder.wanted,finder.image,tuple(tuple(t.shape[1:]) for t in tensors_in(given)),repr(map_tensors(lambda t: None, given))
 
+def _has_tokens(scan): return any(seen.layout is not None and seen.layout.is_tokens for seen in scan.seen)
+
 def _is_certain(scan, found):
-    "Is what is found the same for every picture? Where there are several inputs or outputs, or doubts, it need not be"
+    "Is what is found the same for every picture and question? Where there are several inputs or outputs, or doubts, it need not be"
     n_calls = Counter(seen.name for seen in scan.seen)
     if any(n_calls[seen.name] > 1 for seen in found): return False
-    return isinstance(scan.out, Tensor) and not (scan.item.has_several_inputs or scan.shapes.doubts or scan.shapes.lines)
-
-def _asked(asks):
-    "What is asked of the output, as far as it can be told from other questions; `None` if it cannot"
-    return ('all of it',) if asks is None else getattr(asks, 'known_as', None)
+    is_plain = isinstance(scan.out, Tensor) and not (scan.item.has_several_inputs or scan.shapes.doubts or scan.shapes.lines)
+    return is_plain and (not _has_tokens(scan) or scan.holds_for_all(found))
 
 # %% ../../nbs/16a_probe.finder.ipynb #5d0b6a14
 class LayerFinder:
@@ -149,24 +166,21 @@ def scan(self:LayerFinder, state:PassState) -> LayerScan:
 @patch
 def search(self:LayerFinder, state:PassState) -> None:
     "Let one item show which layer is the last with space (or where each stage ends), unless it has been seen before"
-    shown,key,asked = _SHOWN.setdefault(self.model, {}),_key(self, state),_asked(self.asks)
-    known = [key, (key, asked)]
-    before = next((shown[one] for one in known if one in shown), None)
-    if before is not None and self.remembered is None and before.is_of(self.model): # else what was remembered was wrong
-        self.remembered = before
-        self.layers = [(name, self.model.get_submodule(name)) for name,*_ in before.layers]
+    shown,key = _SHOWN.setdefault(self.model, {}),_key(self, state)
+    if key in shown and self.remembered is None and shown[key].is_of(self.model): # else what was remembered was wrong
+        self.remembered = shown[key]
+        self.layers = [(name, self.model.get_submodule(name)) for name,*_ in self.remembered.layers]
         return
     scan = self.scan(state)
     if self.wanted is None: found = [scan.last]
     else: found = {EVERY_STAGE: scan.stages, LAST_TWO_STAGES: scan.last_two, EVIDENCE: scan.evidence}[self.wanted]()
     self.layers,self.remembered = [(seen.name, seen.module) for seen in found],None
-    for one in known: shown.pop(one, None)
-    has_tokens = any(seen.layout is not None and seen.layout.is_tokens for seen in scan.seen)
-    if not _is_certain(scan, found) or has_tokens and asked is None: return
+    shown.pop(key, None)
+    has_tokens,weights = _has_tokens(scan),_weights(self.model) if _has_tokens(scan) else None
+    if has_tokens and weights is None or not _is_certain(scan, found): return
     layers = [(seen.name, seen.shape[1:], seen.layout) for seen in found]
-    of_tokens = (_weights(self.model), scan.last.layout.is_tokens) if has_tokens else (None, False)
-    if has_tokens and of_tokens[0] is None: return
-    shown[known[has_tokens]] = _Shown(layers, [*map(ref, self.model.modules())], _settings(self.model), *of_tokens)
+    of_tokens = weights,_hooks(self.model),has_tokens and scan.last.layout.is_tokens
+    shown[key] = _Shown(layers, [*map(ref, self.model.modules())], _settings(self.model), *of_tokens)
 
 # %% ../../nbs/16a_probe.finder.ipynb #3144c843
 @patch

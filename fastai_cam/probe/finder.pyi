@@ -3,6 +3,8 @@ from typing import Any
 import math
 from collections import Counter
 from contextlib import ExitStack
+from itertools import chain
+from itertools import product
 from typing import Any
 from typing import Callable
 from typing import NamedTuple
@@ -30,6 +32,8 @@ from .layers import is_found_by_pass
 from .layers import is_scripted
 from .layers import LAST_TWO_STAGES
 from .layers import resolve_layers
+from .guard import foreign_hooks
+from .guard import HOOK_KINDS
 from .evidence import channels_first
 from .evidence import CHANNELS_FIRST_LAYERS
 from .evidence import convolves
@@ -62,6 +66,7 @@ class _Shown(NamedTuple):
     modules: list
     settings: tuple
     weights: Tensor | None
+    hooks: tuple
     has_tokens: bool
 class LayerFinder():
     def __init__(self, model: nn.Module, layers: Any=..., image: int=..., asks: Callable | None=..., resumes: str=...) -> None: ...

@@ -21,7 +21,8 @@ from .layout import Layout
 from .guard import copy_model, eval_mode, foreign_hooks, HOOK_KINDS, hooked, paused, returning
 from .modes import differentiable_rnns
 from .readings import activation_in
-from .scan import bias_layers, OneItem
+from .biases import bias_layers
+from .scan import OneItem
 from .blocks import Block, BlockScan
 
 # %% ../../nbs/17_probe.rerun.ipynb #806992c5

@@ -28,7 +28,7 @@ from .guard import paused
 from .guard import returning
 from .modes import differentiable_rnns
 from .readings import activation_in
-from .scan import bias_layers
+from .biases import bias_layers
 from .scan import OneItem
 from .blocks import Block
 from .blocks import BlockScan

@@ -301,7 +301,7 @@ def recapture_blocks(self:Pass,
     blocks = self.blocks()
     layers = blocks[-last - 1:] if last else blocks
     found = self.recapture(layers=[block.module for block in layers], from_input=len(layers)==len(blocks), attention=True)
-    found.attend_by_blocks([block.attentions for block in blocks])
+    found.attend_by_blocks([block.attentions for block in blocks], blocks[0].n_in_pass)
     return found
 
 # %% ../../nbs/19_probe.watch.ipynb #b66b4ee8

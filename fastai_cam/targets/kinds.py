@@ -232,14 +232,6 @@ class Similarity(Score):
         return torch.cosine_similarity(found, self.reference.to(found)[None], dim=1)
 
 # %% ../../nbs/22_targets.kinds.ipynb #fd3e6692
-_SIMPLE = (Predicted, Actual, ClassIndex, AllClasses)
-
-@patch(as_prop=True)
-def known_as(self:Target) -> tuple|None: # `None`: it cannot be told
-    "What a target shares with those that ask the same, and with no others"
-    if type(self) not in _SIMPLE or not isinstance(self.where, str): return None
-    return type(self).__name__, getattr(self, 'index', None), self.where, type(self.task).__name__
-
 class Several(Target):
     "Several targets side by side"
     def __init__(self,
@@ -250,11 +242,6 @@ class Several(Target):
 
 @patch(as_prop=True)
 def parts(self:Several) -> list[Target]: return list(chain.from_iterable(target.parts for target in self.targets))
-
-@patch(as_prop=True)
-def known_as(self:Several) -> tuple|None:
-    known = tuple(target.known_as for target in self.targets)
-    return None if None in known else known
 
 @patch(as_prop=True)
 def labels(self:Several) -> list[str]: return list(chain.from_iterable(target.labels for target in self.targets))

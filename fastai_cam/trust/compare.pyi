@@ -58,7 +58,8 @@ from .cost import n_passes_of
 from .cost import PassBar
 from .cost import without_own_bar
 from .masks import boxes_to_masks
-__all__ = ['USUAL_METHODS', 'probability_rescorer', 'CAMTable']
+__all__ = ['USUAL_METHODS', 'activation_of', 'probability_rescorer', 'CAMTable']
+def activation_of(target: Target, out: Any) -> str | None: ...
 def probability_rescorer(target: Target, cap: Capture, scores: Scores, n_images: int, dtype: torch.dtype | None=...) -> Any: ...
 class CAMTable(pd.DataFrame):
     def __repr__(self) -> str: ...

@@ -127,6 +127,9 @@ def _draw_order(self:TrustSurvey, ax):
         ends = np.array([[self[i].numbers[f'placement{end}'] for end in ('', '_low', '_high')] for i in at]).reshape(-1, 3).clip(low, high)
         spread = np.abs(ends[:,1:] - ends[:,:1]).T
         ax.errorbar(at, ends[:,0], yerr=spread, fmt='o', ms=4, color=colour, capsize=2, lw=1, label=f'{word}: {self.counts[word]}')
+        for end,marker in ((low, 'v'), (high, '^')): # farther out than is drawn
+            out = [i for i,place in zip(at, ends[:,0]) if place==end]
+            ax.plot(out, [end]*len(out), marker, ms=8, color=colour)
     ax.axhline(CAMTrust.limit, color='grey', lw=1, ls='--')
     ax.set(ylim=(low - .1, high + .1), xlim=(-.7, len(self) - .3), xticks=[])
     ax.set_yticks([0, CAMTrust.limit, 1], ['average place', 'limit', 'best place'], fontsize=8)

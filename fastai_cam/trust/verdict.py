@@ -35,7 +35,7 @@ from ..learner.query import check_single, Query, query_of, run_query
 from .rescore import check_shapes
 from .cost import PassBar, without_own_bar
 from .sanity import randomization_similarity
-from .compare import probability_rescorer
+from .compare import activation_of, probability_rescorer
 from .places import altered_scores, hide, map_ranks, place_ranks, placement, shares_up_to, show_only
 
 # %% ../../nbs/79_trust.verdict.ipynb #fcf9c229
@@ -45,6 +45,7 @@ class CAMTrust:
     most_similar = .8 # rank correlation with the map of a copy that is half random
     least_room = .1 # of the score, from an average place to the best
     least_move = .02 # of the score, by whatever is hidden or shown alone
+    least_change = .005 # of a probability: less is 0.00 in every number that is shown
     def __init__(self,
         cam_map:CAMMap, # The map, with its image
         label:str, # What was asked
@@ -68,7 +69,7 @@ def moves(self:CAMTrust) -> bool:
     "Does anything that was hidden or shown alone change the answer? Not in an empty picture, nor of a model that has learned nothing"
     n = self.numbers
     changes = n['drop'],n['drop_elsewhere'],n['score'] - n['shown'],n['score'] - n['shown_elsewhere']
-    return max(map(abs, changes)) >= self.least_move*abs(n['score'])
+    return max(map(abs, changes)) >= max(self.least_move*abs(n['score']), self.least_change*n.get('is_probability', False))
 
 @patch(as_prop=True)
 def may_be_well_placed(self:CAMTrust) -> bool:
@@ -141,6 +142,8 @@ def next_step(self:CAMTrust) -> str:
     "What to do next"
     n = self.numbers
     if self.cam_map.is_empty: return 'look at the prediction: does anything speak for this class?'
+    if not self.moves and n.get('is_probability') and n['score'] < self.least_change:
+        return 'ask about a class that the model sees here: this one has no probability, and nothing that is hidden changes that.'
     if not self.moves: return 'try a picture that has something in it: nothing that is hidden, or shown alone, changes this answer.'
     if self.word=='believed': return 'look at where it lies; interp.cam_trust() says what share of the set can be believed.'
     if not self.has_places:
@@ -280,7 +283,8 @@ def _trust_work(method, share, n_random, steps, seed, bar):
         examined = _Examined(*measured, _similarity(cap, scores, method, seed))
         bar.advance(7*len(cap))
         classes = target.item_classes(cap.out, callback.y, len(cap))[:,0]
-        return [(maps[i].cpu(), examined.numbers(i), int(classes[i])) for i in range(len(cap))]
+        told = dict(is_probability=activation_of(target, cap.out) is not None)
+        return [(maps[i].cpu(), examined.numbers(i) | told, int(classes[i])) for i in range(len(cap))]
     return examine
 
 def _verdict(examined, image, share, vocab, target):

@@ -38,6 +38,7 @@ from .rescore import check_shapes
 from .cost import PassBar
 from .cost import without_own_bar
 from .sanity import randomization_similarity
+from .compare import activation_of
 from .compare import probability_rescorer
 from .places import altered_scores
 from .places import hide
@@ -83,6 +84,7 @@ class CAMTrust():
     most_similar: Any = ...
     least_room: Any = ...
     least_move: Any = ...
+    least_change: Any = ...
     cam_map: Any
     label: Any
     numbers: Any
