@@ -230,7 +230,7 @@ def lines_of(text):
         yield left, whole.y1 - height*(number + 1), left + width, whole.y1 - height*number
 
 
-@pytest.mark.parametrize('figsize', [None, (12, 3), (5, 2.5), (4, 8)])
+@pytest.mark.parametrize('figsize', [None, (12, 3), (5, 3.5), (4, 8)])
 def test_titles_never_collide(figsize):
     name = 'American Staffordshire terrier, pit bull'
     cams = CAMs(torch.rand(4, 2, 3, 3), PICTURES[:4], torch.tensor([[0, 1]]*4), ['predicted', 'actual'], torch.tensor([[.9, .1]]*4), torch.tensor([1]*4), torch.ones(4), vocab=[name, name[::-1]])

@@ -48,24 +48,34 @@ def _confusions(self:CAMInterpretation, chosen):
     found,n = self.answers,len(self.class_counts())
     return counts_of_pairs(found.actual[chosen], found.predicted[chosen], n).fill_diagonal_(0)
 
-def _most(counts, n):
-    "The pairs of an actual and a predicted class that are there most often, each with how often"
-    order = counts.flatten().argsort(descending=True, stable=True)[:n]
+@patch
+def _worst(self:CAMInterpretation, chosen):
+    "The largest loss of the items of each pair, `[n, n]`"
+    found,n = self.answers,len(self.class_counts())
+    known = chosen[(found.actual[chosen] >= 0) & (found.actual[chosen] < n)]
+    losses = self.losses[known].as_subclass(Tensor).nan_to_num().float()
+    pairs = found.actual[known]*n + found.predicted[known]
+    return torch.full((n*n,), -torch.inf).scatter_reduce(0, pairs, losses, 'amax').view(n, n)
+
+def _most(counts, worst, n):
+    "The pairs of an actual and a predicted class that are there most often (of as many, the one with the largest loss), each with how often"
+    by_loss = worst.flatten().argsort(descending=True, stable=True)
+    order = by_loss[counts.flatten()[by_loss].argsort(descending=True, stable=True)][:n]
     return [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]
 
 @patch
 def _pairs(self:CAMInterpretation, a, b, n, chosen, where):
     "The pairs that are looked at, most often confused first"
-    counts = self._confusions(chosen)
+    counts,worst = self._confusions(chosen),self._worst(chosen)
     rows,cols = ([self.class_indices(one) if one is not None else None for one in (a, b)])
     if rows is not None and rows==cols: raise ValueError(f'{a!r} and {b!r} are the same class: name two, the actual one first')
     kept = torch.zeros_like(counts, dtype=torch.bool)
     every = list(range(len(counts)))
     for row in every if rows is None else rows: kept[row,every if cols is None else cols] = True
-    found = _most(torch.where(kept, counts, 0), n)
+    found = _most(torch.where(kept, counts, 0), worst, n)
     if found: return found
     names = [f'{as_text(one)!r} ' if one is not None else '' for one in (a, b)]
-    known = ', '.join(f'{as_text(self._name_of(pair[0]))!r} for {as_text(self._name_of(pair[1]))!r}' for pair in _most(counts, 3))
+    known = ', '.join(f'{as_text(self._name_of(pair[0]))!r} for {as_text(self._name_of(pair[1]))!r}' for pair in _most(counts, worst, 3))
     what = f'no item {"of " if names[0] else ""}{names[0]}is taken for {names[1] or "another class"}'.rstrip()
     here = 'in this set' if where is None else f'among the {len(chosen)} items that where={where!r} leaves'
     raise ValueError(what + (f': most often taken is {known}' if known else f': nothing is confused {here}'))

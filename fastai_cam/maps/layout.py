@@ -194,7 +194,7 @@ def _write(self:PanelLayout, fig, height, top, bottom):
         if text is not None: text.set_y(text.get_position()[1] + wanted - getattr(_extent(text, fig), end)/dots)
 
 # %% ../../nbs/41c_maps.layout.ipynb #23b3ff5e
-_least = .05 # inches of a picture that can still be seen
+_least = .2 # inches of a picture that can still be seen
 
 def _check_room(figsize, rows, widths, n_lines):
     "`ValueError` where hardly anything is left for pictures"
