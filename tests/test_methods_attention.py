@@ -250,6 +250,40 @@ def test_a_stage_before_may_look_at_a_coarse_copy_of_its_places():
         assert torch.allclose(one, other, rtol=1e-9) and one.shape[-2:]==(4, 6) and one.abs().amax((2, 3)).min() > 0
 
 
+class Core(nn.Module):
+    "The attention itself, as a layer that returns heads beside tokens"
+    def forward(self, q, k, v): return (q @ k.mT/q.shape[-1]**.5).softmax(-1) @ v
+
+
+class WithCore(nn.Module):
+    def __init__(self, block): super().__init__(); self.block, self.core = block, Core()
+    def forward(self, x):
+        q, k, v = self.block.qkv(self.block.norm1(x)).unflatten(-1, (3, self.block.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.block.proj(self.core(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.block.mlp(self.block.norm2(x))
+
+
+def test_the_core_of_an_attention_may_be_a_layer():
+    model = wrapped(vit(), WithCore)
+    assert [(block.name, block.attentions) for block in blocks_of(model)]==[('blocks.0', (0,)), ('blocks.1', (1,)), ('blocks.2', (2,))]
+    for name in BY_BLOCKS: assert torch.allclose(maps_of(name, model, images()), maps_of(name, vit(), images()), rtol=1e-9)
+
+
+def test_an_attention_that_is_left_out_is_no_copy():
+    "Its layer returns one token, or what all look like together, beside the blocks"
+    class Pooled(nn.Module):
+        def __init__(self, n): super().__init__(); self.n = n
+        def forward(self, x): return ((x @ x.mT).softmax(-1) @ x)[:, :self.n]
+    class Reads(nn.Module):
+        def __init__(self, n): super().__init__(); self.inner, self.pooled = vit(), Pooled(n)
+        def forward(self, x):
+            x = self.inner.patches(x).flatten(2).mT
+            x = self.inner.norm(self.inner.blocks(torch.cat([self.inner.extra.expand(len(x), -1, -1), x], 1)))
+            return self.inner.head(self.pooled(x).mean(1))
+    for n in (1, 4):
+        with Probe(Reads(n).double(), 'inner.patches') as p, pytest.raises(ValueError, match='could not be told: 4 attentions relate all its tokens'): p(images()).blocks()
+
+
 def test_blocks_of_torchvision():
     "Attention in one piece (`nn.MultiheadAttention`), a dropout between the blocks, a norm behind them"
     torch.manual_seed(0)

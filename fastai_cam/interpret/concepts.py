@@ -166,4 +166,5 @@ def plot(self:CAMConcepts,
     shares = [*self.shares.tolist(), self.rest_share]
     against = '   less than 0% speaks against the class, so that others can have more than 100%' if min(shares) < -.005 else ''
     rest = f'the rest carries {percent(self.rest_share)}{against}'
-    return draw_page(rows, kwargs, f'where the concept is   {rest}', f'{self.name}: {len(self)} concepts in {len(self.maps)} picture{"s"*(len(self.maps) > 1)}')
+    pictures = f'{len(self.maps)} picture{"s"*(len(self.maps) > 1)}'
+    return draw_page(rows, kwargs, f'where the concept is   {rest}', f'{self.name}: {len(self)} concepts in {pictures}')

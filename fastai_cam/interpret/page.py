@@ -111,7 +111,9 @@ def _places(rows, n_cols, figsize, ax, aspect):
         places = iter(given)
         return given[0].figure,[[next(places) for _ in row.panels] for row in rows],letters
     n_lines = max(title.count('\n') + 1 for title in chain.from_iterable(_titles(row, letters, n_cols) for row in rows))
-    if figsize is not None: letters = min(letters, max(14, n_letters(blocks, n, figsize, aspect, n_lines)))
+    if figsize is not None:
+        letters = min(letters, max(14, n_letters(blocks, n, figsize, aspect, n_lines)))
+        n_lines = max(title.count('\n') + 1 for title in chain.from_iterable(_titles(row, letters, n_cols) for row in rows))
     has_bars = any(panel.bar for panel in chain.from_iterable(row.panels for row in rows))
     size = figsize or (2.5*n_cols + .3 + .6*has_bars, (2.5*min(max(aspect, .25), 3) + .16*n_lines + .12)*n + .3)
     return *panel_axes(blocks, n, n_cols, size, aspect, n_lines),letters

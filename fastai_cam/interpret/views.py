@@ -57,8 +57,10 @@ def _worst(self:CAMInterpretation, chosen):
     pairs = found.actual[known]*n + found.predicted[known]
     return torch.full((n*n,), -torch.inf).scatter_reduce(0, pairs, losses, 'amax').view(n, n)
 
+# %% ../../nbs/65e_interpret.views.ipynb #e1a242a8
 def _most(counts, worst, n):
-    "The pairs of an actual and a predicted class that are there most often (of as many, the one with the largest loss), each with how often"
+    """The pairs of an actual and a predicted class that are there most often, each with how often;
+    of pairs that are there as often, the one with the largest loss first"""
     by_loss = worst.flatten().argsort(descending=True, stable=True)
     order = by_loss[counts.flatten()[by_loss].argsort(descending=True, stable=True)][:n]
     return [(*divmod(int(place), len(counts)), int(counts.flatten()[place])) for place in order if counts.flatten()[place] > 0]

@@ -196,12 +196,13 @@ def _write(self:PanelLayout, fig, height, top, bottom):
 # %% ../../nbs/41c_maps.layout.ipynb #23b3ff5e
 _least = .2 # inches of a picture that can still be seen
 
-def _check_room(figsize, rows, widths, n_lines):
+def _check_room(figsize, rows, widths, n_lines, aspect):
     "`ValueError` where hardly anything is left for pictures"
-    for_words = .16*n_lines + .2
-    if min(figsize[0]/sum(widths), figsize[1]/rows - for_words) >= _least: return
-    least = sum(widths),(1 + for_words)*rows # of pictures of an inch
-    wide,high = (math.ceil(2*side)/2 for side in least)
+    for_words = .16*n_lines + .12
+    high = (figsize[1] - .35)/rows - for_words # a line below them all
+    if min(figsize[0]/sum(widths), high/aspect) >= _least: return
+    least = sum(widths),(aspect + for_words)*rows + .35 # of pictures of an inch
+    wide,high = (math.ceil(2*max(side, given))/2 for side,given in zip(least, figsize))
     raise ValueError(f'figsize={tuple(figsize)} leaves no room for {rows} × {sum(width==1 for width in widths)} pictures with titles: '
                      f'give about {(wide, high)} inches or more, or show fewer items or classes')
 
@@ -221,7 +222,7 @@ def panel_axes(
     widths = ([1.]*blocks.cols + gap)*min(n, blocks.per_row)
     widths = widths[:-1] if gap else widths
     size = figsize or (cell*sum(widths) + .3, (cell*min(max(aspect, .25), 3) + .16*n_lines + .12)*rows + .3)
-    if figsize is not None: _check_room(figsize, rows, widths, n_lines)
+    if figsize is not None: _check_room(figsize, rows, widths, n_lines, aspect)
     is_narrow = n_letters(blocks, n, size, aspect, n_lines) < letters - 2 # pictures that move together would push titles into each other
     fig = plt.figure(figsize=size, layout=PanelLayout(compress=not is_narrow))
     grid = fig.add_gridspec(rows, len(widths), width_ratios=widths)

@@ -54,7 +54,7 @@ class BlockScan:
         store_attr()
         self.looks = AttentionMaps()
         self.chains:dict[int,tuple[Block,...]] = {} # the longest that ends with a tensor, by the tensor's id
-        self._around:dict[int,torch.Size] = {} # of each attention, the shape that the innermost layer around it returned
+        self._around:dict[int,torch.Size|None] = {} # of each attention, the shape that the innermost layer around it keeps
         self._running:list[tuple] = [] # of the calls that have begun: attentions until then, and the longest chain that went in
         self._alive:list[Tensor] = [] # ids are those of tensors that are still there
         self._run()
@@ -88,7 +88,7 @@ def _ended(self:BlockScan, module, inputs, out):
     if act is None or len(act) != 1: return
     for i in range(first, len(self.looks.found)):
         is_attention = act.shape[-2:]==self.looks.found[i].shape[-2:] # as of a softmax that is a layer
-        if not is_attention: self._around.setdefault(i, act.shape)
+        if not is_attention: self._around.setdefault(i, act.shape if act.shape in shapes else None)
     held = tuple(i for i in range(first, len(self.looks.found)) if self._relates_all(i, _n_tokens(act.shape)))
     if act.shape not in shapes: chain = () # it has other tokens than went in, and can only be the first
     if held: chain = (*chain, Block('', module, held))
@@ -103,9 +103,9 @@ def _relates_all(self:BlockScan, i, n_tokens):
 
 @patch
 def _is_of_a_copy(self:BlockScan, i):
-    "Did an attention relate fewer tokens than the layer around it returns? Layers with many tokens may look at a coarser copy of them"
-    around = self._around.get(i)
-    return around is not None and len(around) > 2 and self.looks.found[i].shape[-1] not in _n_tokens(around)
+    "Is the layer around an attention one of many more tokens? It may look at a coarser copy of them"
+    around,n_tokens = self._around.get(i),self.looks.found[i].shape[-1]
+    return around is not None and len(around) > 2 and n_tokens not in around and min(_n_tokens(around)) >= 2*n_tokens
 
 # %% ../../nbs/16b_probe.blocks.ipynb #b16b0009
 @patch(as_prop=True)

@@ -11,10 +11,13 @@ __all__ = ['PassState', 'LayerFinder']
 import math
 from collections import Counter
 from contextlib import ExitStack
+from enum import Enum
+from functools import lru_cache
 from itertools import chain, product
 from typing import Any, Callable, NamedTuple, Sequence
 from weakref import ref, WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
@@ -75,8 +78,11 @@ class _Shown(NamedTuple):
 # %% ../../nbs/16a_probe.finder.ipynb #29aa1597
 def _settings(model):
     "Names of all modules, and their own plain attributes and functions: a stride, a flag that `forward` reads, another `forward`"
-    def own(module): return tuple((name, _told(value)) for name,value in vars(module).items() if name not in _USUAL)
-    return tuple((name, own(module)) for name,module in model.named_modules(remove_duplicate=False))
+    left = [20_000] # values that are looked at
+    def own(module): return tuple((name, _told(value, left)) for name,value in vars(module).items() if name not in _USUAL)
+    def kind(module): return type(module),id(type(module).forward)
+    try: return tuple((name, kind(module), own(module)) for name,module in model.named_modules(remove_duplicate=False))
+    except Exception: return (object(),) # which is like no other: there is a setting that cannot be read
 
 _USUAL = set(vars(nn.Module())) # what every module has: its parts, hooks, whether it is trained
 
@@ -84,20 +90,31 @@ def _hooks(model):
     "Numbers of the hooks of others, which may change what layers hand on"
     return tuple(tuple(foreign_hooks(module, kind)) for module,kind in product(model.modules(), HOOK_KINDS))
 
-def _told(value, depth=3):
-    "A setting, without what would keep a model alive"
-    if isinstance(value, (list, tuple)) and depth: return tuple(_told(one, depth - 1) for one in value)
-    if isinstance(value, dict) and depth: return tuple((_told(key), _told(one, depth - 1)) for key,one in value.items())
-    if value is None or isinstance(value, (bool, int, float, str)): return value
-    return id(value) if callable(value) else type(value)
+def _told(value, left, depth=5):
+    "A setting, without what would keep a model alive; `ValueError` where there is too much of it"
+    left[0] -= 1
+    if left[0] < 0: raise ValueError('too many settings')
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, Enum)): return value
+    if isinstance(value, Tensor): return tuple(value.shape),id(value),value._version
+    if isinstance(value, np.ndarray): return value.tobytes()
+    if isinstance(value, (nn.Module, type)) or not depth: return id(value)
+    if isinstance(value, (list, tuple)): return tuple(_told(one, left, depth - 1) for one in value)
+    if isinstance(value, (set, frozenset)): return tuple(sorted(repr(one) for one in value))
+    if isinstance(value, dict): return tuple((repr(key), _told(one, left, depth - 1)) for key,one in value.items())
+    if callable(value) or not hasattr(value, '__dict__'): return id(value)
+    return type(value),_told(vars(value), left, depth - 1)
+
+# %% ../../nbs/16a_probe.finder.ipynb #d5309be9
+@lru_cache(4)
+def _ramp(device): return 1.5 + torch.arange(2**20, device=device).float().cos() # as many numbers, hardly two of which are alike
 
 def _sums(t):
-    "Three numbers that tell a tensor from others: sums of its rows and of its columns, each with another weight, and its length"
-    t = torch.view_as_real(t) if t.is_complex() else t
-    t = t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1)
-    if t.dtype is not torch.float64: t = t if t.dtype is torch.float32 else t.float() # half precision would overflow
-    def weighed(sums): return (sums*(1.5 + torch.arange(len(sums), device=t.device, dtype=t.dtype).cos())).sum()
-    return torch.stack([weighed(t.sum(1)), weighed(t.sum(0)), torch.linalg.vector_norm(t)])
+    "Two numbers that tell a tensor from others: its sum with a weight for each number, and its length"
+    flat = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
+    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float() # half precision would overflow
+    ramp = _ramp(flat.device)
+    parts = [torch.dot(part, ramp[:len(part)].to(part.dtype)) for part in flat.split(len(ramp))]
+    return torch.stack([sum(part*(i + 1) for i,part in enumerate(parts)), torch.linalg.vector_norm(flat)])
 
 def _weights(model):
     "What tells the weights of a model from others, on the CPU; `None` where they do not say (as packed ones)"
@@ -175,6 +192,7 @@ def search(self:LayerFinder, state:PassState) -> None:
     if self.wanted is None: found = [scan.last]
     else: found = {EVERY_STAGE: scan.stages, LAST_TWO_STAGES: scan.last_two, EVIDENCE: scan.evidence}[self.wanted]()
     self.layers,self.remembered = [(seen.name, seen.module) for seen in found],None
+    if len(shown) >= 32: shown.clear() # of calls that are never alike
     shown.pop(key, None)
     has_tokens,weights = _has_tokens(scan),_weights(self.model) if _has_tokens(scan) else None
     if has_tokens and weights is None or not _is_certain(scan, found): return

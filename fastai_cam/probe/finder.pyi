@@ -3,6 +3,8 @@ from typing import Any
 import math
 from collections import Counter
 from contextlib import ExitStack
+from enum import Enum
+from functools import lru_cache
 from itertools import chain
 from itertools import product
 from typing import Any
@@ -11,6 +13,7 @@ from typing import NamedTuple
 from typing import Sequence
 from weakref import ref
 from weakref import WeakKeyDictionary
+import numpy as np
 import torch
 from torch import nn
 from torch import Tensor

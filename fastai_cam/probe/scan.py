@@ -298,11 +298,11 @@ def holds_for_all(self:LayerScan,
     found:Sequence[LayerCall] # Layers that were found
 ) -> bool:
     "Would every question find them? All numbers of the output together depend on the same layers, and each number on the places of these"
-    if self._candidates is not None and self.asks is not None:
-        try: of_all = self._that_matter(self._candidates, None)
-        except ValueError: return False
-        if [self.seen[i] for i in of_all] != self.spatial: return False
-    return all(self._moves_all(seen) for seen in found)
+    try:
+        if self._candidates is not None and self.asks is not None:
+            if [self.seen[i] for i in self._that_matter(self._candidates, None)] != self.spatial: return False
+        return all(self._moves_all(seen) for seen in found)
+    except Exception: return False # what a model makes of disturbed places is its own affair
 
 @patch
 def _moves_all(self:LayerScan, seen):
@@ -313,7 +313,8 @@ def _moves_all(self:LayerScan, seen):
         places = seen.layout.spatial(out)
         noise = torch.randn(places.shape, generator=generator).to(places)*places.std()
         return seen.layout.restored(places + noise, seen.layout.extra(out))
-    return isinstance(self.out, Tensor) and bool((self._run(disturb) != self.out).all())
+    disturbed = self._run(disturb)
+    return disturbed.shape==self.out.shape and bool((disturbed != self.out).all())
 
 # %% ../../nbs/16_probe.scan.ipynb #b2211164
 @patch
