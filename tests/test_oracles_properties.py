@@ -178,7 +178,11 @@ def test_the_model_is_as_it_was_after_an_interruption(name, error, grad_mode):
             calls.clear()
             _SHOWN.clear() # as a model that was never looked at: the pass that finds the layers is interrupted, too
             with grad_mode(), as_it_was(model):
-                with pytest.raises(error, match='stopped'): ours(model, x, name, layer, **options)
+                try: found = ours(model, x, name, layer, **options)
+                except error as e: assert str(e)=='stopped'
+                else: # of tokens, a pass asks whether another question would find the same layer, and may fail: then nothing is remembered
+                    assert error is RuntimeError and stop > 1 and name in ('rollout', 'grad_rollout', 'legrad', 'attention_value')
+                    assert_same(found, expected)
             stop = 0
             assert_same(ours(model, x, name, layer, **options), expected) # it can go on
         hook.remove()
