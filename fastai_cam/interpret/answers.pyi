@@ -18,8 +18,9 @@ from ..tasks import Values
 from ..state import preserve_state
 from ..learner.task import activation_of
 from ..learner.task import task_of
-__all__ = ['MOST_TOP', 'counts_of_pairs', 'answers_of_batch', 'ItemAnswers', 'AnswersCallback', 'answers_callback', 'answers_of']
+__all__ = ['MOST_TOP', 'places_of_pairs', 'counts_of_pairs', 'answers_of_batch', 'ItemAnswers', 'AnswersCallback', 'answers_callback', 'answers_of']
 MOST_TOP: Any
+def places_of_pairs(actual: Tensor, predicted: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
 def counts_of_pairs(actual: Tensor, predicted: Tensor, n: int) -> Tensor: ...
 def answers_of_batch(task: Task, out: Any, y: Any, act: Callable | None=...) -> dict: ...
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any, Sequence
 
 import numpy as np
 from ..captions import rounded
-from ..maps.words import fitted_words, plain_text, wrapped_title
+from ..maps.words import plain_text, wrapped_title, write_around
 from ..maps.pixels import as_drawn, full_strength, to_pixels
 from ..maps.style import as_axes, check_style, save_figure
 from ..maps.layout import Blocks, n_letters, panel_axes, panel_size
@@ -110,10 +110,11 @@ def _places(rows, n_cols, figsize, ax, aspect):
                              'pass more, or leave out ax')
         places = iter(given)
         return given[0].figure,[[next(places) for _ in row.panels] for row in rows],letters
-    n_lines = max(title.count('\n') + 1 for title in chain.from_iterable(_titles(row, letters, n_cols) for row in rows))
-    if figsize is not None:
-        letters = min(letters, max(14, n_letters(blocks, n, figsize, aspect, n_lines)))
-        n_lines = max(title.count('\n') + 1 for title in chain.from_iterable(_titles(row, letters, n_cols) for row in rows))
+    def most_lines(letters):
+        titles = chain.from_iterable(_titles(row, letters, n_cols) for row in rows)
+        return max(title.count('\n') + 1 for title in titles)
+    if figsize is not None: letters = min(letters, max(14, n_letters(blocks, n, figsize, aspect, most_lines(letters))))
+    n_lines = most_lines(letters)
     has_bars = any(panel.bar for panel in chain.from_iterable(row.panels for row in rows))
     size = figsize or (2.5*n_cols + .3 + .6*has_bars, (2.5*min(max(aspect, .25), 3) + .16*n_lines + .12)*n + .3)
     return *panel_axes(blocks, n, n_cols, size, aspect, n_lines),letters
@@ -155,8 +156,6 @@ def draw_page(
         for panel,one,words in zip(row.panels, axs, _titles(row, letters, n_cols)):
             _draw_panel(one, panel, look, marks)
             plain_text(one.set_title(words, fontsize=9, loc='left'))
-    width = fig.get_size_inches()[0]
-    if ax is None and title: plain_text(fig.suptitle(fitted_words(title, width, 12), weight='bold', size=12))
-    if ax is None and legend: plain_text(fig.supxlabel(fitted_words(legend, width, 9), size=9))
+    if ax is None: write_around(fig, title, legend)
     save_figure(fig, save, dpi, text)
     return Drawn(chain.from_iterable(axs[:len(row.panels)] for row,axs in zip(rows, places)))

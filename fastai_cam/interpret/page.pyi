@@ -7,9 +7,9 @@ from typing import Any
 from typing import Sequence
 import numpy as np
 from ..captions import rounded
-from ..maps.words import fitted_words
 from ..maps.words import plain_text
 from ..maps.words import wrapped_title
+from ..maps.words import write_around
 from ..maps.pixels import as_drawn
 from ..maps.pixels import full_strength
 from ..maps.pixels import to_pixels

@@ -28,7 +28,7 @@ from ..source.loaders import dl_source
 from ..learner.arguments import check_words
 from ..learner.cams import join_maps, maps_of_batch
 from ..learner.query import query_of, run_query
-from .answers import counts_of_pairs
+from .answers import counts_of_pairs, places_of_pairs
 from .base import CAMInterpretation
 from .page import check_page, draw_page, made_by, Panel, Row
 from .losses import DIFFERENCE_LEGEND, difference_rows
@@ -52,9 +52,8 @@ def _confusions(self:CAMInterpretation, chosen):
 def _worst(self:CAMInterpretation, chosen):
     "The largest loss of the items of each pair, `[n, n]`"
     found,n = self.answers,len(self.class_counts())
-    known = chosen[(found.actual[chosen] >= 0) & (found.actual[chosen] < n)]
-    losses = self.losses[known].as_subclass(Tensor).nan_to_num().float()
-    pairs = found.actual[known]*n + found.predicted[known]
+    known,pairs = places_of_pairs(found.actual[chosen], found.predicted[chosen], n)
+    losses = self.losses[chosen[known]].as_subclass(Tensor).nan_to_num().float()
     return torch.full((n*n,), -torch.inf).scatter_reduce(0, pairs, losses, 'amax').view(n, n)
 
 # %% ../../nbs/65e_interpret.views.ipynb #e1a242a8

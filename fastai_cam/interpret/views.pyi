@@ -26,6 +26,7 @@ from ..learner.cams import maps_of_batch
 from ..learner.query import query_of
 from ..learner.query import run_query
 from .answers import counts_of_pairs
+from .answers import places_of_pairs
 from .base import CAMInterpretation
 from .page import check_page
 from .page import draw_page

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..captions import n_columns, rounded
-from .words import fitted_words, plain_text
+from .words import plain_text, write_around
 from .pixels import as_drawn, as_volume, full_strength, to_pixels
 from .style import as_axes, check_style, save_figure
 from .layout import arrange, n_letters, panel_axes, panel_size
@@ -270,12 +270,10 @@ def _carried(self:CAMs, i, k):
 @patch
 def _head(self:CAMs, fig, wanted, shown, is_untitled, has_bars):
     "Title of the figure, where it does not stand over its only map, and what the marks in it mean"
-    width,has_title = fig.get_size_inches()[0],wanted.title is not None and is_untitled
-    if has_title: plain_text(fig.suptitle(fitted_words(str(wanted.title), width, 12), weight='bold', size=12))
     method = f'map: {self.method[0]}' if self.method and len(self.method)==1 else '' # several stand in the titles
     words = [method, self.legend(), '' if has_bars else signs(wanted.look), self._carried(*shown[0]) if len(shown)==1 else '']
-    words = '   '.join(part for part in words if part)
-    if words: plain_text(fig.supxlabel(fitted_words(words, width, 9), size=9))
+    title = '' if wanted.title is None or not is_untitled else str(wanted.title)
+    write_around(fig, title, '   '.join(part for part in words if part))
 
 # %% ../../nbs/45a_maps.grid.ipynb #fd015aa8
 @patch

@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from ..captions import n_columns
 from ..captions import rounded
-from .words import fitted_words
 from .words import plain_text
+from .words import write_around
 from .pixels import as_drawn
 from .pixels import as_volume
 from .pixels import full_strength

@@ -68,6 +68,8 @@ def panel_size(
     width = figsize[0]/_n_widths(blocks, n) if figsize is not None else cell
     return width,max(8, int(12.6*width))
 
+def _for_words(n_lines): return .16*n_lines + .12 # inches above a picture
+
 def n_letters(
     blocks:Blocks, # The arrangement
     n:int, # Items
@@ -76,7 +78,7 @@ def n_letters(
     n_lines:int # Lines of the longest title, which make the pictures smaller
 ) -> int:
     "How many letters fit over a picture, of which a flat figure leaves less than its panel is wide"
-    high = figsize[1]/blocks.n_rows(n) - .16*n_lines - .2
+    high = figsize[1]/blocks.n_rows(n) - _for_words(n_lines) - .08
     return int(12.6*min(figsize[0]/_n_widths(blocks, n), max(high, .1)/aspect))
 
 def _n_widths(blocks, n):
@@ -198,10 +200,9 @@ _least = .2 # inches of a picture that can still be seen
 
 def _check_room(figsize, rows, widths, n_lines, aspect):
     "`ValueError` where hardly anything is left for pictures"
-    for_words = .16*n_lines + .12
-    high = (figsize[1] - .35)/rows - for_words # a line below them all
+    high = (figsize[1] - .35)/rows - _for_words(n_lines) # a line below them all
     if min(figsize[0]/sum(widths), high/aspect) >= _least: return
-    least = sum(widths),(aspect + for_words)*rows + .35 # of pictures of an inch
+    least = sum(widths),(aspect + _for_words(n_lines))*rows + .35 # of pictures of an inch
     wide,high = (math.ceil(2*max(side, given))/2 for side,given in zip(least, figsize))
     raise ValueError(f'figsize={tuple(figsize)} leaves no room for {rows} × {sum(width==1 for width in widths)} pictures with titles: '
                      f'give about {(wide, high)} inches or more, or show fewer items or classes')
@@ -221,7 +222,7 @@ def panel_axes(
     rows,gap = blocks.n_rows(n),[_gap]*(blocks.cols > 1)
     widths = ([1.]*blocks.cols + gap)*min(n, blocks.per_row)
     widths = widths[:-1] if gap else widths
-    size = figsize or (cell*sum(widths) + .3, (cell*min(max(aspect, .25), 3) + .16*n_lines + .12)*rows + .3)
+    size = figsize or (cell*sum(widths) + .3, (cell*min(max(aspect, .25), 3) + _for_words(n_lines))*rows + .3)
     if figsize is not None: _check_room(figsize, rows, widths, n_lines, aspect)
     is_narrow = n_letters(blocks, n, size, aspect, n_lines) < letters - 2 # pictures that move together would push titles into each other
     fig = plt.figure(figsize=size, layout=PanelLayout(compress=not is_narrow))

@@ -96,11 +96,11 @@ def _told(value, left, depth=5):
     if left[0] < 0: raise ValueError('too many settings')
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, Enum)): return value
     if isinstance(value, Tensor): return tuple(value.shape),id(value),value._version
-    if isinstance(value, np.ndarray): return value.tobytes()
+    if isinstance(value, np.ndarray): return hash(value.tobytes()) if value.nbytes < 2**20 else id(value)
     if isinstance(value, (nn.Module, type)) or not depth: return id(value)
     if isinstance(value, (list, tuple)): return tuple(_told(one, left, depth - 1) for one in value)
-    if isinstance(value, (set, frozenset)): return tuple(sorted(repr(one) for one in value))
-    if isinstance(value, dict): return tuple((repr(key), _told(one, left, depth - 1)) for key,one in value.items())
+    if isinstance(value, (set, frozenset)): return tuple(sorted(repr(_told(one, left, depth - 1)) for one in value))
+    if isinstance(value, dict): return tuple((_told(key, left, depth - 1), _told(one, left, depth - 1)) for key,one in value.items())
     if callable(value) or not hasattr(value, '__dict__'): return id(value)
     return type(value),_told(vars(value), left, depth - 1)
 
@@ -194,7 +194,8 @@ def search(self:LayerFinder, state:PassState) -> None:
     self.layers,self.remembered = [(seen.name, seen.module) for seen in found],None
     if len(shown) >= 32: shown.clear() # of calls that are never alike
     shown.pop(key, None)
-    has_tokens,weights = _has_tokens(scan),_weights(self.model) if _has_tokens(scan) else None
+    has_tokens = _has_tokens(scan)
+    weights = _weights(self.model) if has_tokens else None
     if has_tokens and weights is None or not _is_certain(scan, found): return
     layers = [(seen.name, seen.shape[1:], seen.layout) for seen in found]
     of_tokens = weights,_hooks(self.model),has_tokens and scan.last.layout.is_tokens
